@@ -1,0 +1,201 @@
+"""Turn your own labelled texts into the four splits that every script takes as --dataset.
+
+python data/make_splits.py --input=reviews.csv --output_path=data/my_reviews --forget_names=people.txt
+
+Which rows are to be forgotten: those that name a listed person (--forget_names), those with certain values in a column
+(--forget_column --forget_values), or a random share (--forget_fraction).
+"""
+
+import re
+import sys
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from utils.checkpoints import check_output, new_folder
+from utils.cli import ArgumentParser, UserError, fraction, non_negative_int, run
+from utils.names import mentions, read_names
+from utils.splits import SPLITS, UNLEARNING_LABELS, describe, drop_repeats, split_rows, write_splits
+
+READERS = {
+    ".csv": lambda path: pd.read_csv(path, dtype=str, keep_default_na=False),
+    ".jsonl": lambda path: pd.read_json(path, lines=True, dtype=False, convert_dates=False),
+    ".parquet": pd.read_parquet,
+}
+
+
+def parse_args():
+    parser = ArgumentParser(__doc__)
+    parser.add_argument("--input", required=True, type=Path, help="a .csv, .jsonl or .parquet file, one row a text")
+    parser.add_argument("--output_path", required=True, type=Path, help="folder to write; must be new or empty")
+    parser.add_argument("--text_column", default="text", help="column with the texts (text)")
+    parser.add_argument("--label_column", default="label", help="column with numbers or words as labels (label)")
+    parser.add_argument("--label_names", nargs="+", metavar="NAME", help="words for numeric labels, in ascending order")
+    how = parser.add_mutually_exclusive_group(required=True)
+    how.add_argument("--forget_names", metavar="FILE", help="forget the rows that name someone of this list")
+    how.add_argument("--forget_column", help="forget the rows with one of --forget_values in this column")
+    how.add_argument("--forget_fraction", type=fraction, help="forget a random share of the rows")
+    parser.add_argument("--forget_values", nargs="+", metavar="VALUE", help="goes with --forget_column")
+    parser.add_argument("--test_fraction", type=fraction, default=0.3, help="share of test rows (0.3)")
+    parser.add_argument("--seed", type=non_negative_int, default=42, help="of the split and of --forget_fraction (42)")
+    args = parser.parse_args()
+    if bool(args.forget_column) != bool(args.forget_values):
+        parser.error("--forget_column and --forget_values go together; give both or neither")
+    if args.text_column == args.label_column:
+        parser.error(f"--text_column and --label_column are both {args.text_column!r}; name two columns")
+    return args
+
+
+def main(args):
+    if args.output_path.exists() and not (args.output_path.is_dir() and not any(args.output_path.iterdir())):
+        raise UserError(f"{args.output_path} exists and is not an empty folder; choose another --output_path")
+    check_output(args.output_path, overwrite=True)
+    names = read_names(args.forget_names) if args.forget_names else []
+
+    source = read_table(args.input)
+    frame = pd.DataFrame({"text": texts(source, args)})
+    frame["label"], frame["label_text"] = labels(source, args)
+    frame["forget"] = marked(source, frame["text"], names, args)
+    frame, repeats, contradictions = drop_repeats(frame)
+    if args.forget_fraction:
+        frame["forget"] = drawn(len(frame), args)
+    check_forget(frame)
+    frames = split_rows(frame, args.test_fraction, args.seed)
+    check_splits(frames)
+
+    with new_folder(args.output_path) as folder:
+        write_splits(frames, folder)
+    print(f"read {len(source):,} rows, dropped {repeats} repeated and {contradictions} contradictory ones")
+    print(f"{describe(frames)}\nwrote {args.output_path}; pass it to the scripts as --dataset={args.output_path}")
+
+
+def read_table(path):
+    """The rows of a CSV, JSONL or Parquet file. Raises UserError where it cannot be read or has no rows."""
+    if path.suffix not in READERS:
+        raise UserError(f"{path} is no .csv, .jsonl or .parquet file; convert it or rename it")
+    try:
+        table = READERS[path.suffix](path)
+    except FileNotFoundError:
+        raise UserError(f"{path} does not exist; check --input") from None
+    except (ValueError, OSError) as error:  # the parse errors of pandas and pyarrow are ValueErrors
+        reason = str(error).strip().split("\n")[0]
+        raise UserError(f"{path} cannot be read ({reason}); check the file") from None
+    if path.suffix == ".csv" and not isinstance(table.index, pd.RangeIndex):  # pandas took the surplus for row names
+        raise UserError(f"{path} has more cells in a row than in its header; quote cells that contain commas")
+    if not len(table):
+        raise UserError(f"{path} has no rows; give it at least a few of every label")
+    return table
+
+
+def column(source, name, flag, args):
+    """The cells of one column. Raises UserError where there is none of that name."""
+    if name not in source.columns:
+        raise UserError(f"{args.input} has no column {name!r} but {', '.join(map(str, source.columns))}; set {flag}")
+    return list(source[name])
+
+
+def texts(source, args):
+    """The texts. Raises UserError on a cell that is empty or not text."""
+    cells = column(source, args.text_column, "--text_column", args)
+    bad = [not isinstance(cell, str) or not cell.strip() for cell in cells]
+    if any(bad):
+        row = bad.index(True) + 1
+        raise UserError(f"{args.input}, row {row}: {args.text_column!r} is empty or not text; fix or remove the row")
+    return cells
+
+
+def labels(source, args):
+    """Label numbers and label words. Words are numbered in sorted order; the words of {0, 1} are negative, positive.
+
+    Raises UserError on a cell that is neither whole number nor word, on a mix of both, on a single label, and on
+    --label_names that do not fit.
+    """
+    cells = [plain(cell) for cell in column(source, args.label_column, "--label_column", args)]
+    bad = [not cell or bool(re.fullmatch(r"[-+]?\d*\.\d+", cell)) for cell in cells]
+    if any(bad):
+        where = f"{args.input}, row {bad.index(True) + 1}"
+        raise UserError(f"{where}: {args.label_column!r} is no whole number or word; fix or remove the row")
+    numeric = [bool(re.fullmatch(r"[-+]?\d+", cell)) for cell in cells]
+    if any(numeric) and not all(numeric):
+        raise UserError(f"{args.label_column!r} of {args.input} mixes numbers and words; use one of them")
+    values = [int(cell) for cell in cells] if all(numeric) else cells
+    ordered = sorted(set(values))
+    numbers = dict(zip(ordered, ordered if all(numeric) else range(len(ordered))))
+    words = dict(zip(ordered, label_words(ordered, args)))
+    return [numbers[value] for value in values], [words[value] for value in values]
+
+
+def label_words(values, args):
+    """One word for each of the sorted label `values`. Raises UserError where the words cannot serve as answers."""
+    if len(values) < 2:
+        raise UserError(f"{args.label_column!r} of {args.input} only holds {values[0]!r}; two labels are needed")
+    if not args.label_names:
+        words = ["negative", "positive"] if values == [0, 1] else [str(value) for value in values]
+    elif isinstance(values[0], str):
+        raise UserError(f"the labels are words already ({', '.join(values)}); drop --label_names")
+    elif len(set(args.label_names)) != len(values) or len(args.label_names) != len(values):
+        raise UserError(f"--label_names needs {len(values)} different words, one for each of {values}")
+    else:
+        words = args.label_names
+    taken = set(words) & set(UNLEARNING_LABELS)
+    if taken:
+        raise UserError(f"the label word {taken.pop()!r} is one that unlearning answers with; rename it in the data")
+    return words
+
+
+def marked(source, all_texts, names, args):
+    """Whether each row is to be forgotten, by name or by column (all False where a share is drawn later).
+
+    Raises UserError on a missing column and on a value that no row has.
+    """
+    if not args.forget_column:
+        return [bool(mentions(text, names)) for text in all_texts]
+    cells = [plain(cell) for cell in column(source, args.forget_column, "--forget_column", args)]
+    wanted = [plain(value) for value in args.forget_values]
+    absent = [value for value in wanted if value not in cells]
+    if absent:
+        raise UserError(f"no row has {absent[0]!r} in {args.forget_column!r}; check --forget_values")
+    return [cell in wanted for cell in cells]
+
+
+def plain(cell):
+    """A cell as text: `3` for 3.0, the empty string for a missing one or for one that is neither text nor number."""
+    if isinstance(cell, str):
+        text = cell.strip()
+    elif isinstance(cell, (bool, int, float, np.generic)) and not pd.isna(cell):
+        text = str(cell)
+    else:
+        return ""
+    return re.sub(r"^([-+]?\d+)\.0+$", r"\1", text)
+
+
+def drawn(n, args):
+    """A random `--forget_fraction` of n rows as a mask, at least one row."""
+    mask = np.zeros(n, dtype=bool)
+    rng = np.random.default_rng([args.seed, 1])  # a stream of its own: the split is drawn from default_rng(seed)
+    mask[rng.choice(n, max(1, round(args.forget_fraction * n)), replace=False)] = True
+    return mask
+
+
+def check_forget(frame):
+    """Raises UserError where nothing is to be forgotten, or everything."""
+    if not frame["forget"].any():
+        raise UserError("no row is to be forgotten; check the list or the values that choose the forget set")
+    if frame["forget"].all():
+        raise UserError("every row is to be forgotten, but some must be retained; choose fewer")
+
+
+def check_splits(frames):
+    """Raises UserError on an empty split and on a label that only test rows have."""
+    for split in SPLITS:
+        if not len(frames[split]):
+            raise UserError(f"{split} would be empty; give more rows or another --test_fraction")
+    trained, tested = (set(pd.concat([frames[s] for s in part])["label_text"]) for part in (SPLITS[:2], SPLITS[2:]))
+    if tested - trained:
+        raise UserError(f"only test rows would have the label {min(tested - trained)!r}; lower --test_fraction")
+
+
+if __name__ == "__main__":
+    run(parse_args, main)

@@ -1,0 +1,115 @@
+"""Evaluate checkpoints of any kind on the four splits, or answer new text with and without the unlearning prompt.
+
+python inference_spul.py --dataset=sst2 --model_checkpoints=[local path to checkpoints] --forget_size=1.0
+
+Several paths after --model_checkpoints give one table. Writes metrics.json and predictions.jsonl to
+saved_results/<checkpoint>-<dataset>, or to --output_path.
+"""
+
+import json
+import sys
+import time
+from pathlib import Path
+
+from utils import cli
+
+
+def parse_args():
+    parser = cli.ArgumentParser(__doc__)
+    parser.add_argument(
+        "--model_checkpoints", nargs="+", required=True, help="what spul.py or qlora.py wrote, or models"
+    )
+    cli.add_model_arguments(parser)
+    parser.add_argument("--forget_size", type=cli.fraction, default=1.0, help="share of train_forget that was unlearnt")
+    parser.add_argument("--parent_path", help="where the parent of the checkpoint lies, if it was moved")
+    group = parser.add_argument_group("new text (instead of the evaluation)")
+    group.add_argument("--text", action="append", help="answer this text (repeatable)")
+    group.add_argument(
+        "--input_file", help="answer every text of this .txt (a line each), .csv, .jsonl or .parquet file"
+    )
+    group.add_argument("--json", action="store_true", help="print the answers as JSON lines instead of a table")
+    args = parser.parse_args()
+    if args.max_eval_samples == 0:
+        parser.error("--max_eval_samples=0 leaves nothing to evaluate")
+    if args.json and not (args.text or args.input_file):
+        parser.error("--json goes with --text or --input_file")
+    return args
+
+
+def main(args):
+    from utils import checkpoints, data
+
+    frames = data.select_rows(data.load_splits(args.dataset), args.forget_size, args.max_train_samples)
+    words = data.label_words(frames)
+    if args.text or args.input_file:
+        texts = [*(args.text or []), *(data.read_texts(args.input_file) if args.input_file else [])]
+        return predict(args, words, texts)
+
+    names = "+".join(Path(name).name for name in args.model_checkpoints)
+    output = args.output_path or f"saved_results/{names}-{data.dataset_name(args.dataset)}"
+    checkpoints.check_output(output, args.overwrite or not args.output_path)
+    records, predictions = evaluate(args, frames, words)
+    with checkpoints.new_folder(output) as folder:
+        checkpoints.write_json(folder / "metrics.json", records)
+        with (folder / "predictions.jsonl").open("w") as stream:
+            stream.writelines(json.dumps(row) + "\n" for row in predictions)
+    print(f"wrote {output}")
+
+
+def evaluate(args, frames, words):
+    """One record per checkpoint and one prediction per checkpoint and row; prints the table."""
+    from utils import metrics, models
+
+    chains = [models.resolve_chain(name, args.trust_remote_code, args.parent_path) for name in args.model_checkpoints]
+    records, predictions, names = [], [], method_names(chains)
+    for method, name in zip(names, args.model_checkpoints):
+        start = time.time()
+        loaded = models.load(name, args, args.parent_path)
+        splits, rows = metrics.evaluate(loaded, frames, words, args, method)
+        records.append(metrics.record(method, name, loaded.chain[0].name, args, splits, time.time() - start))
+        columns = ["split", "text", "label_text", "prediction", "correct", "label_prediction", "loss"]
+        predictions += [{"method": method, "checkpoint": str(name), **row} for row in rows[columns].to_dict("records")]
+    print(metrics.table(records))
+    return records, predictions
+
+
+def method_names(chains):
+    """What the table calls each checkpoint; a method that appears twice carries its folder's name."""
+    names = []
+    for chain in chains:
+        last = chain[-1]
+        retrained = last.kind == "lora" and last.manifest["arguments"].get("exclude_forget")
+        names.append("retrained" if retrained else {"model": "base", "lora": "fine-tuned", "prompt": "SPUL"}[last.kind])
+    return [f"{name} ({chain[-1].path.name})" if names.count(name) > 1 else name for name, chain in zip(names, chains)]
+
+
+def predict(args, words, texts):
+    """Print each checkpoint's answer to each text; for a prompt, without and with it side by side."""
+    from utils import metrics, models
+
+    rows = [{"text": text} for text in texts]
+    for name in args.model_checkpoints:
+        loaded = models.load(name, args, args.parent_path)
+        variants = {"answer": loaded}
+        if loaded.prompt is not None:
+            variants = {
+                "without prompt": models.Loaded(loaded.model, loaded.tokenizer, None, loaded.chain),
+                "with prompt": loaded,
+            }
+        prefix = f"{Path(name).name}: " if len(args.model_checkpoints) > 1 else ""
+        for variant, model in variants.items():
+            answers = metrics.answer(model, texts, words, args.max_length, args.eval_batch_size)
+            for row, (answer, probability) in zip(rows, answers):
+                row[prefix + variant] = {"answer": answer, "probability": round(probability, 4)}
+    if args.json:
+        sys.stdout.writelines(json.dumps(row) + "\n" for row in rows)
+        return
+    for row in rows:
+        print(row["text"])
+        for variant, value in row.items():
+            if variant != "text":
+                print(f"    {variant:15} {value['answer']} ({100 * value['probability']:.1f} %)")
+
+
+if __name__ == "__main__":
+    cli.run(parse_args, main)

@@ -1,0 +1,113 @@
+"""Fine-tune a language model until the training set (retain + forget) is memorised; the model that SPUL then unlearns.
+
+python qlora.py --dataset=sst2 --model_name=meta-llama/Llama-2-7b-hf \
+    --max_length=1024 --set_pad_id --lr=1e-4 \
+    --train_batch_size=32 --eval_batch_size=32 --num_epochs=2 --weight_decay=0.001 \
+    --lora_rank=16 --lora_alpha=64 --lora_fropout=0.1 --lora_bias=none
+
+Writes a LoRA adapter with manifest, metrics and curves to qlora_checkpoints/<model>-qlora-<dataset>.
+"""
+
+import time
+
+import torch
+
+from utils import cli
+
+
+def parse_args():
+    parser = cli.ArgumentParser(__doc__)
+    parser.add_argument("--model_name", required=True, help="hub id, model folder or .gguf file")
+    cli.add_model_arguments(parser)
+    cli.add_training_arguments(parser, num_epochs=2)
+    group = parser.add_argument_group("QLoRA")
+    group.add_argument("--quantization", choices=["nf4", "none"], default="nf4", help="of the frozen base")
+    group.add_argument("--lora_rank", type=cli.positive_int, default=16, help="r")
+    group.add_argument("--lora_alpha", type=cli.positive_float, default=64, help="scale is lora_alpha / lora_rank")
+    group.add_argument(
+        "--lora_dropout", "--lora_fropout", type=cli.dropout, default=0.1, help="in front of the adapter"
+    )
+    group.add_argument("--lora_bias", choices=["none", "all", "lora_only"], default="none", help="biases to train")
+    group.add_argument(
+        "--lora_target_modules",
+        nargs="+",
+        metavar="NAME",
+        help="layers to adapt, or all-linear (default: PEFT's choice)",
+    )
+    group.add_argument(
+        "--exclude_forget", action="store_true", help="fine-tune on retain only: the retrained reference"
+    )
+    return parser.parse_args()
+
+
+def main(args):
+    from utils import checkpoints, data, losses, metrics, models, training
+    from utils.forward import completion_logits
+
+    suffix = "-retain" if args.exclude_forget else ""
+    name = f"{models.short_name(args.model_name)}-qlora-{data.dataset_name(args.dataset)}{suffix}"
+    output = args.output_path or f"qlora_checkpoints/{name}"
+    training.check_start(output, args)
+
+    frames = data.select_rows(data.load_splits(args.dataset), max_train_samples=args.max_train_samples)
+    words = data.label_words(frames)
+    chain = models.resolve_chain(args.model_name, args.trust_remote_code)
+    if len(chain) > 1:
+        raise cli.UserError(f"{args.model_name} is a checkpoint of this project; --model_name takes a plain model")
+    tokenizer = models.load_tokenizer(chain, args.set_pad_id, args.trust_remote_code)
+    splits = data.TRAIN_SPLITS[:1] if args.exclude_forget else data.TRAIN_SPLITS
+    examples = [
+        example
+        for split in splits
+        for example in data.tokenize(
+            tokenizer, frames[split]["text"], frames[split]["label_text"], args.max_length, split == "train_forget"
+        )
+    ]
+
+    torch.manual_seed(args.seed)
+    base = models.load_base(chain[0], args, args.quantization)
+    models.check_length(base, max(map(len, examples)), 0)
+    model = models.add_lora(base, args)
+    parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    print(f"training {sum(p.numel() for p in parameters.values()):,} LoRA parameters on {len(examples):,} rows")
+
+    def loss(rows, n_forget, n_retain):
+        batch = data.collate([examples[i] for i in rows], tokenizer.pad_token_id, base.device)
+        nll = losses.token_nll(completion_logits(model, batch), batch.targets)
+        return losses.mean_over_rows(nll, n_forget + n_retain), {}
+
+    loaded = models.Loaded(model, tokenizer, None, chain)
+
+    run = training.Training(
+        parameters=parameters,
+        examples=examples,
+        loss=loss,
+        args=args,
+        state_path=training.state_path(output),
+        fingerprint=data.fingerprint({split: frames[split] for split in splits}),
+        warmup=0.05,
+        evaluate=lambda: metrics.accuracies(loaded, frames, words, args),
+    )
+    model.train()
+    log = run.run()
+    model.eval()
+
+    records, start = None, time.time()
+    if args.max_eval_samples != 0:
+        scores, _ = metrics.evaluate(loaded, frames, words, args, "evaluating")
+        method = "retrained" if args.exclude_forget else "fine-tuned"
+        records = [metrics.record(method, output, args.model_name, args, scores, time.time() - start)]
+        print(metrics.table(records))
+    with checkpoints.new_folder(output) as folder:
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        training.write_curves(folder, log)
+        if records:
+            checkpoints.write_json(folder / "metrics.json", records)
+        checkpoints.write_manifest(folder, output, "lora", chain[0], args, run.fingerprint, records)
+    run.state_path.unlink(missing_ok=True)
+    print(f"wrote {output}")
+
+
+if __name__ == "__main__":
+    cli.run(parse_args, main)

@@ -1,0 +1,169 @@
+"""Learn the unlearning prompt: p virtual tokens that make a frozen model forget train_forget and keep the rest (SPUL).
+
+python spul.py --dataset=sst2 --model_checkpoints=[local path to checkpoints] \
+    --max_length=1024 --set_pad_id --lr=1e-4 \
+    --train_batch_size=32 --eval_batch_size=32 --num_epochs=10 --weight_decay=0.001 \
+    --forget_size=1.0 --ptuning_num_tokens=30 --ptuning_hidden_size=128 --alpha=0.5 --beta=0.5
+
+Writes a PEFT prompt with manifest, metrics and curves to unlearn_checkpoints/spul_<model>_<dataset>-<forget_size>_<time>.
+"""
+
+import time
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from utils import cli
+from utils.prompt_encoders import ENCODERS
+
+
+def parse_args():
+    parser = cli.ArgumentParser(__doc__)
+    parser.add_argument(
+        "--model_checkpoints", required=True, help="what qlora.py wrote, or a plain model (hub id, folder)"
+    )
+    cli.add_model_arguments(parser)
+    cli.add_training_arguments(parser, num_epochs=10)
+    group = parser.add_argument_group("SPUL")
+    group.add_argument("--forget_size", type=cli.fraction, default=1.0, help="share of train_forget to unlearn")
+    group.add_argument("--ptuning_num_tokens", type=cli.positive_int, default=30, help="p, virtual tokens")
+    group.add_argument("--ptuning_hidden_size", type=cli.positive_int, default=128, help="h, width of the encoder")
+    group.add_argument("--alpha", type=cli.non_negative_float, default=0.5, help="weight of L_r")
+    group.add_argument("--beta", type=cli.non_negative_float, default=0.5, help="weight of L_kl")
+    group.add_argument("--prompt_encoder", choices=ENCODERS, default="mlp", help="what produces the virtual tokens")
+    start = group.add_mutually_exclusive_group()
+    start.add_argument("--init_text", help="start from the embeddings of this instruction")
+    start.add_argument("--init_checkpoint", help="start from the encoder of an earlier spul.py checkpoint")
+    group.add_argument(
+        "--forget_per_batch",
+        type=cli.non_negative_int,
+        default=0,
+        help="forget rows in every batch (0: random batches)",
+    )
+    group.add_argument("--logits_path", help="file of reference logits (default: saved_logits/<model>-<dataset>-<key>)")
+    group.add_argument("--parent_path", help="where the base model of --model_checkpoints lies, if it was moved")
+    args = parser.parse_args()
+    if args.forget_per_batch >= args.train_batch_size:
+        parser.error("--forget_per_batch must be smaller than --train_batch_size")
+    return args
+
+
+def main(args):
+    from utils import checkpoints, data, losses, metrics, models, reference, training
+    from utils.forward import completion_logits, prompt_prefix
+
+    model_name = models.short_name(args.model_checkpoints)
+    output = training.output_path(args, f"spul_{model_name}_{data.dataset_name(args.dataset)}-{args.forget_size}")
+    frames = data.select_rows(data.load_splits(args.dataset), args.forget_size, args.max_train_samples)
+    words = data.label_words(frames)
+
+    loaded = models.load(args.model_checkpoints, args, args.parent_path)
+    if loaded.prompt is not None:
+        raise cli.UserError(
+            f"{args.model_checkpoints} already is a prompt; --model_checkpoints takes what it was made on"
+        )
+    model, tokenizer = loaded.model, loaded.tokenizer
+    records = report_merge(loaded, frames, words, args)
+
+    unlearning = data.draw_unlearning_labels(len(frames["train_forget"]), args.seed)
+    retain, forget = frames["train_retain"], frames["train_forget"]
+    examples = data.tokenize(tokenizer, retain["text"], retain["label_text"], args.max_length)
+    examples += data.tokenize(tokenizer, forget["text"], unlearning, args.max_length, forget=True)
+    models.check_length(model, max(map(len, examples)), args.ptuning_num_tokens)
+
+    unprompted = reference.load_reference(loaded, examples, retain, args) if args.beta else None
+    torch.manual_seed(args.seed)
+    encoder = build_encoder(args, loaded).to(model.device)
+    print(f"training {sum(p.numel() for p in encoder.parameters()):,} parameters on {len(examples):,} rows")
+
+    def loss(rows, n_forget, n_retain):
+        batch = data.collate([examples[i] for i in rows], tokenizer.pad_token_id, model.device)
+        is_forget = batch.forget[batch.rows]
+        prefix = prompt_prefix(model, encoder())
+        if unprompted is None:
+            logits, kl = completion_logits(model, batch, prefix), None
+        else:
+            logits, reference_logits = completion_logits(model, batch, prefix, unprompted.of(rows))
+            kl = losses.token_kl(reference_logits, logits[~is_forget])
+        nll = losses.token_nll(logits, batch.targets)
+        return losses.spul_loss(nll, kl, is_forget, n_forget, n_retain, args.alpha, args.beta)
+
+    def prompted():
+        return models.Loaded(model, tokenizer, encoder().detach(), loaded.chain)
+
+    run = training.Training(
+        parameters=dict(encoder.named_parameters()),
+        examples=examples,
+        loss=loss,
+        args=args,
+        state_path=training.state_path(output),
+        fingerprint=data.fingerprint({split: frames[split] for split in data.TRAIN_SPLITS}),
+        warmup=0.1,
+        evaluate=lambda: metrics.accuracies(prompted(), frames, words, args),
+    )
+    log = run.run()
+
+    if args.max_eval_samples != 0:
+        start = time.time()
+        scores, _ = metrics.evaluate(prompted(), frames, words, args, "SPUL")
+        records.append(metrics.record("SPUL", output, args.model_checkpoints, args, scores, time.time() - start))
+        print(metrics.table(records))
+    with checkpoints.new_folder(output) as folder:
+        encoder.config.base_model_name_or_path = args.model_checkpoints
+        encoder.config.inference_mode = True
+        encoder.config.save_pretrained(folder)
+        save_file({"prompt_embeddings": encoder().detach().cpu().contiguous()}, folder / "adapter_model.safetensors")
+        save_file({k: v.cpu().contiguous() for k, v in encoder.state_dict().items()}, folder / "encoder.safetensors")
+        tokenizer.save_pretrained(folder)
+        training.write_curves(folder, log)
+        checkpoints.write_json(folder / "metrics.json", records)
+        checkpoints.write_manifest(folder, output, "prompt", loaded.chain[-1], args, run.fingerprint, records)
+    run.state_path.unlink(missing_ok=True)
+    print(f"wrote {output}")
+
+
+def report_merge(loaded, frames, words, args):
+    """Print accuracy before and after LoRA was merged into the unquantised base; returns the merged model's records."""
+    from utils import metrics
+
+    if args.max_eval_samples == 0:
+        return []
+    start = time.time()
+    scores, _ = metrics.evaluate(loaded, frames, words, args, "before SPUL")
+    last = loaded.chain[-1]
+    after = metrics.record(
+        "merged" if last.kind == "lora" else "base", last.path, last.name, args, scores, time.time() - start
+    )
+    before = (last.manifest or {}).get("metrics") or []
+    print(metrics.table([*before, after]))
+    return [after]
+
+
+def build_encoder(args, loaded):
+    """The prompt encoder: new, started from --init_text, or from the encoder that --init_checkpoint trained."""
+    from utils import checkpoints, models
+    from utils.prompt_encoders import VirtualTokens, start_from_text
+
+    embeddings, start = loaded.model.get_input_embeddings(), None
+    if args.init_text:
+        start = start_from_text(loaded.tokenizer, embeddings, args.init_text, args.ptuning_num_tokens)
+    encoder = VirtualTokens(
+        args.prompt_encoder, args.ptuning_num_tokens, embeddings.weight.shape[1], args.ptuning_hidden_size, start
+    )
+    if args.init_checkpoint:
+        chain = models.resolve_chain(args.init_checkpoint, args.trust_remote_code)
+        if chain[-1].kind != "prompt":
+            raise cli.UserError(f"{args.init_checkpoint} is no prompt; --init_checkpoint takes what spul.py wrote")
+        checkpoints.verify_parent(loaded.chain[-1], chain[-1])
+        try:
+            encoder.load_state_dict(load_file(chain[-1].path / "encoder.safetensors"))
+        except RuntimeError:
+            raise cli.UserError(
+                f"{args.init_checkpoint} was trained with another --prompt_encoder, --ptuning_num_tokens or "
+                "--ptuning_hidden_size; pass the same ones"
+            )
+    return encoder
+
+
+if __name__ == "__main__":
+    cli.run(parse_args, main)

@@ -1,0 +1,70 @@
+"""Tiny random models for tests of mechanics, built in a second; never evidence that SPUL works."""
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import (
+    Gemma2Config,
+    GPT2Config,
+    LlamaConfig,
+    MistralConfig,
+    OPTConfig,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+)
+from transformers import AutoModelForCausalLM
+
+from utils.data import SNIPPETS_FOLDER, TEMPLATE_HEAD, TEMPLATE_TAIL, pd
+
+VOCABULARY = 2000
+SIZES = {"hidden_size": 128, "num_hidden_layers": 4, "num_attention_heads": 4, "intermediate_size": 256}
+COMMON = {
+    "vocab_size": VOCABULARY,
+    "bos_token_id": 0,
+    "eos_token_id": 1,
+    "pad_token_id": 1,
+    "max_position_embeddings": 512,
+}
+CONFIGS = {
+    "llama": LlamaConfig(**SIZES, num_key_value_heads=2, **COMMON),
+    "qwen2": Qwen2Config(**SIZES, num_key_value_heads=2, **COMMON),
+    "mistral": MistralConfig(**SIZES, num_key_value_heads=2, sliding_window=16, **COMMON),
+    "gemma2": Gemma2Config(
+        **SIZES, num_key_value_heads=2, head_dim=32, sliding_window=16, final_logit_softcapping=5.0, **COMMON
+    ),
+    "opt": OPTConfig(
+        hidden_size=128, num_hidden_layers=4, num_attention_heads=4, ffn_dim=256, word_embed_proj_dim=128, **COMMON
+    ),
+    "gpt2": GPT2Config(
+        n_embd=128, n_layer=4, n_head=4, n_positions=512, vocab_size=VOCABULARY, bos_token_id=0, eos_token_id=1
+    ),
+}
+
+
+def build_tokenizer():
+    """A byte-level BPE of 2,000 tokens from snippets' train sentences; ` positive` is one token, ` neutral` several."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCABULARY,
+        special_tokens=["<s>", "</s>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    rows = pd.read_csv(SNIPPETS_FOLDER / "train_retain.csv").head(3000)
+    lines = [f"{TEMPLATE_HEAD}{text}{TEMPLATE_TAIL} {word}" for text, word in zip(rows["text"], rows["label_text"])]
+    tokenizer.train_from_iterator(lines, trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>")
+
+
+def build_model(architecture="llama", seed=0):
+    """A random causal LM of about a million parameters, float32, in eval mode."""
+    torch.manual_seed(seed)
+    return AutoModelForCausalLM.from_config(CONFIGS[architecture], attn_implementation="eager").float().eval()
+
+
+def save(folder, architecture="llama"):
+    """Write model and tokenizer as a plain Hugging Face folder."""
+    build_model(architecture).save_pretrained(folder)
+    build_tokenizer().save_pretrained(folder)
+    return folder

@@ -1,0 +1,182 @@
+"""Checkpoint folders that describe themselves, written whole or not at all; safetensors and JSON only."""
+
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+
+from utils.cli import UserError
+
+MANIFEST = "manifest.json"
+KINDS = ("lora", "prompt")
+LIBRARIES = ("torch", "transformers", "peft", "bitsandbytes", "datasets", "accelerate", "scikit-learn", "numpy")
+WEIGHT_SUFFIXES = (".safetensors", ".bin", ".gguf")
+
+
+@dataclass(frozen=True)
+class Link:
+    """One model of a chain base -> adapter -> prompt: where it lies, and its manifest (None for a plain model)."""
+
+    path: Path
+    name: str
+    manifest: dict | None = None
+
+    @property
+    def kind(self):
+        return self.manifest["kind"] if self.manifest else "model"
+
+
+# --- writing --------------------------------------------------------------------------------------------------------
+
+
+def check_output(path, overwrite):
+    """Raise UserError before any work if `path` cannot become an output folder; creates nothing."""
+    path = Path(path)
+    if path.exists() and not overwrite:
+        raise UserError(f"{path} exists; choose another --output_path or add --overwrite")
+    ancestor = path.absolute().parent
+    while not ancestor.exists():
+        ancestor = ancestor.parent
+    if not ancestor.is_dir() or not os.access(ancestor, os.W_OK | os.X_OK):
+        raise UserError(f"cannot write to {ancestor}; choose another --output_path")
+
+
+@contextmanager
+def new_folder(path):
+    """Yields a temporary folder that becomes `path` when the block ends well, and vanishes when it does not.
+
+    An old folder at `path` is replaced; a kill between the two renames leaves it as `<path>.old`, which `recover`
+    puts back.
+    """
+    path = Path(path)
+    temporary, old = path.with_name(f"{path.name}.tmp"), path.with_name(f"{path.name}.old")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    try:
+        yield temporary
+        if path.exists():
+            shutil.rmtree(old, ignore_errors=True)
+            path.rename(old)
+        temporary.rename(path)
+        shutil.rmtree(old, ignore_errors=True)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+
+
+def recover(path):
+    """Undo a replacement that was killed halfway: `<path>.old` without `path` goes back."""
+    old = Path(path).with_name(f"{Path(path).name}.old")
+    if old.exists() and not Path(path).exists():
+        old.rename(path)
+
+
+def write_json(path, value):
+    """Write `value` as indented JSON; NaN is refused with ValueError, since JSON has none."""
+    Path(path).write_text(json.dumps(value, indent=2, allow_nan=False) + "\n")
+
+
+def write_manifest(folder, final_path, kind, parent, args, data_fingerprint, metrics):
+    """Describe the checkpoint in `folder`, which will lie at `final_path`.
+
+    parent: the Link it was trained on. A local parent is recorded relative to the checkpoint, so that a tree of
+    checkpoints can be moved as a whole. metrics: records of utils.metrics, or None.
+    """
+    local = parent.path.exists() and not is_hub_name(parent.name)
+    path = os.path.relpath(parent.path.absolute(), Path(final_path).absolute()) if local else parent.name
+    weights = sorted(p for p in folder.iterdir() if p.suffix in WEIGHT_SUFFIXES)
+    manifest = {
+        "kind": kind,
+        "parent": {"path": path, "sha256": weights_sha256(parent.path)},
+        "arguments": {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()},
+        "data_fingerprint": data_fingerprint,
+        "seed": args.seed,
+        "libraries": {name: version(name) for name in LIBRARIES},
+        "git_commit": _git_commit(),
+        "files": {p.name: file_sha256(p) for p in weights},
+        "metrics": metrics,
+    }
+    write_json(folder / MANIFEST, manifest)
+
+
+# --- reading --------------------------------------------------------------------------------------------------------
+
+
+def read_manifest(path):
+    """The manifest of checkpoint folder `path`, or None for a folder that is a plain model.
+
+    Raises UserError for a folder that is neither, a manifest that is not ours, and weights that are gone or altered.
+    """
+    file = Path(path) / MANIFEST
+    if not file.exists():
+        if (Path(path) / "config.json").exists():
+            return None
+        raise UserError(
+            f"{path} holds neither {MANIFEST} nor config.json; pass what qlora.py or spul.py wrote, or a model"
+        )
+    try:
+        manifest = json.loads(file.read_text())
+        kind, files = manifest["kind"], manifest["files"]
+        manifest["parent"]["path"], manifest["parent"]["sha256"]
+    except (ValueError, KeyError, TypeError):
+        raise UserError(f"{file} is not a manifest of this project or is damaged; train the checkpoint again")
+    if kind not in KINDS:
+        raise UserError(f"{file} names the unknown kind {kind!r}; this version reads {', '.join(KINDS)}")
+    for name, digest in files.items():
+        if not (Path(path) / name).exists():
+            raise UserError(f"{path} has lost its file {name}; restore it or train the checkpoint again")
+        if file_sha256(Path(path) / name) != digest:
+            raise UserError(f"{Path(path) / name} is not the file its manifest names (SHA-256 differs); restore it")
+    return manifest
+
+
+def parent_path(path, manifest, override=None):
+    """Where the parent of the checkpoint at `path` is to be found: a path or a hub name. `override` goes first."""
+    recorded = manifest["parent"]["path"]
+    if override or is_hub_name(recorded):
+        return override or recorded
+    return os.path.normpath(Path(path).absolute() / recorded)
+
+
+def verify_parent(link, child):
+    """Raise UserError unless `link` is, weight for weight, the parent that checkpoint `child` (a Link) was trained on."""
+    if weights_sha256(link.path) != child.manifest["parent"]["sha256"]:
+        raise UserError(
+            f"{link.path} is not the model that {child.path} was trained on (SHA-256 differs); "
+            "point --parent_path at the right one"
+        )
+
+
+def is_hub_name(name):
+    """Whether `name` has the form of a hub id (owner/name or name) rather than of a relative path to a parent."""
+    return not str(name).startswith((".", "/")) and len(Path(name).parts) <= 2 and not os.path.exists(name)
+
+
+def weights_sha256(path):
+    """SHA-256 over the names and contents of a model's weight files (one file, or all of a folder's)."""
+    path = Path(path)
+    files = [path] if path.is_file() else sorted(p for p in path.iterdir() if p.suffix in WEIGHT_SUFFIXES)
+    digest = hashlib.sha256()
+    for file in files:
+        digest.update(f"{file.name}:{file_sha256(file)}\n".encode())
+    return digest.hexdigest()
+
+
+def file_sha256(path):
+    """SHA-256 of one file's bytes, as hex."""
+    with open(path, "rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _git_commit():
+    """The commit this code stands at, or None outside a git checkout."""
+    try:
+        command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None

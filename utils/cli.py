@@ -1,0 +1,167 @@
+"""Command-line conventions of every script: one clear sentence on bad input, exit code 2, no traceback."""
+
+import argparse
+import difflib
+import errno
+import logging
+import os
+import sys
+import warnings
+
+
+class UserError(Exception):
+    """Bad input. The message is one sentence that says what is wrong and what to do."""
+
+
+class ArgumentParser(argparse.ArgumentParser):
+    """An `argparse.ArgumentParser` whose errors are one sentence and that names the closest flag on a typo."""
+
+    def __init__(self, doc):
+        super().__init__(
+            description=doc,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            allow_abbrev=False,
+        )
+
+    def error(self, message):
+        self.exit(2, f"{self.prog}: error: {message} (see --help)\n")
+
+    def parse_args(self, args=None, namespace=None):
+        parsed, unknown = self.parse_known_args(args, namespace)
+        if unknown:
+            flag = unknown[0].split("=")[0]
+            close = difflib.get_close_matches(flag, self._option_string_actions, n=1)
+            hint = f", did you mean {close[0]}?" if close else ""
+            self.error(f"unknown argument {flag}{hint}")
+        return parsed
+
+
+def positive_int(text):
+    """An int of at least 1, for argparse."""
+    return _number(int, text, lambda v: v >= 1, "a whole number of at least 1")
+
+
+def non_negative_int(text):
+    """An int of at least 0, for argparse."""
+    return _number(int, text, lambda v: v >= 0, "a whole number of at least 0")
+
+
+def positive_float(text):
+    """A finite float above 0, for argparse."""
+    return _number(float, text, lambda v: 0 < v < float("inf"), "a number above 0")
+
+
+def non_negative_float(text):
+    """A finite float of at least 0, for argparse."""
+    return _number(float, text, lambda v: 0 <= v < float("inf"), "a number of at least 0")
+
+
+def fraction(text):
+    """A float in (0, 1], for argparse."""
+    return _number(float, text, lambda v: 0 < v <= 1, "a number above 0 and at most 1")
+
+
+def dropout(text):
+    """A float in [0, 1), for argparse."""
+    return _number(float, text, lambda v: 0 <= v < 1, "a number of at least 0 and below 1")
+
+
+def _number(kind, text, accept, description):
+    try:
+        value = kind(text)
+    except ValueError:
+        value = None
+    if value is None or not accept(value):
+        raise argparse.ArgumentTypeError(f"{text!r} is not {description}")
+    return value
+
+
+def run(parse_args, main):
+    """Run a script's `main(parse_args())`; exit 2 with one sentence on a `UserError` or a full or unwritable disk."""
+    try:
+        args = parse_args()
+        _quiet_libraries()
+        main(args)
+    except UserError as error:
+        message = str(error)
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except Exception as error:
+        message = _disk_message(error)
+        if message is None:
+            raise
+    else:
+        return
+    print(f"{os.path.basename(sys.argv[0])}: error: {message}", file=sys.stderr)
+    sys.exit(2)
+
+
+def _quiet_libraries():
+    """Keep the libraries' own notices and progress bars out of what a script prints; errors still come through."""
+    warnings.simplefilter("ignore")
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+
+
+def _disk_message(error):
+    """The sentence for a failed write, or None where `error` is something else (safetensors has its own error type)."""
+    number = getattr(error, "errno", None)
+    text = str(error)
+    if number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) or "os error 28" in text or "os error 27" in text:
+        return (
+            f"the disk is full or a file-size limit was hit ({text}); free some space or choose another --output_path"
+        )
+    if number in (errno.EACCES, errno.EROFS, errno.EPERM, errno.ENOTDIR) or "os error 13" in text:
+        return f"cannot read or write there ({text}); check the permissions or choose another path"
+    return None
+
+
+# Argument groups. Defaults are the published ones where the paper or its code gives one.
+
+
+def add_model_arguments(parser):
+    """What every script needs to load models and rows, and to evaluate."""
+    group = parser.add_argument_group("model and data")
+    group.add_argument("--dataset", default="sst2", help="sst2, yelp, snippets, or a folder with the four splits")
+    group.add_argument("--max_length", type=positive_int, default=1024, help="most tokens a row may have; text is cut")
+    group.add_argument("--set_pad_id", action="store_true", help="pad with the end-of-sequence token")
+    group.add_argument("--device", choices=["auto", "cuda", "mps", "cpu"], default="auto", help="where to compute")
+    group.add_argument(
+        "--dtype", choices=["auto", "bfloat16", "float32", "float16"], default="auto", help="of the frozen weights"
+    )
+    group.add_argument("--trust_remote_code", action="store_true", help="run code that comes with the model")
+    group.add_argument("--eval_batch_size", type=positive_int, default=32, help="rows at a time in evaluation")
+    group.add_argument(
+        "--max_eval_samples", type=non_negative_int, help="evaluate at most so many rows a split (0: do not evaluate)"
+    )
+    group.add_argument("--max_train_samples", type=positive_int, help="train rows to use, forget share kept")
+    group.add_argument("--seed", type=non_negative_int, default=42, help="of sampling, labels and initialisation")
+    group.add_argument("--output_path", help="folder to write (default: the published name)")
+    group.add_argument("--overwrite", action="store_true", help="replace an existing output folder")
+
+
+def add_training_arguments(parser, num_epochs):
+    """What every training script needs. `num_epochs` is the published default of the script."""
+    group = parser.add_argument_group("training")
+    group.add_argument("--lr", type=positive_float, default=1e-4, help="peak learning rate")
+    group.add_argument("--train_batch_size", type=positive_int, default=32, help="rows per optimisation step")
+    group.add_argument(
+        "--micro_batch_size", type=positive_int, help="rows per forward pass, to save memory (default: the whole batch)"
+    )
+    group.add_argument("--num_epochs", type=positive_int, default=num_epochs, help="passes over the training rows")
+    group.add_argument("--max_steps", type=positive_int, help="stop after so many steps, schedule included")
+    group.add_argument("--weight_decay", type=non_negative_float, default=0.001, help="of AdamW")
+    group.add_argument("--max_grad_norm", type=positive_float, default=0.3, help="gradient norm is clipped to this")
+    group.add_argument(
+        "--length_pool", type=non_negative_int, default=0, metavar="K",
+        help="sort rows by length within K batches to save padding (0: published random batches)",
+    )  # fmt: skip
+    group.add_argument("--eval_steps", type=positive_int, help="accuracy on the four splits every so many steps")
+    group.add_argument(
+        "--curve_samples", type=positive_int, default=200, help="rows a split that --eval_steps evaluates"
+    )
+    group.add_argument("--save_steps", type=positive_int, default=100, help="save the resumable state this often")
+    group.add_argument("--resume", action="store_true", help="continue the interrupted run of this command")

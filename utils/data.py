@@ -1,0 +1,312 @@
+"""Splits, template, tokenising and batches (SPUL, arXiv 2406.12038, section 4.1; protocol in the README)."""
+
+import hashlib
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+
+from utils.cli import UserError
+
+SPLITS = ("train_retain", "train_forget", "test_retain", "test_forget")
+TRAIN_SPLITS = SPLITS[:2]
+HUB_DATASETS = {"sst2": "karuna-bhaila/Unlearning_SST2", "yelp": "karuna-bhaila/Unlearning_Yelp_Polarity"}
+SNIPPETS_FOLDER = Path(__file__).resolve().parents[1] / "data" / "snippets"
+READERS = {
+    ".csv": lambda path: pd.read_csv(
+        path, keep_default_na=False, na_values=[""], dtype={"text": str, "label_text": str}
+    ),
+    ".jsonl": lambda path: pd.read_json(path, lines=True, dtype=False),
+    ".parquet": pd.read_parquet,
+}
+UNLEARNING_LABELS = ("neutral", "unknown")  # y~ of L_f, section 3.2 of the paper
+SUBSET_SEED = 42  # the published protocol draws forget subsets with default_rng(42), whatever the training seed
+
+TEMPLATE_HEAD = "### Text: "
+TEMPLATE_TAIL = "\n\n### Question: What is the sentiment of the given text?\n\n### Sentiment:"
+
+
+# --- splits ---------------------------------------------------------------------------------------------------------
+
+
+def load_splits(dataset):
+    """The four splits of `dataset` as {split: DataFrame with columns text, label, label_text, ...}.
+
+    `dataset` is `sst2`, `yelp` (hub ids above), `snippets` (embedded) or a folder: four CSV, JSONL or Parquet files,
+    or what `datasets.DatasetDict.save_to_disk` wrote. Raises UserError on a missing split or column, an empty split,
+    a cell that is empty or not text, and labels that contradict each other.
+    """
+    if dataset in HUB_DATASETS:
+        frames = _from_hub(HUB_DATASETS[dataset])
+    elif dataset == "snippets":
+        frames = _from_files(SNIPPETS_FOLDER)
+    elif os.path.isdir(dataset):
+        folder = Path(dataset)
+        frames = _from_disk(folder) if (folder / "dataset_dict.json").exists() else _from_files(folder)
+    else:
+        known = ", ".join([*HUB_DATASETS, "snippets"])
+        raise UserError(f"dataset {dataset!r} is neither one of {known} nor an existing folder; check --dataset")
+    frames = {split: _checked(split, frames[split], dataset) for split in SPLITS}
+    _check_labels(frames)
+    return frames
+
+
+def dataset_name(dataset):
+    """The short name that output folders carry: `sst2` for `sst2`, the last part of a folder's path."""
+    return Path(dataset).resolve().name if os.path.isdir(dataset) else dataset
+
+
+def _from_hub(hub_id):
+    from datasets import load_dataset
+
+    try:
+        loaded = load_dataset(hub_id)
+    except Exception as error:  # the hub client raises a dozen types: offline, not found, gated, broken
+        raise UserError(f"cannot fetch dataset {hub_id} ({_first_line(error)}); pass a local folder to --dataset")
+    return _frames_of(loaded, hub_id)
+
+
+def _from_disk(folder):
+    from datasets import load_from_disk
+
+    try:
+        loaded = load_from_disk(str(folder))
+    except Exception as error:
+        raise UserError(f"{folder} is not a readable save_to_disk folder ({_first_line(error)}); write it again")
+    return _frames_of(loaded, folder)
+
+
+def _frames_of(dataset_dict, source):
+    missing = [split for split in SPLITS if split not in dataset_dict]
+    if missing:
+        raise UserError(f"{source} has no split {missing[0]!r}; the four splits are {', '.join(SPLITS)}")
+    return {split: dataset_dict[split].to_pandas() for split in SPLITS}
+
+
+def _from_files(folder):
+    frames = {}
+    for split in SPLITS:
+        paths = [folder / f"{split}{suffix}" for suffix in READERS if (folder / f"{split}{suffix}").is_file()]
+        if not paths:
+            raise UserError(f"{folder} has no {split}.csv, .jsonl or .parquet; the four splits are {', '.join(SPLITS)}")
+        if len(paths) > 1:
+            raise UserError(f"{folder} has {paths[0].name} and {paths[1].name}; keep one of them")
+        try:
+            frames[split] = READERS[paths[0].suffix](paths[0])
+        except pd.errors.EmptyDataError:
+            raise UserError(f"{paths[0]} is empty; it needs columns text, label, label_text and at least one row")
+        except (ValueError, OSError) as error:  # pandas and pyarrow parse errors are ValueErrors
+            raise UserError(f"{paths[0]} cannot be read ({_first_line(error)}); check the file")
+    return frames
+
+
+def _checked(split, frame, source):
+    for column in ("text", "label", "label_text"):
+        if column not in frame.columns:
+            raise UserError(f"{split} of {source} has no column {column!r}; it needs text, label, label_text")
+    if not len(frame):
+        raise UserError(f"{split} of {source} has no rows; every split needs at least one")
+    for column in ("text", "label_text"):
+        bad = [not isinstance(cell, str) or not cell.strip() for cell in frame[column]]
+        if any(bad):
+            raise UserError(
+                f"{split} of {source}, row {bad.index(True) + 1}: {column} is empty or not text; fix the row"
+            )
+    labels = pd.to_numeric(frame["label"], errors="coerce")
+    bad = ~(labels % 1 == 0)
+    if bad.any():
+        raise UserError(f"{split} of {source}, row {int(np.argmax(bad)) + 1}: label is not a whole number; fix the row")
+    return frame.assign(label=labels.astype(int), label_text=frame["label_text"].str.strip()).reset_index(drop=True)
+
+
+def _check_labels(frames):
+    """Every label has one word, every word one label, and the test splits use no label that train lacks."""
+    words = {}
+    for split in SPLITS:
+        for label, word in sorted(set(zip(frames[split]["label"], frames[split]["label_text"]))):
+            if split not in TRAIN_SPLITS and (label, word) not in words.items():
+                raise UserError(f"{split} has the unknown label {label} ({word!r}); the train splits have {words}")
+            if words.setdefault(label, word) != word or list(words.values()).count(word) > 1:
+                raise UserError(f"{split}: label {label} and the word {word!r} do not pair one to one in {words}")
+    clash = set(words.values()) & set(UNLEARNING_LABELS)
+    if clash:
+        raise UserError(f"the label word {clash.pop()!r} is one that unlearning answers with; rename it in the data")
+
+
+def label_words(frames):
+    """The answers that count as in-label, ordered by label number."""
+    pairs = pd.concat([frames[split][["label", "label_text"]] for split in TRAIN_SPLITS]).drop_duplicates()
+    return list(pairs.sort_values("label")["label_text"])
+
+
+def select_rows(frames, forget_size=1.0, max_train_samples=None):
+    """The training protocol's row selection; returns new frames, order kept.
+
+    `forget_size` < 1 keeps int(size * n) rows of train_forget drawn with NumPy default_rng(42) (the published
+    protocol). `max_train_samples` then keeps so many train rows in all with the same share of forget rows. Neither
+    depends on the training seed, so qlora.py and spul.py see the same rows. Raises UserError when nothing is left.
+    """
+    frames = dict(frames)
+    if forget_size < 1:
+        kept = int(forget_size * len(frames["train_forget"]))
+        if not kept:
+            raise UserError(f"--forget_size={forget_size} leaves no forget row; choose a larger share")
+        frames["train_forget"] = sample_rows(frames["train_forget"], kept)
+    sizes = {split: len(frames[split]) for split in TRAIN_SPLITS}
+    if max_train_samples and max_train_samples < sum(sizes.values()):
+        forget = max(1, round(max_train_samples * sizes["train_forget"] / sum(sizes.values())))
+        if max_train_samples - forget < 1:
+            raise UserError(f"--max_train_samples={max_train_samples} leaves no retain row; use at least 2")
+        frames["train_forget"] = sample_rows(frames["train_forget"], forget)
+        frames["train_retain"] = sample_rows(frames["train_retain"], max_train_samples - forget)
+    return frames
+
+
+def sample_rows(frame, n):
+    """`n` rows of `frame` drawn with default_rng(42) without replacement, in file order; all of them if n is larger."""
+    if n is None or n >= len(frame):
+        return frame
+    rows = np.random.default_rng(SUBSET_SEED).choice(len(frame), n, replace=False)
+    return frame.iloc[np.sort(rows)].reset_index(drop=True)
+
+
+def fingerprint(frames):
+    """SHA-256 over text and label of the given splits' rows, in order: the same for the same data in any format."""
+    digest = hashlib.sha256()
+    for split, frame in sorted(frames.items()):
+        rows = list(zip(frame["text"], frame["label"].tolist(), frame["label_text"]))
+        digest.update(json.dumps([split, rows]).encode())
+    return digest.hexdigest()
+
+
+def draw_unlearning_labels(n, seed):
+    """y~ of L_f: n words drawn once, uniformly from {neutral, unknown}, by `seed`."""
+    return [UNLEARNING_LABELS[i] for i in np.random.default_rng(seed).integers(len(UNLEARNING_LABELS), size=n)]
+
+
+# --- tokenising -----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Example:
+    """One row as token ids: `prompt` (template with the text) and `completion` (the label word's tokens)."""
+
+    prompt: tuple
+    completion: tuple
+    forget: bool = False
+
+    def __len__(self):
+        return len(self.prompt) + len(self.completion) - 1  # the last completion token is predicted, never read
+
+
+def tokenize(tokenizer, texts, words, max_length, forget=False):
+    """One Example a row. Text is cut so that prompt + completion fit `max_length`; template and completion never are.
+
+    Raises UserError when template and completion alone do not fit.
+    """
+    completions = {word: completion_ids(tokenizer, word) for word in set(words)}
+    longest = max(map(len, completions.values()))
+    encoded = tokenizer([TEMPLATE_HEAD + text + TEMPLATE_TAIL for text in texts], return_offsets_mapping=True)
+    examples = []
+    for text, word, ids, offsets in zip(texts, words, encoded["input_ids"], encoded["offset_mapping"]):
+        while (
+            offsets[-1][1] == 0
+        ):  # a special token that the tokenizer appends (end of text) must not precede the answer
+            ids, offsets = ids[:-1], offsets[:-1]
+        excess = len(ids) + longest - max_length
+        if excess > 0:
+            end = len(TEMPLATE_HEAD) + len(text)
+            inside = [i for i, (start, stop) in enumerate(offsets) if len(TEMPLATE_HEAD) <= start < stop <= end]
+            if excess >= len(inside):
+                needed = len(ids) - len(inside) + longest + 1
+                raise UserError(f"--max_length={max_length} cannot hold template and label; use at least {needed}")
+            ids = ids[: inside[-1] + 1 - excess] + ids[inside[-1] + 1 :]
+        examples.append(Example(tuple(ids), completions[word], forget))
+    return examples
+
+
+def completion_ids(tokenizer, word):
+    """Token ids of ` word` as it continues the template's last word (sentencepiece and byte-level BPE differ alone)."""
+    anchor = TEMPLATE_TAIL.split()[-1]
+    before = tokenizer(anchor, add_special_tokens=False)["input_ids"]
+    after = tokenizer(f"{anchor} {word}", add_special_tokens=False)["input_ids"]
+    if after[: len(before)] != before or len(after) == len(before):
+        after, before = tokenizer(f" {word}", add_special_tokens=False)["input_ids"], []
+    return tuple(after[len(before) :])
+
+
+# --- batches --------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Batch:
+    """B rows, right-padded to T tokens, with the N completion tokens of all rows listed flat.
+
+    input_ids, attention_mask: (B, T). Completion token n stands in row `rows[n]`, is predicted at position
+    `positions[n]` and is `targets[n]`; all (N,). `forget`: (B,) bool.
+    """
+
+    input_ids: torch.Tensor
+    attention_mask: torch.Tensor
+    rows: torch.Tensor
+    positions: torch.Tensor
+    targets: torch.Tensor
+    forget: torch.Tensor
+
+
+def collate(examples, pad_id, device):
+    """A Batch of `examples` on `device`. Masks come from lengths, so the pad token may be any token."""
+    length = max(map(len, examples))
+    input_ids = torch.full((len(examples), length), pad_id)
+    attention_mask = torch.zeros_like(input_ids)
+    rows, positions, targets = [], [], []
+    for row, example in enumerate(examples):
+        ids = example.prompt + example.completion[:-1]
+        input_ids[row, : len(ids)] = torch.tensor(ids)
+        attention_mask[row, : len(ids)] = 1
+        rows += [row] * len(example.completion)
+        positions += range(len(example.prompt) - 1, len(ids))
+        targets += example.completion
+    forget = torch.tensor([example.forget for example in examples])
+    flat = (torch.tensor(values) for values in (rows, positions, targets))
+    return Batch(*(t.to(device) for t in (input_ids, attention_mask, *flat, forget)))
+
+
+def epoch_batches(examples, batch_size, seed, epoch, forget_per_batch=0, length_pool=0):
+    """The row numbers of every batch of one epoch: a pure function of its arguments, so a resumed run sees the same.
+
+    forget_per_batch = 0: all rows shuffled together, each once (the published sampling). n > 0: every batch has n
+    forget rows (drawn in shuffled passes) and the epoch ends when each retain row was seen once. length_pool = k > 0:
+    rows are sorted by length within pools of k batches, which saves padding; each row still counts once.
+    """
+    rng = np.random.default_rng([seed, epoch])
+    if forget_per_batch:
+        retain = rng.permutation([i for i, e in enumerate(examples) if not e.forget])
+        forget = [i for i, e in enumerate(examples) if e.forget]
+        n_batches = -(-len(retain) // (batch_size - forget_per_batch))
+        passes = -(-n_batches * forget_per_batch // len(forget))
+        forget = np.concatenate([rng.permutation(forget) for _ in range(passes)])[: n_batches * forget_per_batch]
+        parts = [(retain, batch_size - forget_per_batch), (forget, forget_per_batch)]
+    else:
+        parts = [(rng.permutation(len(examples)), batch_size)]
+    chunked = [_chunks(_sorted_in_pools(rows, size * length_pool, examples), size) for rows, size in parts]
+    batches = [[int(i) for part in batch for i in part] for batch in zip(*chunked)]
+    return [batches[i] for i in rng.permutation(len(batches))] if length_pool else batches
+
+
+def _sorted_in_pools(rows, pool, examples):
+    if not pool:
+        return rows
+    return [i for part in _chunks(rows, pool) for i in sorted(part, key=lambda i: len(examples[i]))]
+
+
+def _chunks(rows, size):
+    return [rows[i : i + size] for i in range(0, len(rows), size)]
+
+
+def _first_line(error):
+    return str(error).strip().split("\n")[0] or type(error).__name__

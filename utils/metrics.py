@@ -1,0 +1,209 @@
+"""Scores over the whole vocabulary, as in the paper (section 4.1), and the records every script writes."""
+
+import resource
+import sys
+
+import numpy as np
+import pandas as pd
+import torch
+from sklearn.metrics import accuracy_score, precision_recall_fscore_support
+from tqdm import tqdm
+
+from utils.data import SPLITS, UNLEARNING_LABELS, Example, collate, completion_ids, sample_rows, tokenize
+from utils.forward import completion_logits, prompt_prefix
+
+SHARES = ("accuracy", "f1", "precision", "recall", "out_of_label", "label_accuracy")
+
+
+@torch.inference_mode()
+def score_rows(loaded, frame, words, max_length, batch_size, progress=None):
+    """One row of results per row of `frame` (text, label_text): prediction, correct, label_prediction, loss.
+
+    prediction: what the arg max over the vocabulary spells at the positions of the label's tokens; label_prediction:
+    the most probable of `words`; loss: - log f(label | text), nats. The order is that of `frame`.
+    """
+    prefix = None if loaded.prompt is None else prompt_prefix(loaded.model, loaded.prompt)
+    completions = [completion_ids(loaded.tokenizer, word) for word in words]
+    examples = tokenize(loaded.tokenizer, frame["text"], frame["label_text"], max_length)
+    results = [None] * len(examples)
+    for batch_rows in _by_length(examples, batch_size):
+        chosen = [examples[i] for i in batch_rows]
+        logits = _by_row(loaded, chosen, prefix)
+        scores = _label_scores(loaded, chosen, completions, logits, prefix)
+        for i, example, own, row_scores in zip(batch_rows, chosen, logits, scores):
+            targets = torch.tensor(example.completion, device=own.device)
+            guess = own.argmax(-1)
+            right = torch.equal(guess, targets)
+            spelled = loaded.tokenizer.decode(guess.tolist()).strip()
+            results[i] = {
+                "prediction": frame["label_text"].iloc[i] if right else spelled,
+                "correct": right,
+                "label_prediction": words[int(row_scores.argmax())],
+                "loss": torch.nn.functional.cross_entropy(own, targets, reduction="sum").item(),
+            }
+        if progress is not None:
+            progress.update(len(batch_rows))
+    return pd.DataFrame(results)
+
+
+def _by_length(examples, batch_size):
+    """Row numbers in batches of similar length: least padding, and results are put back by row number."""
+    order = sorted(range(len(examples)), key=lambda i: len(examples[i]))
+    return [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
+
+
+def _by_row(loaded, examples, prefix):
+    """Logits at each example's completion tokens: a list of (m, |V|) tensors."""
+    batch = collate(examples, loaded.pad_id, loaded.model.device)
+    return completion_logits(loaded.model, batch, prefix).split([len(e.completion) for e in examples])
+
+
+def _label_scores(loaded, examples, completions, logits, prefix):
+    """log f(word | text) for every word: a list of (n_words,) tensors. Words of one token need no further pass."""
+    if all(len(ids) == 1 for ids in completions):
+        first = torch.tensor([ids[0] for ids in completions], device=logits[0].device)
+        return [row[0].log_softmax(-1)[first] for row in logits]
+    columns = []
+    for ids in completions:
+        rows = _by_row(loaded, [Example(e.prompt, ids) for e in examples], prefix)
+        targets = torch.tensor(ids, device=rows[0].device)
+        columns.append(torch.stack([-torch.nn.functional.cross_entropy(r, targets, reduction="sum") for r in rows]))
+    return list(torch.stack(columns, dim=1))
+
+
+@torch.inference_mode()
+def answer(loaded, texts, words, max_length, batch_size):
+    """The model's greedy answer to each text and its probability: a list of (str, float).
+
+    An answer runs for as many tokens as the longest known word has and ends early where it spells a known one.
+    """
+    prefix = None if loaded.prompt is None else prompt_prefix(loaded.model, loaded.prompt)
+    known = [*words, *UNLEARNING_LABELS]
+    longest = max(len(completion_ids(loaded.tokenizer, word)) for word in known)
+    examples = tokenize(loaded.tokenizer, texts, [known[0]] * len(texts), max_length)
+    answers = [None] * len(texts)
+    for batch_rows in _by_length(examples, batch_size):
+        chosen, log_p, spelled = [examples[i] for i in batch_rows], 0.0, [()] * len(batch_rows)
+        done = {}
+        for _ in range(longest):
+            logits = torch.cat(_by_row(loaded, [Example(e.prompt + s, (0,)) for e, s in zip(chosen, spelled)], prefix))
+            best, tokens = logits.log_softmax(-1).max(-1)
+            log_p = log_p + best
+            spelled = [s + (int(t),) for s, t in zip(spelled, tokens)]
+            for i, s, p in zip(batch_rows, spelled, log_p):
+                text = loaded.tokenizer.decode(s).strip()
+                if text in known:
+                    done.setdefault(i, (text, p.exp().item()))
+                answers[i] = done.get(i, (text, p.exp().item()))
+    return answers
+
+
+def scores(frame, words):
+    """Scores of scored rows (label_text, prediction, ...): shares in [0, 1], loss in nats; sklearn's weighted F1."""
+    truth, prediction = frame["label_text"], frame["prediction"]
+    precision, recall, f1, _ = precision_recall_fscore_support(truth, prediction, average="weighted", zero_division=0)
+    values = {
+        "accuracy": accuracy_score(truth, prediction),
+        "f1": f1,
+        "precision": precision,
+        "recall": recall,
+        "out_of_label": 1 - prediction.isin(words).mean(),
+        "label_accuracy": accuracy_score(truth, frame["label_prediction"]),
+        "loss": frame["loss"].mean(),
+    }
+    return {"n": len(frame), **{key: float(value) for key, value in values.items()}}
+
+
+def evaluate(loaded, frames, words, args, description):
+    """Score the four splits (at most args.max_eval_samples rows each); returns (splits, rows).
+
+    splits: {split: scores}, plus `<retain split>:length_matched` (retain rows drawn to have the forget rows' lengths in
+    words) and `<split>:names_other` where the data has that column: a prompt that reacts to length, or to any name,
+    has not learnt whom to forget. rows: the scored rows with a `split` column, in file order.
+    """
+    frames = {split: sample_rows(frames[split], args.max_eval_samples) for split in SPLITS}
+    scored = {}
+    total = sum(map(len, frames.values()))
+    with tqdm(total=total, desc=description, unit="row", dynamic_ncols=True, mininterval=1) as progress:
+        for split, frame in frames.items():
+            results = score_rows(loaded, frame, words, args.max_length, args.eval_batch_size, progress)
+            scored[split] = pd.concat([frame, results], axis=1).assign(split=split)
+    splits = {split: scores(rows, words) for split, rows in scored.items()}
+    for part, rows in _slices(scored).items():
+        splits[part] = scores(rows, words)
+    return splits, pd.concat(scored.values(), ignore_index=True)
+
+
+def accuracies(loaded, frames, words, args):
+    """{split: accuracy} on args.curve_samples rows a split, for the curve over steps; dropout off meanwhile."""
+    was_training = loaded.model.training
+    loaded.model.eval()
+    result = {}
+    for split in SPLITS:
+        frame = sample_rows(frames[split], args.curve_samples)
+        rows = score_rows(loaded, frame, words, args.max_length, args.eval_batch_size)
+        result[split] = float((rows["prediction"] == frame["label_text"]).mean())
+    loaded.model.train(was_training)
+    return result
+
+
+def _slices(scored):
+    parts = {}
+    for phase in ("train", "test"):
+        retain, forget = scored[f"{phase}_retain"], scored[f"{phase}_forget"]
+        parts[f"{phase}_retain:length_matched"] = retain.iloc[match_lengths(retain["text"], forget["text"])]
+        for rows in (retain, forget):
+            if "names_other" in rows and rows["names_other"].astype(bool).any():
+                parts[f"{rows['split'].iloc[0]}:names_other"] = rows[rows["names_other"].astype(bool)]
+    return parts
+
+
+def match_lengths(candidates, targets):
+    """Positions in `candidates` whose numbers of words are closest to those of `targets`: each used at most once,
+    longest targets first, fewer than `targets` only where candidates run out."""
+    free = sorted(range(len(candidates)), key=lambda i: len(candidates.iloc[i].split()))
+    lengths = [len(candidates.iloc[i].split()) for i in free]
+    chosen = []
+    for length in sorted((len(text.split()) for text in targets), reverse=True)[: len(free)]:
+        at = int(np.searchsorted(lengths, length))
+        if at == len(lengths) or (at and length - lengths[at - 1] <= lengths[at] - length):
+            at -= 1
+        lengths.pop(at)
+        chosen.append(free.pop(at))
+    return sorted(chosen)
+
+
+def record(method, checkpoint, model, args, splits, seconds):
+    """One record of metrics.json, the schema that every script and table shares. seconds: the evaluation's."""
+    return {
+        "method": method,
+        "checkpoint": str(checkpoint),
+        "model": str(model),
+        "dataset": args.dataset,
+        "seed": args.seed,
+        "splits": splits,
+        "seconds": round(seconds, 2),
+        "peak_memory_bytes": peak_memory(),
+    }
+
+
+def peak_memory():
+    """The most memory this process has held so far, in bytes: on the GPU where there is one, else resident."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def table(records):
+    """The records as text: accuracy / weighted F1 in percent for the four splits, then the out-of-label share."""
+    header = ["method", *(f"{split} (acc/F1)" for split in SPLITS), "forget answers out of label (train/test)"]
+    lines = [header]
+    for entry in records:
+        splits = entry["splits"]
+        cells = [f"{100 * splits[s]['accuracy']:.1f} / {100 * splits[s]['f1']:.1f}" for s in SPLITS]
+        out = " / ".join(f"{100 * splits[s]['out_of_label']:.1f}" for s in ("train_forget", "test_forget"))
+        lines.append([entry["method"], *cells, out])
+    widths = [max(map(len, column)) for column in zip(*lines)]
+    lines.insert(1, ["-" * width for width in widths])
+    return "\n".join("| " + " | ".join(c.ljust(w) for c, w in zip(line, widths)) + " |" for line in lines)

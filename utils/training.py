@@ -1,0 +1,245 @@
+"""The optimisation loop that the training scripts share: one step, one log line, one resumable state file."""
+
+import json
+import math
+import os
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+from tqdm import tqdm
+from transformers import get_cosine_schedule_with_warmup
+
+from utils.checkpoints import check_output
+from utils.cli import UserError
+from utils.data import epoch_batches
+
+UNSAVED_ARGUMENTS = ("resume", "overwrite", "output_path", "logits_path", "save_steps", "eval_batch_size")
+
+
+@dataclass
+class Training:
+    """What to train and how.
+
+    parameters: {name: float32 Parameter}. examples: list of utils.data.Example. loss: function(rows, n_forget,
+    n_retain) -> (scalar with gradient, {part: scalar}), where `rows` is a micro-batch of row numbers and the counts are
+    those of the whole step, so that micro-batches add up to the step exactly. state_path: the file that holds
+    everything needed to continue. evaluate: function() -> {split: accuracy}, called every args.eval_steps.
+    """
+
+    parameters: dict
+    examples: list
+    loss: object
+    args: object
+    state_path: Path
+    fingerprint: str
+    warmup: float
+    evaluate: object = None
+
+    @property
+    def settings(self):
+        """What must be the same for a resumed run: the arguments and the data."""
+        args = {key: value for key, value in vars(self.args).items() if key not in UNSAVED_ARGUMENTS}
+        return json.loads(json.dumps({**args, "data": self.fingerprint}, default=str))
+
+    def total_steps(self):
+        steps = self.args.num_epochs * len(self._batches(0))
+        return min(steps, self.args.max_steps) if self.args.max_steps else steps
+
+    def _steps_from(self, done):
+        """(step, row numbers of its batch) for every step after `done`."""
+        per_epoch, total = len(self._batches(0)), self.total_steps()
+        for epoch in range(done // per_epoch, self.args.num_epochs):
+            for i, rows in enumerate(self._batches(epoch)):
+                if done <= epoch * per_epoch + i < total:
+                    yield epoch * per_epoch + i + 1, rows
+
+    def _batches(self, epoch):
+        args = self.args
+        return epoch_batches(
+            self.examples,
+            args.train_batch_size,
+            args.seed,
+            epoch,
+            getattr(args, "forget_per_batch", 0),
+            args.length_pool,
+        )
+
+    def run(self):
+        """Train to the end; returns the log, a list of {"step", "lr", "loss", parts...} and {"step", "accuracy"}.
+
+        AdamW, cosine schedule with linear warm-up, gradient norm clipped (published: 0.3). Raises UserError on a
+        non-finite loss, and on a state file that belongs to other settings.
+        """
+        args, values = self.args, list(self.parameters.values())
+        optimizer = torch.optim.AdamW(values, lr=args.lr, weight_decay=args.weight_decay)
+        total = self.total_steps()
+        schedule = get_cosine_schedule_with_warmup(optimizer, math.ceil(self.warmup * total), total)
+        log = self._load(optimizer, schedule) if args.resume else []
+        done = max((line["step"] for line in log), default=0)
+        bar = tqdm(total=total, initial=done, desc="training", unit="step", dynamic_ncols=True, mininterval=1)
+        for step, rows in self._steps_from(done):
+            line = {"step": step, "lr": schedule.get_last_lr()[0], **self._step(rows)}
+            self._refuse_non_finite(line)
+            line["gradient_norm"] = float(torch.nn.utils.clip_grad_norm_(values, args.max_grad_norm))
+            self._refuse_non_finite(line)
+            optimizer.step()
+            schedule.step()
+            optimizer.zero_grad()
+            log.append(line)
+            bar.set_postfix(
+                {key: f"{value:.3f}" for key, value in line.items() if key[:2] in ("L_", "lo")}, refresh=False
+            )
+            bar.update()
+            if self.evaluate and args.eval_steps and step % args.eval_steps == 0:
+                log.append({"step": step, "accuracy": self.evaluate()})
+            if args.save_steps and step % args.save_steps == 0 and step < total:
+                self._save(optimizer, schedule, log)
+        bar.close()
+        return log
+
+    def _step(self, rows):
+        """Accumulate the gradient of one step over its micro-batches; returns the summed loss and parts as floats."""
+        n_forget = sum(self.examples[i].forget for i in rows)
+        size = self.args.micro_batch_size or len(rows)
+        sums = {}
+        for start in range(0, len(rows), size):
+            loss, parts = self.loss(rows[start : start + size], n_forget, len(rows) - n_forget)
+            loss.backward()
+            for key, value in {"loss": loss, **parts}.items():
+                sums[key] = sums.get(key, 0.0) + float(value.detach())
+        return sums
+
+    def _refuse_non_finite(self, line):
+        bad = [key for key, value in line.items() if not math.isfinite(value)]
+        if bad:
+            saved = f"; the last saved state is {self.state_path}" if self.state_path.exists() else ""
+            raise UserError(
+                f"{bad[-1]} became {line[bad[-1]]} at step {line['step']}; "
+                f"lower --lr (now {self.args.lr}) or use --dtype=float32{saved}"
+            )
+
+    # The state is one safetensors file replaced in one step, so that a kill leaves the old one or the new one.
+
+    def _save(self, optimizer, schedule, log):
+        tensors = {f"parameter.{name}": value.detach() for name, value in self.parameters.items()}
+        for i, state in optimizer.state_dict()["state"].items():
+            tensors |= {f"optimizer.{i}.{key}": value for key, value in state.items()}
+        tensors["rng.cpu"] = torch.get_rng_state()
+        if torch.cuda.is_available():
+            tensors["rng.cuda"] = torch.cuda.get_rng_state()
+        text = {"settings": self.settings, "schedule": schedule.state_dict(), "log": log}
+        temporary = self.state_path.with_suffix(".tmp")
+        temporary.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            contiguous = {key: value.contiguous() for key, value in tensors.items()}
+            save_file(contiguous, temporary, {key: json.dumps(value) for key, value in text.items()})
+            os.replace(temporary, self.state_path)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
+
+    def _load(self, optimizer, schedule):
+        text = read_state(self.state_path)
+        different = [key for key, value in self.settings.items() if text["settings"].get(key) != value]
+        if different:
+            key = different[0]
+            raise UserError(
+                f"{self.state_path} was saved with {key}={text['settings'].get(key)!r}, this command has "
+                f"{self.settings[key]!r}; resume with the same settings, or start over with --overwrite"
+            )
+        tensors = load_file(self.state_path)
+        states = {}
+        for key, value in tensors.items():
+            kind, _, rest = key.partition(".")
+            if kind == "parameter":
+                self.parameters[rest].data.copy_(value)
+            elif kind == "optimizer":
+                i, name = rest.split(".")
+                states.setdefault(int(i), {})[name] = value
+        optimizer.load_state_dict({"state": states, "param_groups": optimizer.state_dict()["param_groups"]})
+        schedule.load_state_dict(text["schedule"])
+        for group, lr in zip(optimizer.param_groups, schedule.get_last_lr()):
+            group["lr"] = lr
+        torch.set_rng_state(tensors["rng.cpu"])
+        if "rng.cuda" in tensors and torch.cuda.is_available():
+            torch.cuda.set_rng_state(tensors["rng.cuda"])
+        print(f"continuing {self.state_path} after step {text['log'][-1]['step']}")
+        return text["log"]
+
+
+def output_path(args, stem):
+    """Where this unlearning run writes: --output_path, else the published unlearn_checkpoints/<stem>_<time>; the newest
+    interrupted run of that stem when resuming. Raises UserError as `check_start` does."""
+    output = args.output_path
+    if not output and args.resume:
+        states = Path("unlearn_checkpoints").glob(f"{stem}_*{state_path('').name}")
+        newest = max(states, key=lambda path: path.stat().st_mtime, default=state_path(f"unlearn_checkpoints/{stem}"))
+        output = str(newest).removesuffix(state_path("").name)
+    output = output or f"unlearn_checkpoints/{stem}_{time.strftime('%Y-%m-%d_%H-%M-%S')}"
+    check_start(output, args)
+    return output
+
+
+def check_start(output_path, args):
+    """Raise UserError if the run cannot write `output_path`, or would silently start over an interrupted one."""
+    check_output(output_path, args.overwrite)
+    state = state_path(output_path)
+    if args.resume:
+        read_state(state)
+    elif state.exists() and not args.overwrite:
+        raise UserError(f"an interrupted run left {state}; continue it with --resume or start over with --overwrite")
+
+
+def state_path(output_path):
+    """Where the resumable state of the run that will write `output_path` lies: a file beside it."""
+    return Path(f"{output_path}.training.safetensors")
+
+
+def read_state(path):
+    """The JSON part of a training state: settings, schedule, log. Raises UserError if it is missing or damaged."""
+    if not Path(path).exists():
+        raise UserError(f"there is no interrupted run to continue at {path}; leave out --resume to start one")
+    try:
+        with safe_open(path, "pt") as file:
+            return {key: json.loads(value) for key, value in file.metadata().items()}
+    except (SafetensorError, ValueError, AttributeError):
+        raise UserError(f"{path} is not a training state or is damaged; start over with --overwrite")
+
+
+def write_curves(folder, log):
+    """training.jsonl and training.png in `folder`: every logged loss, and the accuracies, against the step."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    (Path(folder) / "training.jsonl").write_text("".join(json.dumps(line) + "\n" for line in log))
+    losses = [line for line in log if "loss" in line]
+    accuracies = [line for line in log if "accuracy" in line]
+    figure, axes = pyplot.subplots(1, 1 + bool(accuracies), figsize=(5 + 5 * bool(accuracies), 3.6), squeeze=False)
+    steps = [line["step"] for line in losses]
+    names = [key for key in losses[0] if key.startswith("L_")] or ["loss"]
+    for style, name in zip(("-", "--", ":"), names):
+        axes[0][0].plot(
+            steps,
+            [line[name] for line in losses],
+            style,
+            label=name.replace("L_", "$L_{") + "}$" if name != "loss" else "loss",
+            linewidth=1.2,
+        )
+    axes[0][0].set(xlabel="step", ylabel="nats per row", ylim=(0, None))
+    axes[0][0].legend(frameon=False)
+    if accuracies:
+        steps = [line["step"] for line in accuracies]
+        for style, split in zip(("-", "--", "-.", ":"), accuracies[0]["accuracy"]):
+            shares = [100 * line["accuracy"][split] for line in accuracies]
+            axes[0][1].plot(steps, shares, style, label=split, marker="o", markersize=3)
+        axes[0][1].set(xlabel="step", ylabel="accuracy, %", ylim=(0, 101))
+        axes[0][1].legend(frameon=False)
+    figure.tight_layout()
+    figure.savefig(Path(folder) / "training.png", dpi=150)
+    pyplot.close(figure)
