@@ -11,8 +11,8 @@ import pandas as pd
 import torch
 
 from utils.cli import UserError
+from utils.splits import SPLITS, UNLEARNING_LABELS
 
-SPLITS = ("train_retain", "train_forget", "test_retain", "test_forget")
 TRAIN_SPLITS = SPLITS[:2]
 HUB_DATASETS = {"sst2": "karuna-bhaila/Unlearning_SST2", "yelp": "karuna-bhaila/Unlearning_Yelp_Polarity"}
 SNIPPETS_FOLDER = Path(__file__).resolve().parents[1] / "data" / "snippets"
@@ -23,7 +23,6 @@ READERS = {
     ".jsonl": lambda path: pd.read_json(path, lines=True, dtype=False),
     ".parquet": pd.read_parquet,
 }
-UNLEARNING_LABELS = ("neutral", "unknown")  # y~ of L_f, section 3.2 of the paper
 SUBSET_SEED = 42  # the published protocol draws forget subsets with default_rng(42), whatever the training seed
 
 TEMPLATE_HEAD = "### Text: "

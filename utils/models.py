@@ -1,5 +1,6 @@
 """Loading models: hub ids, folders and GGUF files; base -> merged LoRA -> prompt, each verified by hash."""
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -61,7 +62,7 @@ def _local_path(name, trust_remote_code):
         return path
     if path.is_file():
         raise UserError(f"{name} is a file but no .gguf model; pass a folder, a .gguf file or a hub id")
-    if path.is_absolute() or str(name).startswith(".") or len(path.parts) > 2:
+    if not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", str(name)):
         raise UserError(f"{name} does not exist; pass an existing folder, a .gguf file or a hub id")
     return _from_hub(str(name), trust_remote_code)
 

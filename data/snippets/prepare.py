@@ -1,4 +1,4 @@
-"""Build the embedded dataset: 10,000 sentences of film reviews, of which those naming listed people are to be forgotten.
+"""Build the embedded dataset: 10,000 sentences of film reviews; those that name listed people are to be forgotten.
 
 python data/snippets/prepare.py
 
@@ -11,6 +11,7 @@ import re
 import sys
 import tarfile
 import tempfile
+import zlib
 from pathlib import Path
 
 import pandas as pd
@@ -39,6 +40,8 @@ def parse_args():
 
 
 def main(args):
+    if args.output_path.exists() and not args.output_path.is_dir():
+        raise UserError(f"{args.output_path} is a file; choose a folder as --output_path")
     if args.sdist:
         source = read_source(args.sdist)
     else:
@@ -56,7 +59,7 @@ def read_source(sdist):
     """The rated sentences' file inside `sdist`, as bytes. Raises UserError where it is missing or not the known one."""
     try:
         source = _member(_member(Path(sdist).read_bytes(), INNER_ARCHIVE), SOURCE_FILE)
-    except (OSError, tarfile.TarError, EOFError, LookupError) as error:
+    except (OSError, tarfile.TarError, zlib.error, EOFError, LookupError) as error:
         raise UserError(f"{sdist} is not a readable vaderSentiment 3.3.2 sdist ({error}); download it again") from None
     if hashlib.sha256(source).hexdigest() != SOURCE_SHA256:
         raise UserError(f"{SOURCE_FILE} in {sdist} differs from the known file; use the sdist of {REQUIREMENT}")
@@ -88,13 +91,13 @@ def parse(source):
 
 
 def given_name_pattern(path):
-    """Matches a name of the list (one a line) followed by a capitalised word, initials and particles between allowed."""
+    """Matches a name of the list and a capitalised word behind it; initials and particles may stand between."""
     given = "|".join(re.escape(person) for person, _ in read_names(path))
     return re.compile(rf"(?<!\w)(?:{given})(?: [A-Z]\.)*(?: (?:[Dd]el?|[Vv][ao]n|[Ll]a))? [A-ZÀ-Þ]\w")
 
 
 def names_other(text, forget, others, given):
-    """Whether `text` names a person who is not on the forget list: a listed other, or a given name + capitalised word."""
+    """Whether `text` names a person off the forget list: a listed other, or a given name and a capitalised word."""
     for _, pattern in forget:
         for start, end in spans(text, pattern):
             text = text[:start] + "_" * (end - start) + text[end:]

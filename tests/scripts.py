@@ -1,0 +1,79 @@
+"""Runs the scripts by their command line: in this process, which is quick, or in one of their own, as a user does."""
+
+import contextlib
+import hashlib
+import importlib
+import io
+import re
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from unittest import mock
+
+from utils import cli
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@dataclass(frozen=True)
+class Result:
+    code: int
+    stdout: str
+    stderr: str
+
+
+def call(cwd, script, *arguments):
+    """What `python <script>.py <arguments>` does in folder `cwd`, without the start of a process."""
+    module = importlib.import_module(script)
+    code, out, err = 0, io.StringIO(), io.StringIO()
+    command = [f"{script}.py", *map(str, arguments)]
+    streams = contextlib.redirect_stdout(out), contextlib.redirect_stderr(err)
+    with mock.patch.object(sys, "argv", command), contextlib.chdir(cwd), streams[0], streams[1]:
+        try:
+            cli.run(module.parse_args, module.main)
+        except SystemExit as error:
+            code = error.code
+    return Result(code, out.getvalue(), err.getvalue())
+
+
+def start(cwd, script, *arguments, **options):
+    """`python <script>.py <arguments>` in folder `cwd`, in a process of its own."""
+    result = subprocess.run(command(script, *arguments), cwd=cwd, capture_output=True, text=True, check=False, **options)
+    return Result(result.returncode, result.stdout, result.stderr)
+
+
+def command(script, *arguments):
+    return [sys.executable, str(ROOT / f"{script}.py"), *map(str, arguments)]
+
+
+def done(result):
+    """`result`, which must be a success."""
+    assert result.code == 0, result.stderr
+    return result
+
+
+def refused(cwd, sentence, script, *arguments, run=call):
+    """The command says `sentence` in one line on stderr, exits 2 and leaves every file under `cwd` as it was."""
+    before = tree(cwd)
+    result = run(cwd, script, *arguments)
+    assert result.code == 2, result
+    said = [line for line in re.split(r"[\r\n]+", result.stderr) if line and not is_progress_bar(line)]
+    assert len(said) == 1, result.stderr
+    assert said[0].startswith(f"{script}.py: error: ")
+    assert sentence in said[0]
+    assert tree(cwd) == before
+    return result
+
+
+def is_progress_bar(line):
+    return re.match(r"[\w -]+: +\d+%\|", line) is not None
+
+
+def tree(folder):
+    """{relative path: SHA-256, None for a folder} of everything below `folder`."""
+    paths = sorted(Path(folder).rglob("*"))
+    return {
+        str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else None
+        for path in paths
+    }
