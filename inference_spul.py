@@ -11,7 +11,13 @@ import sys
 import time
 from pathlib import Path
 
+import pandas as pd
+
 from utils import cli
+
+PREDICTION_COLUMNS = [
+    "method", "checkpoint", "split", "text", "label_text", "prediction", "correct", "label_prediction", "loss"
+]  # fmt: skip
 
 
 def parse_args():
@@ -22,6 +28,13 @@ def parse_args():
     cli.add_model_arguments(parser)
     parser.add_argument("--forget_size", type=cli.fraction, default=1.0, help="share of train_forget that was unlearnt")
     parser.add_argument("--parent_path", help="where the parent of the checkpoint lies, if it was moved")
+    parser.add_argument(
+        "--show_examples",
+        type=cli.non_negative_int,
+        default=0,
+        metavar="N",
+        help="print the answers to N test sentences to forget and N to keep",
+    )
     group = parser.add_argument_group("new text (instead of the evaluation)")
     group.add_argument("--text", action="append", help="answer this text (repeatable)")
     group.add_argument(
@@ -37,9 +50,11 @@ def parse_args():
 
 
 def main(args):
-    from utils import checkpoints, data
+    from utils import checkpoints, data, report
 
-    frames = data.select_rows(data.load_splits(args.dataset), args.forget_size, args.max_train_samples)
+    frames = data.select_rows(
+        data.load_splits(args.dataset), args.forget_size, args.max_train_samples, args.forget_share
+    )
     words = data.label_words(frames)
     if args.text or args.input_file:
         texts = [*(args.text or []), *(data.read_texts(args.input_file) if args.input_file else [])]
@@ -49,15 +64,20 @@ def main(args):
     output = args.output_path or f"saved_results/{names}-{data.dataset_name(args.dataset)}"
     checkpoints.check_output(output, args.overwrite or not args.output_path)
     records, predictions = evaluate(args, frames, words)
+    print(report.table(records))
+    if sentence := report.meaning(records):
+        print(f"\n{sentence}")
+    if args.show_examples:
+        print(f"\n{report.examples(predictions, args.show_examples)}\n")
     with checkpoints.new_folder(output) as folder:
         checkpoints.write_json(folder / "metrics.json", records)
-        with (folder / "predictions.jsonl").open("w") as stream:
-            stream.writelines(json.dumps(row) + "\n" for row in predictions)
+        predictions.to_json(folder / "predictions.jsonl", orient="records", lines=True)
+        report.draw_comparison(records, folder / "comparison.png")
     print(f"wrote {output}")
 
 
 def evaluate(args, frames, words):
-    """One record per checkpoint and one prediction per checkpoint and row; prints the table."""
+    """One record per checkpoint, and a DataFrame with one prediction per checkpoint and row."""
     from utils import metrics, models
 
     chains = [models.resolve_chain(name, args.trust_remote_code, args.parent_path) for name in args.model_checkpoints]
@@ -67,10 +87,8 @@ def evaluate(args, frames, words):
         loaded = models.load(name, args, args.parent_path)
         splits, rows = metrics.evaluate(loaded, frames, words, args, method)
         records.append(metrics.record(method, name, loaded.chain[0].name, args, splits, time.time() - start))
-        columns = ["split", "text", "label_text", "prediction", "correct", "label_prediction", "loss"]
-        predictions += [{"method": method, "checkpoint": str(name), **row} for row in rows[columns].to_dict("records")]
-    print(metrics.table(records))
-    return records, predictions
+        predictions.append(rows.assign(method=method, checkpoint=str(name))[PREDICTION_COLUMNS])
+    return records, pd.concat(predictions, ignore_index=True)
 
 
 def method_names(chains):

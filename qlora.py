@@ -41,7 +41,7 @@ def parse_args():
 
 
 def main(args):
-    from utils import checkpoints, data, losses, metrics, models, training
+    from utils import checkpoints, data, losses, metrics, models, report, training
     from utils.forward import completion_logits
 
     suffix = "-retain" if args.exclude_forget else ""
@@ -49,7 +49,7 @@ def main(args):
     output = args.output_path or f"qlora_checkpoints/{name}"
     training.check_start(output, args)
 
-    frames = data.select_rows(data.load_splits(args.dataset), max_train_samples=args.max_train_samples)
+    frames = data.select_rows(data.load_splits(args.dataset), 1.0, args.max_train_samples, args.forget_share)
     words = data.label_words(frames)
     chain = models.resolve_chain(args.model_name, args.trust_remote_code)
     if len(chain) > 1:
@@ -97,11 +97,11 @@ def main(args):
         scores, _ = metrics.evaluate(loaded, frames, words, args, "evaluating")
         method = "retrained" if args.exclude_forget else "fine-tuned"
         records = [metrics.record(method, output, args.model_name, args, scores, time.time() - start)]
-        print(metrics.table(records))
+        print(report.table(records))
     with checkpoints.new_folder(output) as folder:
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
-        training.write_curves(folder, log)
+        report.write_curves(folder, log)
         if records:
             checkpoints.write_json(folder / "metrics.json", records)
         checkpoints.write_manifest(folder, output, "lora", chain[0], args, run.fingerprint, records)

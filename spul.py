@@ -5,7 +5,8 @@ python spul.py --dataset=sst2 --model_checkpoints=[local path to checkpoints] \
     --train_batch_size=32 --eval_batch_size=32 --num_epochs=10 --weight_decay=0.001 \
     --forget_size=1.0 --ptuning_num_tokens=30 --ptuning_hidden_size=128 --alpha=0.5 --beta=0.5
 
-Writes a PEFT prompt with manifest, metrics and curves to unlearn_checkpoints/spul_<model>_<dataset>-<forget_size>_<time>.
+Writes a PEFT prompt with manifest, metrics and curves to
+unlearn_checkpoints/spul_<model>_<dataset>-<forget_size>_<time>.
 """
 
 import time
@@ -49,12 +50,14 @@ def parse_args():
 
 
 def main(args):
-    from utils import checkpoints, data, losses, metrics, models, reference, training
+    from utils import checkpoints, data, losses, metrics, models, reference, report, training
     from utils.forward import completion_logits, prompt_prefix
 
     model_name = models.short_name(args.model_checkpoints)
     output = training.output_path(args, f"spul_{model_name}_{data.dataset_name(args.dataset)}-{args.forget_size}")
-    frames = data.select_rows(data.load_splits(args.dataset), args.forget_size, args.max_train_samples)
+    frames = data.select_rows(
+        data.load_splits(args.dataset), args.forget_size, args.max_train_samples, args.forget_share
+    )
     words = data.label_words(frames)
 
     loaded = models.load(args.model_checkpoints, args, args.parent_path)
@@ -107,7 +110,7 @@ def main(args):
         start = time.time()
         scores, _ = metrics.evaluate(prompted(), frames, words, args, "SPUL")
         records.append(metrics.record("SPUL", output, args.model_checkpoints, args, scores, time.time() - start))
-        print(metrics.table(records))
+        print(report.table(records))
     with checkpoints.new_folder(output) as folder:
         encoder.config.base_model_name_or_path = args.model_checkpoints
         encoder.config.inference_mode = True
@@ -115,7 +118,7 @@ def main(args):
         save_file({"prompt_embeddings": encoder().detach().cpu().contiguous()}, folder / "adapter_model.safetensors")
         save_file({k: v.cpu().contiguous() for k, v in encoder.state_dict().items()}, folder / "encoder.safetensors")
         tokenizer.save_pretrained(folder)
-        training.write_curves(folder, log)
+        report.write_curves(folder, log)
         checkpoints.write_json(folder / "metrics.json", records)
         checkpoints.write_manifest(folder, output, "prompt", loaded.chain[-1], args, run.fingerprint, records)
     run.state_path.unlink(missing_ok=True)
@@ -124,7 +127,7 @@ def main(args):
 
 def report_merge(loaded, frames, words, args):
     """Print accuracy before and after LoRA was merged into the unquantised base; returns the merged model's records."""
-    from utils import metrics
+    from utils import metrics, report
 
     if args.max_eval_samples == 0:
         return []
@@ -135,7 +138,7 @@ def report_merge(loaded, frames, words, args):
         "merged" if last.kind == "lora" else "base", last.path, last.name, args, scores, time.time() - start
     )
     before = (last.manifest or {}).get("metrics") or []
-    print(metrics.table([*before, after]))
+    print(report.table([*before, after]))
     return [after]
 
 

@@ -15,6 +15,11 @@ from utils import cli
 
 ROOT = Path(__file__).resolve().parents[1]
 
+# Budgets under which a run takes about a second. A flag given again overrides.
+ROWS = ("--max_length=96", "--dtype=float32")
+QLORA = (*ROWS, "--quantization=none", "--train_batch_size=8", "--num_epochs=1")
+SPUL = (*ROWS, "--train_batch_size=8", "--num_epochs=1", "--ptuning_num_tokens=4", "--ptuning_hidden_size=16")
+
 
 @dataclass(frozen=True)
 class Result:
@@ -37,9 +42,19 @@ def call(cwd, script, *arguments):
     return Result(code, out.getvalue(), err.getvalue())
 
 
+def qlora(cwd, model, dataset, *arguments):
+    return call(cwd, "qlora", f"--model_name={model}", f"--dataset={dataset}", *QLORA, *arguments)
+
+
+def spul(cwd, parent, dataset, *arguments):
+    return call(cwd, "spul", f"--model_checkpoints={parent}", f"--dataset={dataset}", *SPUL, *arguments)
+
+
 def start(cwd, script, *arguments, **options):
     """`python <script>.py <arguments>` in folder `cwd`, in a process of its own."""
-    result = subprocess.run(command(script, *arguments), cwd=cwd, capture_output=True, text=True, check=False, **options)
+    result = subprocess.run(
+        command(script, *arguments), cwd=cwd, capture_output=True, text=True, check=False, **options
+    )
     return Result(result.returncode, result.stdout, result.stderr)
 
 

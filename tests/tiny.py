@@ -3,6 +3,7 @@
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
+    AutoModelForCausalLM,
     Gemma2Config,
     GPT2Config,
     LlamaConfig,
@@ -11,7 +12,6 @@ from transformers import (
     PreTrainedTokenizerFast,
     Qwen2Config,
 )
-from transformers import AutoModelForCausalLM
 
 from utils.data import SNIPPETS_FOLDER, TEMPLATE_HEAD, TEMPLATE_TAIL, pd
 
@@ -67,4 +67,17 @@ def save(folder, architecture="llama"):
     """Write model and tokenizer as a plain Hugging Face folder."""
     build_model(architecture).save_pretrained(folder)
     build_tokenizer().save_pretrained(folder)
+    return folder
+
+
+ROWS = {"train_retain": 16, "train_forget": 8, "test_retain": 6, "test_forget": 4}
+
+
+def save_splits(folder):
+    """Write four small splits of snippets as CSV, half of each positive."""
+    folder.mkdir()
+    for split, n in ROWS.items():
+        frame = pd.read_csv(SNIPPETS_FOLDER / f"{split}.csv")
+        halves = [frame[frame["label"] == label].head(n // 2) for label in (0, 1)]
+        pd.concat(halves).sort_index().to_csv(folder / f"{split}.csv", index=False)
     return folder

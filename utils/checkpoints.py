@@ -144,7 +144,7 @@ def parent_path(path, manifest, override=None):
 
 
 def verify_parent(link, child):
-    """Raise UserError unless `link` is, weight for weight, the parent that checkpoint `child` (a Link) was trained on."""
+    """Raise UserError unless `link` is, weight for weight, the parent that checkpoint `child` was trained on."""
     if weights_sha256(link.path) != child.manifest["parent"]["sha256"]:
         raise UserError(
             f"{link.path} is not the model that {child.path} was trained on (SHA-256 differs); "

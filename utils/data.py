@@ -54,6 +54,29 @@ def load_splits(dataset):
     return frames
 
 
+def read_texts(path):
+    """The texts of a .txt (one a line), .csv, .jsonl or .parquet file (column `text`); UserError on bad input."""
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"{path} does not exist; pass an existing file to --input_file")
+    if path.suffix == ".txt":
+        try:
+            lines = path.read_text(encoding="utf-8-sig").splitlines()
+        except UnicodeDecodeError:
+            raise UserError(f"{path} is not UTF-8 text; save it as UTF-8, one text a line")
+        texts = [line.strip() for line in lines if line.strip()]
+    elif path.suffix in READERS:
+        frame = _read(path)
+        if "text" not in frame:
+            raise UserError(f"{path} has no column 'text'; name the column of texts so")
+        texts = list(frame["text"])
+    else:
+        raise UserError(f"{path} is neither .txt, .csv, .jsonl nor .parquet; convert it to one of them")
+    if not texts or not all(isinstance(text, str) and text.strip() for text in texts):
+        raise UserError(f"{path} has no text or a row whose text is empty; fix the file")
+    return texts
+
+
 def dataset_name(dataset):
     """The short name that output folders carry: `sst2` for `sst2`, the last part of a folder's path."""
     return Path(dataset).resolve().name if os.path.isdir(dataset) else dataset
@@ -94,13 +117,17 @@ def _from_files(folder):
             raise UserError(f"{folder} has no {split}.csv, .jsonl or .parquet; the four splits are {', '.join(SPLITS)}")
         if len(paths) > 1:
             raise UserError(f"{folder} has {paths[0].name} and {paths[1].name}; keep one of them")
-        try:
-            frames[split] = READERS[paths[0].suffix](paths[0])
-        except pd.errors.EmptyDataError:
-            raise UserError(f"{paths[0]} is empty; it needs columns text, label, label_text and at least one row")
-        except (ValueError, OSError) as error:  # pandas and pyarrow parse errors are ValueErrors
-            raise UserError(f"{paths[0]} cannot be read ({_first_line(error)}); check the file")
+        frames[split] = _read(paths[0])
     return frames
+
+
+def _read(path):
+    try:
+        return READERS[path.suffix](path)
+    except pd.errors.EmptyDataError:
+        raise UserError(f"{path} is empty; it needs a header and at least one row")
+    except (ValueError, OSError) as error:  # pandas and pyarrow parse errors are ValueErrors
+        raise UserError(f"{path} cannot be read ({_first_line(error)}); check the file")
 
 
 def _checked(split, frame, source):
@@ -142,12 +169,13 @@ def label_words(frames):
     return list(pairs.sort_values("label")["label_text"])
 
 
-def select_rows(frames, forget_size=1.0, max_train_samples=None):
+def select_rows(frames, forget_size=1.0, max_train_samples=None, forget_share=None):
     """The training protocol's row selection; returns new frames, order kept.
 
     `forget_size` < 1 keeps int(size * n) rows of train_forget drawn with NumPy default_rng(42) (the published
-    protocol). `max_train_samples` then keeps so many train rows in all with the same share of forget rows. Neither
-    depends on the training seed, so qlora.py and spul.py see the same rows. Raises UserError when nothing is left.
+    protocol). `max_train_samples` then keeps so many train rows in all, of them `forget_share` forget rows (default: the
+    share the data has). Nothing depends on the training seed, so qlora.py and spul.py see the same rows. Raises
+    UserError when a split would be left without a row.
     """
     frames = dict(frames)
     if forget_size < 1:
@@ -157,9 +185,10 @@ def select_rows(frames, forget_size=1.0, max_train_samples=None):
         frames["train_forget"] = sample_rows(frames["train_forget"], kept)
     sizes = {split: len(frames[split]) for split in TRAIN_SPLITS}
     if max_train_samples and max_train_samples < sum(sizes.values()):
-        forget = max(1, round(max_train_samples * sizes["train_forget"] / sum(sizes.values())))
+        share = forget_share or sizes["train_forget"] / sum(sizes.values())
+        forget = min(max(1, round(max_train_samples * share)), sizes["train_forget"])
         if max_train_samples - forget < 1:
-            raise UserError(f"--max_train_samples={max_train_samples} leaves no retain row; use at least 2")
+            raise UserError(f"--max_train_samples={max_train_samples} leaves no retain row; use more rows")
         frames["train_forget"] = sample_rows(frames["train_forget"], forget)
         frames["train_retain"] = sample_rows(frames["train_retain"], max_train_samples - forget)
     return frames

@@ -193,17 +193,3 @@ def peak_memory():
         return torch.cuda.max_memory_allocated()
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-
-
-def table(records):
-    """The records as text: accuracy / weighted F1 in percent for the four splits, then the out-of-label share."""
-    header = ["method", *(f"{split} (acc/F1)" for split in SPLITS), "forget answers out of label (train/test)"]
-    lines = [header]
-    for entry in records:
-        splits = entry["splits"]
-        cells = [f"{100 * splits[s]['accuracy']:.1f} / {100 * splits[s]['f1']:.1f}" for s in SPLITS]
-        out = " / ".join(f"{100 * splits[s]['out_of_label']:.1f}" for s in ("train_forget", "test_forget"))
-        lines.append([entry["method"], *cells, out])
-    widths = [max(map(len, column)) for column in zip(*lines)]
-    lines.insert(1, ["-" * width for width in widths])
-    return "\n".join("| " + " | ".join(c.ljust(w) for c, w in zip(line, widths)) + " |" for line in lines)

@@ -171,7 +171,7 @@ def load_prompt(link):
 
 
 def add_lora(model, args):
-    """`model` with trainable float32 LoRA matrices: PEFT's default layers for the architecture, else all linear ones."""
+    """`model` with trainable float32 LoRA matrices, on PEFT's default layers for the architecture, else all linear."""
     from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as DEFAULTS
 
     targets = args.lora_target_modules

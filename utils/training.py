@@ -210,38 +210,3 @@ def read_state(path):
             return {key: json.loads(value) for key, value in file.metadata().items()}
     except (SafetensorError, ValueError, AttributeError):
         raise UserError(f"{path} is not a training state or is damaged; start over with --overwrite")
-
-
-def write_curves(folder, log):
-    """training.jsonl and training.png in `folder`: every logged loss, and the accuracies, against the step."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    (Path(folder) / "training.jsonl").write_text("".join(json.dumps(line) + "\n" for line in log))
-    losses = [line for line in log if "loss" in line]
-    accuracies = [line for line in log if "accuracy" in line]
-    figure, axes = pyplot.subplots(1, 1 + bool(accuracies), figsize=(5 + 5 * bool(accuracies), 3.6), squeeze=False)
-    steps = [line["step"] for line in losses]
-    names = [key for key in losses[0] if key.startswith("L_")] or ["loss"]
-    for style, name in zip(("-", "--", ":"), names):
-        axes[0][0].plot(
-            steps,
-            [line[name] for line in losses],
-            style,
-            label=name.replace("L_", "$L_{") + "}$" if name != "loss" else "loss",
-            linewidth=1.2,
-        )
-    axes[0][0].set(xlabel="step", ylabel="nats per row", ylim=(0, None))
-    axes[0][0].legend(frameon=False)
-    if accuracies:
-        steps = [line["step"] for line in accuracies]
-        for style, split in zip(("-", "--", "-.", ":"), accuracies[0]["accuracy"]):
-            shares = [100 * line["accuracy"][split] for line in accuracies]
-            axes[0][1].plot(steps, shares, style, label=split, marker="o", markersize=3)
-        axes[0][1].set(xlabel="step", ylabel="accuracy, %", ylim=(0, 101))
-        axes[0][1].legend(frameon=False)
-    figure.tight_layout()
-    figure.savefig(Path(folder) / "training.png", dpi=150)
-    pyplot.close(figure)

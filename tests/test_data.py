@@ -1,0 +1,532 @@
+"""Splits, template, tokenising and batches: the protocol of the paper, and every input that load_splits refuses."""
+
+import os
+
+import datasets
+import numpy as np
+import pandas as pd
+import pytest
+import tiny
+import torch
+from tokenizers import Tokenizer, decoders, models, normalizers, processors, trainers
+from transformers import PreTrainedTokenizerFast
+
+from utils import data
+from utils.cli import UserError
+
+LONG = "the film was far too long and its ending too short , " * 30
+
+
+# --- tokenizers -----------------------------------------------------------------------------------------------------
+
+
+def with_special_tokens(template):
+    tokenizer = tiny.build_tokenizer()
+    tokens = [(token, tokenizer.convert_tokens_to_ids(token)) for token in ("<s>", "</s>") if token in template]
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(single=template, special_tokens=tokens)
+    return tokenizer
+
+
+def llama_2_style():
+    """Spaces are part of the normalised text as in Llama 2: no pre-tokenizer, a space in front, BOS."""
+    tokenizer = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True, fuse_unk=True))
+    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    special = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
+    trainer = trainers.BpeTrainer(vocab_size=900, special_tokens=special, show_progress=False)
+    rows = pd.read_csv(data.SNIPPETS_FOLDER / "train_retain.csv").head(200)
+    words = (f"{data.TEMPLATE_HEAD}{t}{data.TEMPLATE_TAIL} {w}" for t, w in zip(rows["text"], rows["label_text"]))
+    tokenizer.train_from_iterator((piece for text in words for piece in text.split(" ")), trainer)
+    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
+
+
+TOKENIZERS = {
+    "plain": tiny.build_tokenizer,
+    "bos": lambda: with_special_tokens("<s> $A"),
+    "bos and eos": lambda: with_special_tokens("<s> $A </s>"),
+    "llama 2": llama_2_style,
+}
+
+
+@pytest.fixture(scope="module", params=TOKENIZERS)
+def tokenizer(request):
+    return TOKENIZERS[request.param]()
+
+
+@pytest.fixture(scope="module")
+def plain():
+    return tiny.build_tokenizer()
+
+
+def full_text(text):
+    """The template, word for word as in the published code; the label follows after a space."""
+    question = "### Question: What is the sentiment of the given text?"
+    return f"### Text: {text}\n\n{question}\n\n### Sentiment:"
+
+
+def tokenize(tokenizer, text, word="positive", max_length=1024):
+    return data.tokenize(tokenizer, [text], [word], max_length)[0]
+
+
+def decode(tokenizer, ids):
+    return tokenizer.decode(ids, skip_special_tokens=True)
+
+
+def test_the_template_is_the_published_one(tokenizer):
+    example = tokenize(tokenizer, "a fine , warm film", "negative")
+    assert decode(tokenizer, example.prompt) == full_text("a fine , warm film")
+    assert decode(tokenizer, example.prompt + example.completion) == full_text("a fine , warm film") + " negative"
+
+
+@pytest.mark.parametrize("word", ["positive", "neutral", "unknown", "not quite"])
+def test_the_completion_joins_the_prompt_as_if_tokenised_together(tokenizer, word):
+    example = tokenize(tokenizer, "a fine film", word)
+    together = tokenizer(full_text("a fine film") + " " + word)["input_ids"]
+    if together[-1] == tokenizer.eos_token_id:
+        together = together[:-1]
+    assert example.prompt + example.completion == tuple(together)
+    assert example.completion == data.completion_ids(tokenizer, word)
+
+
+def test_special_tokens():
+    bos, eos = tiny.build_tokenizer().bos_token_id, tiny.build_tokenizer().eos_token_id
+    examples = {name: tokenize(TOKENIZERS[name](), "a fine film") for name in ("plain", "bos", "bos and eos")}
+    assert examples["bos"].prompt == (bos, *examples["plain"].prompt)
+    assert examples["bos and eos"].prompt == examples["bos"].prompt  # an end of text must not precede the answer
+    assert eos not in examples["bos and eos"].prompt
+    assert len({example.completion for example in examples.values()}) == 1
+
+
+def test_long_text_is_cut_and_nothing_else(tokenizer):
+    whole = tokenize(tokenizer, LONG, "neutral")
+    room = 80
+    example = tokenize(tokenizer, LONG, "neutral", room)
+    assert len(example.prompt) + len(example.completion) == room < len(whole.prompt)
+    assert example.completion == whole.completion
+    text = decode(tokenizer, example.prompt)
+    head, tail = full_text("|").split("|")
+    assert text.startswith(head) and text.endswith(tail)
+    kept = text.removeprefix(head).removesuffix(tail)
+    assert kept and LONG.startswith(kept)
+
+
+def test_text_that_just_fits_is_whole(tokenizer):
+    whole = tokenize(tokenizer, "a fine film with a fine cast")
+    size = len(whole.prompt) + len(whole.completion)
+    assert tokenize(tokenizer, "a fine film with a fine cast", max_length=size) == whole
+    assert len(tokenize(tokenizer, "a fine film with a fine cast", max_length=size - 1).prompt) == len(whole.prompt) - 1
+
+
+def test_too_small_a_max_length_is_refused_and_the_stated_one_works(tokenizer):
+    with pytest.raises(UserError, match=r"--max_length=9 cannot hold template and label; use at least \d+") as error:
+        tokenize(tokenizer, LONG, "unknown", 9)
+    needed = int(str(error.value).split()[-1])
+    example = tokenize(tokenizer, LONG, "unknown", needed)
+    assert decode(tokenizer, example.prompt + example.completion).endswith(data.TEMPLATE_TAIL + " unknown")
+    with pytest.raises(UserError):
+        tokenize(tokenizer, LONG, "unknown", needed - 1)
+
+
+def test_rows_are_tokenised_in_order_and_marked(plain):
+    examples = data.tokenize(plain, ["one", "two"], ["positive", "neutral"], 100, forget=True)
+    assert [plain.decode(e.prompt + e.completion) for e in examples] == [
+        full_text("one") + " positive",
+        full_text("two") + " neutral",
+    ]
+    assert all(example.forget for example in examples)
+
+
+# --- batches: where the loss is -------------------------------------------------------------------------------------
+
+
+def test_only_label_tokens_are_predicted(plain):
+    """Every target stands at the position before its own token, in its own row; nothing else is a target."""
+    texts, words = ["a fine film", "bad", LONG[:200]], ["positive", "neutral", "unknown"]
+    examples = data.tokenize(plain, texts, words, 1024)
+    assert sorted(len(example.completion) for example in examples) == [1, 4, 4]
+    batch = data.collate(examples, plain.eos_token_id, "cpu")
+    targets = {word: [] for word in words}
+    for row, position, target in zip(batch.rows.tolist(), batch.positions.tolist(), batch.targets.tolist()):
+        sequence = examples[row].prompt + examples[row].completion
+        assert sequence[position + 1] == target
+        assert batch.input_ids[row, position] == sequence[position]
+        assert batch.attention_mask[row, position] == 1
+        targets[words[row]].append(target)
+    assert {word: plain.decode(ids) for word, ids in targets.items()} == {word: f" {word}" for word in words}
+
+
+def test_collate_pads_on_the_right_by_length(plain):
+    examples = [data.Example((5, 6, 7), (8,)), data.Example((5,), (6, 7, 8, 9, 4), forget=True)]
+    batch = data.collate(examples, 6, "cpu")  # the pad token occurs in both rows
+    assert batch.input_ids.tolist() == [[5, 6, 7, 6, 6], [5, 6, 7, 8, 9]]
+    assert batch.attention_mask.tolist() == [[1, 1, 1, 0, 0], [1, 1, 1, 1, 1]]
+    assert batch.rows.tolist() == [0, 1, 1, 1, 1, 1]
+    assert batch.positions.tolist() == [2, 0, 1, 2, 3, 4]
+    assert batch.targets.tolist() == [8, 6, 7, 8, 9, 4]
+    assert batch.forget.tolist() == [False, True]
+    assert batch.targets.dtype == torch.int64
+
+
+# --- batches: which rows --------------------------------------------------------------------------------------------
+
+
+def mixed(n_retain, n_forget):
+    """Examples of pairwise different lengths, forget rows last."""
+    n = n_retain + n_forget
+    return [data.Example(tuple(range(1 + (7 * i) % n)), (1,), i >= n_retain) for i in range(n)]
+
+
+@pytest.mark.parametrize("length_pool", [0, 3])
+def test_random_batches_hold_every_row_once(length_pool):
+    batches = data.epoch_batches(mixed(40, 13), 8, seed=1, epoch=0, length_pool=length_pool)
+    assert sorted(i for batch in batches for i in batch) == list(range(53))
+    assert sorted(map(len, batches)) == [5, 8, 8, 8, 8, 8, 8]
+
+
+@pytest.mark.parametrize("length_pool", [0, 3])
+@pytest.mark.parametrize("n_forget", [13, 2])
+def test_fixed_batches_hold_so_many_forget_rows_and_every_retain_row_once(length_pool, n_forget):
+    examples = mixed(40, n_forget)
+    batches = data.epoch_batches(examples, 8, seed=1, epoch=0, forget_per_batch=3, length_pool=length_pool)
+    forget = [[i for i in batch if examples[i].forget] for batch in batches]
+    retain = [[i for i in batch if not examples[i].forget] for batch in batches]
+    assert [len(rows) for rows in forget] == [3] * 8
+    assert sorted(i for rows in retain for i in rows) == list(range(40))
+    assert all(len(rows) == 5 for rows in retain)
+    counts = np.bincount([i - 40 for rows in forget for i in rows], minlength=n_forget)
+    assert counts.max() - counts.min() <= 1  # drawn in passes, so none is favoured
+
+
+def test_a_last_batch_that_is_not_full_still_has_its_forget_rows():
+    examples = mixed(7, 4)
+    batches = data.epoch_batches(examples, 8, seed=1, epoch=0, forget_per_batch=2)
+    assert [sum(examples[i].forget for i in batch) for batch in batches] == [2, 2]
+    assert sorted(map(len, batches)) == [3, 8]
+
+
+@pytest.mark.parametrize("options", [{}, {"forget_per_batch": 2}, {"length_pool": 2}])
+def test_batches_depend_on_seed_and_epoch_alone(options):
+    examples = mixed(30, 10)
+    first = data.epoch_batches(examples, 8, 1, 0, **options)
+    np.random.seed(5)
+    torch.manual_seed(5)
+    assert data.epoch_batches(examples, 8, 1, 0, **options) == first
+    assert data.epoch_batches(examples, 8, 1, 1, **options) != first
+    assert data.epoch_batches(examples, 8, 2, 0, **options) != first
+
+
+def test_a_length_pool_saves_padding_and_mixes_the_batches():
+    examples = mixed(100, 28)
+
+    def padding(batches):
+        return sum(max(len(examples[i]) for i in batch) - len(examples[j]) for batch in batches for j in batch)
+
+    pooled = data.epoch_batches(examples, 8, 1, 0, length_pool=8)
+    assert padding(pooled) < padding(data.epoch_batches(examples, 8, 1, 0)) / 2
+    longest = [max(len(examples[i]) for i in batch) for batch in pooled]
+    assert longest != sorted(longest)
+
+
+# --- row selection --------------------------------------------------------------------------------------------------
+
+
+def frames_of(n_retain, n_forget):
+    def frame(name, n):
+        labels = [i % 2 for i in range(n)]
+        words = ["negative", "positive"]
+        texts = [f"{name} {i}" for i in range(n)]
+        return pd.DataFrame({"text": texts, "label": labels, "label_text": [words[i] for i in labels]})
+
+    sizes = {"train_retain": n_retain, "train_forget": n_forget, "test_retain": 6, "test_forget": 4}
+    return {split: frame(split, n) for split, n in sizes.items()}
+
+
+@pytest.mark.parametrize(("size", "kept"), [(0.25, 9), (0.5, 19), (1.0, 39)])
+def test_forget_size_keeps_the_published_rows(size, kept):
+    frames = frames_of(50, 39)
+    selected = data.select_rows(frames, forget_size=size)
+    drawn = np.random.default_rng(42).choice(39, kept, replace=False) if size < 1 else range(39)
+    assert set(selected["train_forget"]["text"]) == {f"train_forget {i}" for i in drawn}
+    assert len(selected["train_forget"]) == kept
+    for split in ("train_retain", "test_retain", "test_forget"):
+        assert selected[split].equals(frames[split])
+
+
+def test_a_forget_size_that_leaves_nothing_is_refused():
+    with pytest.raises(UserError, match="leaves no forget row"):
+        data.select_rows(frames_of(50, 3), forget_size=0.3)
+
+
+def test_max_train_samples_keeps_the_share_of_forget_rows():
+    selected = data.select_rows(frames_of(300, 100), max_train_samples=40)
+    assert (len(selected["train_retain"]), len(selected["train_forget"])) == (30, 10)
+    assert len(selected["test_retain"]) == 6
+    assert data.select_rows(frames_of(300, 100), max_train_samples=40)["train_forget"].equals(selected["train_forget"])
+
+
+def test_max_train_samples_keeps_at_least_one_row_of_each():
+    selected = data.select_rows(frames_of(300, 1), max_train_samples=2)
+    assert (len(selected["train_retain"]), len(selected["train_forget"])) == (1, 1)
+    with pytest.raises(UserError, match="leaves no retain row"):
+        data.select_rows(frames_of(300, 100), max_train_samples=1)
+
+
+def test_max_train_samples_of_a_part_of_the_forget_rows():
+    """qlora.py takes them from all forget rows, spul.py --forget_size from the kept ones."""
+    selected = data.select_rows(frames_of(150, 100), forget_size=0.5, max_train_samples=40)
+    assert (len(selected["train_retain"]), len(selected["train_forget"])) == (30, 10)
+
+
+def test_sampled_rows_keep_the_file_order():
+    sample = data.sample_rows(frames_of(50, 3)["train_retain"], 20)
+    numbers = [int(text.split()[1]) for text in sample["text"]]
+    assert numbers == sorted(numbers) and len(set(numbers)) == 20
+    assert list(sample.index) == list(range(20))
+
+
+def test_unlearning_labels_are_drawn_from_the_seed():
+    labels = data.draw_unlearning_labels(1000, 3)
+    assert labels == data.draw_unlearning_labels(1000, 3)
+    assert labels != data.draw_unlearning_labels(1000, 4)
+    assert 450 < labels.count("neutral") < 550
+    assert set(labels) == {"neutral", "unknown"}
+
+
+# --- formats --------------------------------------------------------------------------------------------------------
+
+AWKWARD = [
+    'comma, "quotes" and\na second line',
+    "NA",
+    "null",
+    "1999",
+    "true",
+    "2020-01-01",
+    " é — 漢字 ",
+    "### Text: x",
+]
+
+
+@pytest.fixture
+def frames():
+    frames = frames_of(8, 8)
+    frames["train_retain"]["text"] = AWKWARD
+    frames["train_forget"]["text"] = [f"{text} again" for text in AWKWARD]
+    return frames
+
+
+def write_csv(frame, folder, split):
+    frame.to_csv(folder / f"{split}.csv", index=False)
+
+
+def write_jsonl(frame, folder, split):
+    frame.to_json(folder / f"{split}.jsonl", orient="records", lines=True)
+
+
+def write_parquet(frame, folder, split):
+    frame.to_parquet(folder / f"{split}.parquet")
+
+
+def write(frames, folder, writer=write_csv):
+    folder.mkdir(exist_ok=True)
+    for split, frame in frames.items():
+        writer(frame, folder, split)
+    return folder
+
+
+def save_to_disk(frames, folder):
+    splits = {split: datasets.Dataset.from_pandas(frame) for split, frame in frames.items()}
+    datasets.DatasetDict(splits).save_to_disk(folder)
+    return folder
+
+
+def test_every_format_gives_the_same_rows(frames, tmp_path):
+    folders = [
+        write(frames, tmp_path / "csv"),
+        write(frames, tmp_path / "jsonl", write_jsonl),
+        write(frames, tmp_path / "parquet", write_parquet),
+        save_to_disk(frames, tmp_path / "disk"),
+    ]
+    loaded = [data.load_splits(str(folder)) for folder in folders]
+    for one in loaded:
+        assert list(one["train_retain"]["text"]) == AWKWARD
+        assert list(one["train_retain"]["label"]) == [0, 1] * 4
+    assert len({data.fingerprint(one) for one in loaded}) == 1
+
+
+def test_formats_can_be_mixed(frames, tmp_path):
+    folder = write(frames, tmp_path / "mixed")
+    (folder / "test_forget.csv").unlink()
+    write_parquet(frames["test_forget"], folder, "test_forget")
+    assert data.fingerprint(data.load_splits(str(folder))) == data.fingerprint(
+        data.load_splits(str(write(frames, tmp_path / "csv")))
+    )
+
+
+def test_the_fingerprint_sees_every_cell_and_the_order(frames):
+    original = data.fingerprint(frames)
+    swapped = {**frames, "test_forget": frames["test_forget"].iloc[::-1]}
+    text = {**frames, "test_forget": frames["test_forget"].assign(text="other")}
+    label = {**frames, "test_forget": frames["test_forget"].assign(label=1)}
+    assert len({original, data.fingerprint(swapped), data.fingerprint(text), data.fingerprint(label)}) == 4
+    assert data.fingerprint({**frames, "test_forget": frames["test_forget"].assign(extra=1)}) == original
+
+
+def test_label_words_are_ordered_by_label(frames):
+    assert data.label_words(frames) == ["negative", "positive"]
+
+
+def test_dataset_names():
+    assert data.dataset_name("sst2") == "sst2"
+    assert data.dataset_name(f"{data.SNIPPETS_FOLDER}{os.sep}") == "snippets"
+
+
+# --- refusals -------------------------------------------------------------------------------------------------------
+
+
+def refused(folder, message):
+    with pytest.raises(UserError, match=message) as error:
+        data.load_splits(str(folder))
+    assert "\n" not in str(error.value)
+
+
+def test_a_missing_folder(tmp_path):
+    refused(tmp_path / "none", "is neither one of sst2, yelp, snippets nor an existing folder")
+
+
+def test_a_hub_dataset_without_a_network():
+    refused("sst2", "cannot fetch dataset karuna-bhaila/Unlearning_SST2 .*pass a local folder")
+
+
+@pytest.mark.parametrize("split", data.SPLITS)
+def test_a_missing_file(frames, tmp_path, split):
+    (write(frames, tmp_path) / f"{split}.csv").unlink()
+    refused(tmp_path, f"has no {split}.csv, .jsonl or .parquet")
+
+
+def test_two_files_for_a_split(frames, tmp_path):
+    write_jsonl(frames["test_forget"], write(frames, tmp_path), "test_forget")
+    refused(tmp_path, "has test_forget.csv and test_forget.jsonl; keep one")
+
+
+def test_a_missing_split_in_a_saved_dataset(frames, tmp_path):
+    del frames["test_forget"]
+    refused(save_to_disk(frames, tmp_path / "disk"), "has no split 'test_forget'")
+
+
+def test_a_damaged_saved_dataset(frames, tmp_path):
+    folder = save_to_disk(frames, tmp_path / "disk")
+    (folder / "train_retain" / "state.json").write_text("{")
+    refused(folder, "is not a readable save_to_disk folder")
+
+
+@pytest.mark.parametrize("column", ["text", "label", "label_text"])
+def test_a_missing_column(frames, tmp_path, column):
+    frames["test_retain"] = frames["test_retain"].drop(columns=column)
+    refused(write(frames, tmp_path), f"test_retain .* has no column '{column}'")
+
+
+@pytest.mark.parametrize("content", ["text,label,label_text\n", ""])
+def test_an_empty_split(frames, tmp_path, content):
+    (write(frames, tmp_path) / "train_forget.csv").write_text(content)
+    refused(tmp_path, "has no rows" if content else "is empty")
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("train_forget.jsonl", b'{"text": "a", "label": 1\n'),
+        ("train_forget.parquet", b"PAR1 not really"),
+        ("train_forget.csv", b'text,label,label_text\n"never closed,1,positive\n'),
+        ("train_forget.csv", b"text,label,label_text\na,1,positive,more,cells\nb,1\n" + b"x,1,positive,1,2,3,4\n"),
+        ("train_forget.csv", b"text,label,label_text\ncaf\xe9,1,positive\n"),
+    ],
+)
+def test_a_damaged_file(frames, tmp_path, name, content):
+    (write(frames, tmp_path) / "train_forget.csv").unlink()
+    (tmp_path / name).write_bytes(content)
+    refused(tmp_path, f"{name} cannot be read")
+
+
+@pytest.mark.parametrize("writer", [write_csv, write_jsonl, write_parquet])
+@pytest.mark.parametrize("column", ["text", "label_text"])
+def test_an_empty_cell(frames, tmp_path, writer, column):
+    frames["test_forget"].loc[2, column] = np.nan
+    refused(write(frames, tmp_path, writer), f"test_forget .*, row 3: {column} is empty or not text")
+
+
+def test_a_blank_text(frames, tmp_path):
+    frames["train_retain"].loc[0, "text"] = " \t"
+    refused(write(frames, tmp_path), "train_retain .*, row 1: text is empty or not text")
+
+
+@pytest.mark.parametrize("writer", [write_jsonl, write_parquet])
+def test_a_cell_that_is_no_text(frames, tmp_path, writer):
+    frames["test_forget"]["text"] = [1, 2, 3, 4]
+    refused(write(frames, tmp_path, writer), "test_forget .*, row 1: text is empty or not text")
+
+
+@pytest.mark.parametrize("cell", ["", "one", "0.5", "inf"])
+def test_a_label_that_is_no_whole_number(frames, tmp_path, cell):
+    frames["test_forget"]["label"] = ["0", "1", cell, "1"]
+    refused(write(frames, tmp_path), "test_forget .*, row 3: label is not a whole number")
+
+
+def test_a_label_that_train_lacks(frames, tmp_path):
+    frames["test_retain"].loc[1, ["label", "label_text"]] = [2, "mixed"]
+    refused(write(frames, tmp_path), "test_retain has the unknown label 2 .*'mixed'")
+
+
+def test_two_words_for_a_label(frames, tmp_path):
+    frames["train_forget"].loc[1, "label_text"] = "great"
+    refused(write(frames, tmp_path), "train_forget: label 1 and the word 'great' do not pair")
+
+
+def test_two_labels_for_a_word(frames, tmp_path):
+    frames["train_forget"].loc[1, "label"] = 5
+    refused(write(frames, tmp_path), "train_forget: label 5 and the word 'positive' do not pair")
+
+
+def test_a_test_split_with_another_word_for_a_label(frames, tmp_path):
+    frames["test_forget"].loc[1, "label_text"] = "great"
+    refused(write(frames, tmp_path), "test_forget has the unknown label 1 .*'great'")
+
+
+@pytest.mark.parametrize("word", ["neutral", "unknown"])
+def test_a_label_word_that_unlearning_answers_with(frames, tmp_path, word):
+    frames = {split: frame.replace("positive", word) for split, frame in frames.items()}
+    refused(write(frames, tmp_path), f"the label word '{word}' is one that unlearning answers with")
+
+
+# --- new text -------------------------------------------------------------------------------------------------------
+
+
+def test_texts_are_read_from_every_format(tmp_path):
+    texts = ["first text", "1999", "a, b"]
+    frame = pd.DataFrame({"text": texts})
+    (tmp_path / "t.txt").write_bytes(b"\xef\xbb\xbffirst text\r\n\n 1999 \na, b\n")
+    for writer in (write_csv, write_jsonl, write_parquet):
+        writer(frame, tmp_path, "t")
+    for suffix in ("txt", "csv", "jsonl", "parquet"):
+        assert data.read_texts(str(tmp_path / f"t.{suffix}")) == texts
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("none.txt", None, "does not exist"),
+        ("t.txt", b"\n \n", "has no text"),
+        ("t.txt", b"caf\xe9\n", "is not UTF-8 text"),
+        ("t.csv", b"words\na\n", "has no column 'text'"),
+        ("t.csv", b"text,id\na,1\n,2\n", "has no text or a row whose text is empty"),
+        ("t.jsonl", b"{", "cannot be read"),
+        ("t.md", b"a", "is neither .txt, .csv, .jsonl nor .parquet"),
+    ],
+)
+def test_texts_that_cannot_be_read(tmp_path, name, content, message):
+    if content is not None:
+        (tmp_path / name).write_bytes(content)
+    with pytest.raises(UserError, match=message):
+        data.read_texts(str(tmp_path / name))

@@ -1,0 +1,185 @@
+"""The economical forward pass gives what the plain one gives, for logits and for the prompt's gradient."""
+
+import pytest
+import tiny
+import torch
+from transformers import AutoModelForCausalLM
+
+from utils.data import Example, collate
+from utils.forward import completion_hidden, completion_logits, prompt_prefix
+
+ARCHITECTURES = list(tiny.CONFIGS)
+TOKENS = 5  # virtual tokens
+# Rows of different lengths (beyond the sliding window of 16 too), completions of one token and of several.
+LENGTHS = [(30, 1), (7, 3), (18, 1), (3, 4)]
+
+
+@pytest.fixture(scope="module", params=ARCHITECTURES)
+def model(request):
+    return tiny.build_model(request.param)
+
+
+@pytest.fixture(scope="module")
+def llama():
+    return tiny.build_model("llama")
+
+
+def rows(seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    draw = lambda n: tuple(torch.randint(2, tiny.VOCABULARY, (n,), generator=generator).tolist())  # noqa: E731
+    return [Example(draw(prompt), draw(completion)) for prompt, completion in LENGTHS]
+
+
+def virtual_tokens(model):
+    torch.manual_seed(1)
+    scale = model.get_input_embeddings().weight.std().item()
+    return (torch.randn(TOKENS, tiny.SIZES["hidden_size"]) * scale).requires_grad_()
+
+
+def plain_logits(model, examples, prompt=None):
+    """Every example alone and unpadded, all logits computed, the completion's positions cut out by hand."""
+    result = []
+    for example in examples:
+        ids = torch.tensor([example.prompt + example.completion])
+        embedded = model.get_input_embeddings()(ids)
+        if prompt is not None:
+            embedded = torch.cat([prompt[None], embedded], dim=1)
+        logits = model(inputs_embeds=embedded, use_cache=False).logits[0]
+        offset = 0 if prompt is None else len(prompt)
+        result += [logits[offset + len(example.prompt) - 1 + i] for i in range(len(example.completion))]
+    return torch.stack(result)
+
+
+def gradient(prompt, logits):
+    """Of a function that weighs every logit differently."""
+    weights = torch.sin(torch.arange(logits.numel(), dtype=torch.float32)).view_as(logits)
+    prompt.grad = None
+    (logits * weights).sum().backward()
+    return prompt.grad.clone()
+
+
+def test_logits_and_gradient_equal_the_plain_path(model):
+    prompt, examples = virtual_tokens(model), rows()
+    expected = plain_logits(model, examples, prompt)
+    wanted = gradient(prompt, expected)
+    batch = collate(examples, 1, "cpu")
+    for given in (lambda: prompt_prefix(model, prompt), lambda: prompt):
+        logits = completion_logits(model, batch, given())
+        assert logits.shape == (sum(n for _, n in LENGTHS), tiny.VOCABULARY)
+        assert torch.allclose(logits, expected, atol=2e-5)
+        assert torch.allclose(gradient(prompt, logits), wanted, atol=2e-5 * wanted.abs().max().item())
+    assert wanted.abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("architecture", ["llama", "mistral", "opt"])
+def test_sdpa_attention_gives_the_same(architecture):
+    """What runs on a GPU; the plain path is computed with eager attention."""
+    eager = tiny.build_model(architecture)
+    model = AutoModelForCausalLM.from_config(tiny.CONFIGS[architecture], attn_implementation="sdpa").float().eval()
+    model.load_state_dict(eager.state_dict())
+    prompt = virtual_tokens(model).detach()
+    logits = completion_logits(model, collate(rows(), 1, "cpu"), prompt_prefix(model, prompt))
+    assert torch.allclose(logits, plain_logits(eager, rows(), prompt), atol=2e-5)
+
+
+def test_the_prompt_is_computed_once_where_attention_is_full(model):
+    keeps = model.config.model_type not in ("mistral", "gemma2")  # sliding windows in these
+    prefix = prompt_prefix(model, virtual_tokens(model))
+    assert isinstance(prefix, list) == keeps
+    if keeps:
+        assert len(prefix) == tiny.SIZES["num_hidden_layers"]
+        assert all(keys.shape[2] == values.shape[2] == TOKENS for keys, values in prefix)
+
+
+def test_a_prefix_serves_several_batches(llama):
+    prompt = virtual_tokens(llama).detach()
+    prefix = prompt_prefix(llama, prompt)
+    for seed in (3, 4, 3):
+        logits = completion_logits(llama, collate(rows(seed), 1, "cpu"), prefix)
+        assert torch.allclose(logits, plain_logits(llama, rows(seed), prompt), atol=2e-5)
+
+
+def test_without_a_prompt(model):
+    logits = completion_logits(model, collate(rows(), 1, "cpu"))
+    assert torch.allclose(logits, plain_logits(model, rows()), atol=2e-5)
+
+
+def test_the_prompt_changes_the_logits(model):
+    batch = collate(rows(), 1, "cpu")
+    assert (completion_logits(model, batch) - completion_logits(model, batch, virtual_tokens(model))).abs().max() > 1e-3
+
+
+def test_padding_changes_nothing(model):
+    """A row alone equals the same row beside longer ones, with and without virtual tokens."""
+    prompt = virtual_tokens(model).detach()
+    for given in (None, prompt_prefix(model, prompt)):
+        together = completion_logits(model, collate(rows(), 1, "cpu"), given)
+        alone = torch.cat([completion_logits(model, collate([row], 1, "cpu"), given) for row in rows()])
+        assert torch.allclose(together, alone, atol=2e-5)
+
+
+@pytest.mark.parametrize("pad_id", [0, 1, 17, rows()[0].prompt[0]])
+def test_any_pad_token_gives_the_same(llama, pad_id):
+    """Also one that occurs in the text: masks come from lengths."""
+    prefix = prompt_prefix(llama, virtual_tokens(llama).detach())
+    expected = completion_logits(llama, collate(rows(), 5, "cpu"), prefix)
+    assert torch.equal(completion_logits(llama, collate(rows(), pad_id, "cpu"), prefix), expected)
+
+
+def test_the_reference_is_what_the_model_says_without_the_prompt(model):
+    """Mapped by the same call of the head as the prompted states; here of other rows than the batch's."""
+    batch, others = collate(rows(), 1, "cpu"), collate(rows(seed=9)[:2], 1, "cpu")
+    hidden = completion_hidden(model, others)
+    assert hidden.shape == (4, tiny.SIZES["hidden_size"])
+    assert not hidden.requires_grad
+    prompt = virtual_tokens(model).detach()
+    logits, reference = completion_logits(model, batch, prompt_prefix(model, prompt), hidden)
+    assert torch.allclose(reference, plain_logits(model, rows(seed=9)[:2]), atol=2e-5)
+    assert torch.allclose(logits, plain_logits(model, rows(), prompt), atol=2e-5)
+
+
+def test_an_empty_reference(llama):
+    """A batch of forget rows only."""
+    batch = collate(rows(), 1, "cpu")
+    logits, reference = completion_logits(llama, batch, None, completion_hidden(llama, batch)[:0])
+    assert reference.shape == (0, tiny.VOCABULARY)
+    assert torch.allclose(logits, completion_logits(llama, batch), atol=1e-6)
+
+
+def test_the_soft_cap_is_honoured():
+    """Gemma 2 squashes its logits after the head; the head is scaled up so that it matters."""
+    model = tiny.build_model("gemma2")
+    cap = model.config.final_logit_softcapping
+    weight = model.get_output_embeddings().weight
+    model.get_output_embeddings().weight = torch.nn.Parameter(weight.detach() * 100, requires_grad=False)
+    batch, prompt = collate(rows(), 1, "cpu"), virtual_tokens(model).detach()
+    hidden = completion_hidden(model, batch)
+    uncapped = hidden @ model.get_output_embeddings().weight.T
+    logits, reference = completion_logits(model, batch, prompt, hidden)
+    assert uncapped.abs().max() > 2 * cap
+    assert torch.allclose(reference, cap * torch.tanh(uncapped / cap), atol=1e-4)
+    assert logits.abs().max() <= cap
+    assert torch.allclose(logits, plain_logits(model, rows(), prompt), atol=1e-4)
+
+
+def test_logits_are_float32_for_a_bfloat16_model():
+    model = tiny.build_model("llama").bfloat16()
+    batch, prompt = collate(rows(), 1, "cpu"), virtual_tokens(model)
+    logits = completion_logits(model, batch, prompt_prefix(model, prompt))
+    assert logits.dtype == torch.float32
+    assert gradient(prompt, logits).dtype == torch.float32
+    assert completion_hidden(model, batch).dtype == torch.bfloat16
+
+
+def test_no_hook_stays_on_the_head(model):
+    head = model.get_output_embeddings()
+    batch = collate(rows(), 1, "cpu")
+    completion_logits(model, batch, virtual_tokens(model))
+    completion_hidden(model, batch)
+    assert not head._forward_pre_hooks
+    unknown_token = collate([Example((tiny.VOCABULARY,), (3,))], 1, "cpu")
+    for fails in (completion_logits, completion_hidden):
+        with pytest.raises(IndexError):
+            fails(model, unknown_token)
+        assert not head._forward_pre_hooks
+    assert model(input_ids=batch.input_ids).logits.shape[:2] == batch.input_ids.shape
