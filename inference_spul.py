@@ -1,4 +1,4 @@
-"""Evaluate checkpoints of any kind on the four splits, or answer new text with and without the unlearning prompt.
+r"""Evaluate checkpoints of any kind on the four splits, or answer new text with and without the unlearning prompt.
 
 python inference_spul.py --dataset=sst2 --model_checkpoints=[local path to checkpoints] --forget_size=1.0
 
@@ -85,6 +85,9 @@ def evaluate(args, frames, words):
     for method, name in zip(names, args.model_checkpoints):
         start = time.time()
         loaded = models.load(name, args, args.parent_path)
+        metrics.check_lengths(
+            loaded.model, loaded.tokenizer, frames, args, 0 if loaded.prompt is None else len(loaded.prompt)
+        )
         splits, rows = metrics.evaluate(loaded, frames, words, args, method)
         records.append(metrics.record(method, name, loaded.chain[0].name, args, splits, time.time() - start))
         predictions.append(rows.assign(method=method, checkpoint=str(name))[PREDICTION_COLUMNS])

@@ -1,4 +1,4 @@
-"""Fine-tune a language model until the training set (retain + forget) is memorised; the model that SPUL then unlearns.
+r"""Fine-tune a language model until the training set (retain + forget) is memorised; the model that SPUL then unlearns.
 
 python qlora.py --dataset=sst2 --model_name=meta-llama/Llama-2-7b-hf \
     --max_length=1024 --set_pad_id --lr=1e-4 \
@@ -67,6 +67,7 @@ def main(args):
     torch.manual_seed(args.seed)
     base = models.load_base(chain[0], args, args.quantization)
     models.check_length(base, max(map(len, examples)), 0)
+    metrics.check_lengths(base, tokenizer, frames, args)
     model = models.add_lora(base, args)
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
     print(f"training {sum(p.numel() for p in parameters.values()):,} LoRA parameters on {len(examples):,} rows")

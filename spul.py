@@ -1,4 +1,4 @@
-"""Learn the unlearning prompt: p virtual tokens that make a frozen model forget train_forget and keep the rest (SPUL).
+r"""Learn the unlearning prompt: p virtual tokens that make a frozen model forget train_forget and keep the rest (SPUL).
 
 python spul.py --dataset=sst2 --model_checkpoints=[local path to checkpoints] \
     --max_length=1024 --set_pad_id --lr=1e-4 \
@@ -15,7 +15,6 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from utils import cli
-from utils.prompt_encoders import ENCODERS
 
 
 def parse_args():
@@ -31,7 +30,9 @@ def parse_args():
     group.add_argument("--ptuning_hidden_size", type=cli.positive_int, default=128, help="h, width of the encoder")
     group.add_argument("--alpha", type=cli.non_negative_float, default=0.5, help="weight of L_r")
     group.add_argument("--beta", type=cli.non_negative_float, default=0.5, help="weight of L_kl")
-    group.add_argument("--prompt_encoder", choices=ENCODERS, default="mlp", help="what produces the virtual tokens")
+    group.add_argument(
+        "--prompt_encoder", choices=["mlp", "lstm", "embedding"], default="mlp", help="what produces the virtual tokens"
+    )
     start = group.add_mutually_exclusive_group()
     start.add_argument("--init_text", help="start from the embeddings of this instruction")
     start.add_argument("--init_checkpoint", help="start from the encoder of an earlier spul.py checkpoint")
@@ -66,6 +67,7 @@ def main(args):
             f"{args.model_checkpoints} already is a prompt; --model_checkpoints takes what it was made on"
         )
     model, tokenizer = loaded.model, loaded.tokenizer
+    metrics.check_lengths(model, tokenizer, frames, args, args.ptuning_num_tokens)
     records = report_merge(loaded, frames, words, args)
 
     unlearning = data.draw_unlearning_labels(len(frames["train_forget"]), args.seed)

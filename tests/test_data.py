@@ -274,10 +274,19 @@ def test_max_train_samples_keeps_at_least_one_row_of_each():
         data.select_rows(frames_of(300, 100), max_train_samples=1)
 
 
-def test_max_train_samples_of_a_part_of_the_forget_rows():
-    """qlora.py takes them from all forget rows, spul.py --forget_size from the kept ones."""
-    selected = data.select_rows(frames_of(150, 100), forget_size=0.5, max_train_samples=40)
-    assert (len(selected["train_retain"]), len(selected["train_forget"])) == (30, 10)
+def test_a_part_of_the_forget_set_is_unlearnt_from_rows_that_were_learnt():
+    """spul.py --forget_size=0.5 sees forget rows that qlora.py had under the same --max_train_samples, and its retain."""
+    learnt = data.select_rows(frames_of(300, 100), max_train_samples=40)
+    unlearnt = data.select_rows(frames_of(300, 100), forget_size=0.5, max_train_samples=40)
+    assert len(unlearnt["train_forget"]) == 5
+    assert set(unlearnt["train_forget"]["text"]) < set(learnt["train_forget"]["text"])
+    assert unlearnt["train_retain"].equals(learnt["train_retain"])
+
+
+@pytest.mark.parametrize(("share", "forget"), [(0.5, 20), (0.001, 1), (0.9, 30)])
+def test_the_share_of_forget_rows_can_be_chosen(share, forget):
+    selected = data.select_rows(frames_of(300, 30), max_train_samples=40, forget_share=share)
+    assert (len(selected["train_retain"]), len(selected["train_forget"])) == (40 - forget, forget)
 
 
 def test_sampled_rows_keep_the_file_order():

@@ -20,7 +20,7 @@ from utils.models import Loaded
 class Scripted(torch.nn.Module):
     """Next-token logits = `after[current token]` + the sum of `seen[token]` over the tokens so far; else zero."""
 
-    device = torch.device("cpu")
+    device, config = torch.device("cpu"), tiny.CONFIGS["llama"]
 
     def __init__(self, tokenizer, after, seen):
         super().__init__()
@@ -285,6 +285,17 @@ def test_evaluate_at_most_so_many_rows(llama):
     splits, rows = metrics.evaluate(llama, evaluation_frames(), WORDS, args, "test")
     assert {splits[split]["n"] for split in SPLITS} == {5}
     assert len(rows) == 20
+
+
+def test_columns_of_the_data_do_not_get_into_the_scores(llama):
+    """Whatever else the user's files hold, also under names that the scores use."""
+    args = argparse.Namespace(max_eval_samples=3, max_length=200, eval_batch_size=4)
+    extra = {"loss": "x", "prediction": "x", "correct": "x", "split": "x", "label_prediction": "x", "method": "x"}
+    frames = {split: sentences(6) for split in SPLITS}
+    expected, _ = metrics.evaluate(llama, frames, WORDS, args, "test")
+    assert (
+        metrics.evaluate(llama, {s: f.assign(**extra) for s, f in frames.items()}, WORDS, args, "test")[0] == expected
+    )
 
 
 def test_accuracies_of_the_curve_switch_dropout_off_and_on_again(llama):

@@ -12,12 +12,12 @@ import bitsandbytes
 import pandas as pd
 import pytest
 import scripts
-import spul
 import torch
 from peft import PeftConfig
 from safetensors.torch import load_file, safe_open, save_file
 from scripts import call, done, refused, start, tree
 
+import spul
 from utils import checkpoints, data, models
 
 PUBLISHED = {
@@ -55,7 +55,7 @@ def run(tiny_model, tmp_path_factory):
     budget = "--max_train_samples=32", "--max_steps=2"
     said = {"qlora": published(cwd, "qlora", tiny_model, *budget)}
     said["spul"] = published(cwd, "spul", "qlora_checkpoints/tiny-llama-qlora-snippets", *budget)
-    said["inference_spul"] = published(cwd, "inference_spul", prompt_folder(cwd).relative_to(cwd))
+    said["inference_spul"] = published(cwd, "inference_spul", prompt_folder(cwd).relative_to(cwd), budget[0])
     return cwd, said
 
 
@@ -104,6 +104,12 @@ def test_each_command_ends_with_the_folder_it_wrote(run):
     for result in said.values():
         last = result.stdout.splitlines()[-1]
         assert last.startswith("wrote ") and (cwd / last.removeprefix("wrote ")).is_dir()
+
+
+def test_nothing_but_progress_goes_to_stderr(run):
+    _, said = run
+    for result in said.values():
+        assert all(scripts.is_progress_bar(line) for line in re.split(r"[\r\n]+", result.stderr) if line)
 
 
 def test_published_sizes(run):
@@ -170,7 +176,8 @@ def test_metrics_have_one_schema(run):
         for record in metrics_of(folder):
             check_record(record, data.SPLITS)
             assert (record["dataset"], record["seed"]) == ("snippets", 42)
-            assert {record["splits"][split]["n"] for split in data.SPLITS} == {4}
+            sizes = {split: record["splits"][split]["n"] for split in data.SPLITS}
+            assert sizes == {"train_retain": 4, "train_forget": 2, "test_retain": 4, "test_forget": 4}
             methods.append(record["method"])
     assert methods == ["fine-tuned", "merged", "SPUL", "SPUL"]
 
@@ -308,13 +315,54 @@ def copy_of(module):
     return {name: value.clone() for name, value in module.state_dict().items()}
 
 
+def test_the_logged_losses_are_those_of_the_paper(fine_tuned, small_data, tmp_path):
+    """Worked out row by row, without batches, padding, gathering or a file of reference states. The first step has a
+    rate of zero, so the vectors that were saved are those it saw. Labels of several tokens."""
+    words = {"positive": "rather good", "negative": "rather poor"}
+    change = {split: lambda f: f.assign(label_text=f["label_text"].map(words)) for split in data.SPLITS}
+    folder = copy_data(small_data, tmp_path / "words", **change)
+    arguments = "--max_steps=1", "--train_batch_size=24", "--micro_batch_size=5", "--eval_batch_size=3"
+    prompt = prompt_after(tmp_path, fine_tuned, folder, "out", *arguments)
+    (line,) = [json.loads(line) for line in (tmp_path / "out" / "training.jsonl").read_text().splitlines()]
+    loaded, frames = models.load(str(fine_tuned), RUN_ARGUMENTS), data.load_splits(str(folder))
+    retain, forget, kl = [], [], []
+    for text, word in zip(frames["train_retain"]["text"], frames["train_retain"]["label_text"]):
+        with_prompt, without = log_probabilities(loaded, text, word, prompt), log_probabilities(loaded, text, word)
+        retain.append(-with_prompt.gather(1, completion(loaded, word)).sum())
+        kl.append((without.exp() * (without - with_prompt)).sum())
+    for text, word in zip(frames["train_forget"]["text"], data.draw_unlearning_labels(8, 42)):
+        forget.append(-log_probabilities(loaded, text, word, prompt).gather(1, completion(loaded, word)).sum())
+    expected = {"L_f": sum(forget) / 8, "L_r": sum(retain) / 16, "L_kl": sum(kl) / 16}
+    assert {name: line[name] for name in expected} == pytest.approx(
+        {name: value.item() for name, value in expected.items()}, rel=1e-4
+    )
+    assert line["loss"] == pytest.approx(line["L_f"] + 0.5 * line["L_r"] + 0.5 * line["L_kl"], rel=1e-5)
+    assert len(data.completion_ids(loaded.tokenizer, "rather good")) > 1
+
+
+def completion(loaded, word):
+    return torch.tensor(data.completion_ids(loaded.tokenizer, word))[:, None]
+
+
+@torch.no_grad()
+def log_probabilities(loaded, text, word, prompt=None):
+    """log f(. | prompt, text, earlier tokens) at each token of ` word`: (tokens, |V|)."""
+    ids = loaded.tokenizer(f"{data.TEMPLATE_HEAD}{text}{data.TEMPLATE_TAIL} {word}")["input_ids"]
+    assert len(ids) < 96
+    embedded = loaded.model.get_input_embeddings()(torch.tensor([ids]))
+    if prompt is not None:
+        embedded = torch.cat([prompt[None], embedded], dim=1)
+    n = len(completion(loaded, word))
+    return loaded.model(inputs_embeds=embedded).logits[0, -n - 1 : -1].log_softmax(-1)
+
+
 @pytest.mark.parametrize("size", [1, 3])
 def test_accumulated_micro_batches_give_the_same_prompt(fine_tuned, small_data, tmp_path, size):
-    arguments = "--lr=1e-2", "--alpha=1"
+    arguments = "--lr=1e-3", "--alpha=1"
     whole = prompt_after(tmp_path, fine_tuned, small_data, "whole", *arguments)
     parts = prompt_after(tmp_path, fine_tuned, small_data, "parts", *arguments, f"--micro_batch_size={size}")
     start_of_it = prompt_after(tmp_path, fine_tuned, small_data, "start", *arguments, "--max_steps=1")  # its rate is 0
-    assert (whole - start_of_it).abs().max() > 1e-3
+    assert (whole - start_of_it).abs().max() > 1e-4
     assert torch.allclose(parts, whole, rtol=0, atol=1e-6)
 
 
@@ -364,7 +412,8 @@ def test_init_checkpoint_starts_where_the_earlier_run_ended(fine_tuned, small_da
 
 
 def test_spul_lowers_its_loss(fine_tuned, small_data, tmp_path):
-    arguments = "--lr=3e-2", "--num_epochs=6", "--train_batch_size=24", "--prompt_encoder=embedding"
+    """All rows in each batch, so that steps compare."""
+    arguments = "--lr=5e-2", "--num_epochs=12", "--train_batch_size=24", "--init_text=neutral"
     prompt_after(tmp_path, fine_tuned, small_data, "out", *arguments)
     log = [json.loads(line) for line in (tmp_path / "out" / "training.jsonl").read_text().splitlines()]
     assert log[-1]["loss"] < 0.9 * log[0]["loss"]
@@ -387,7 +436,9 @@ def test_a_part_of_the_forget_set(fine_tuned, small_data, tmp_path):
     before, after = metrics_of(prompt_folder(tmp_path))
     assert before["splits"]["train_forget"]["n"] == after["splits"]["train_forget"]["n"] == 4
     done(inference(tmp_path, small_data, prompt_folder(tmp_path), "--forget_size=0.5", "--output_path=out"))
-    assert metrics_of(tmp_path / "out")[0]["splits"] == pytest.approx(after["splits"], abs=1e-5)
+    (again,) = metrics_of(tmp_path / "out")
+    for split in data.SPLITS:
+        assert again["splits"][split] == pytest.approx(after["splits"][split], abs=1e-4)
 
 
 def test_spul_on_a_plain_model(tiny_model, small_data, tmp_path):

@@ -65,7 +65,10 @@ def build_model(architecture="llama", seed=0):
 
 def save(folder, architecture="llama"):
     """Write model and tokenizer as a plain Hugging Face folder."""
-    build_model(architecture).save_pretrained(folder)
+    model = build_model(architecture)
+    if not model.config.tie_word_embeddings:
+        model.get_output_embeddings().weight.data *= 10  # so that a few steps of training move probabilities
+    model.save_pretrained(folder)
     build_tokenizer().save_pretrained(folder)
     return folder
 

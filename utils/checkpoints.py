@@ -121,8 +121,8 @@ def read_manifest(path):
         )
     try:
         manifest = json.loads(file.read_text())
-        kind, files = manifest["kind"], manifest["files"]
-        manifest["parent"]["path"], manifest["parent"]["sha256"]
+        kind, files = manifest["kind"], dict(manifest["files"])
+        Path(manifest["parent"]["path"]), manifest["parent"]["sha256"]
     except (ValueError, KeyError, TypeError):
         raise UserError(f"{file} is not a manifest of this project or is damaged; train the checkpoint again")
     if kind not in KINDS:

@@ -13,13 +13,21 @@ class UserError(Exception):
     """Bad input. The message is one sentence that says what is wrong and what to do."""
 
 
+class _Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Docstrings as they stand, and every flag's default behind its help."""
+
+    def _get_help_string(self, action):
+        """No `(default: None)`: where a flag has no default its help says what happens without it."""
+        return action.help if action.default in (None, False) else super()._get_help_string(action)
+
+
 class ArgumentParser(argparse.ArgumentParser):
     """An `argparse.ArgumentParser` whose errors are one sentence and that names the closest flag on a typo."""
 
     def __init__(self, doc):
         super().__init__(
             description=doc,
-            formatter_class=argparse.RawDescriptionHelpFormatter,
+            formatter_class=_Formatter,
             allow_abbrev=False,
         )
 
@@ -114,7 +122,7 @@ def _disk_message(error):
         return (
             f"the disk is full or a file-size limit was hit ({text}); free some space or choose another --output_path"
         )
-    if number in (errno.EACCES, errno.EROFS, errno.EPERM, errno.ENOTDIR) or "os error 13" in text:
+    if number in (errno.EACCES, errno.EROFS, errno.EPERM, errno.ENOTDIR, errno.EEXIST) or "os error 13" in text:
         return f"cannot read or write there ({text}); check the permissions or choose another path"
     return None
 

@@ -172,17 +172,12 @@ def label_words(frames):
 def select_rows(frames, forget_size=1.0, max_train_samples=None, forget_share=None):
     """The training protocol's row selection; returns new frames, order kept.
 
-    `forget_size` < 1 keeps int(size * n) rows of train_forget drawn with NumPy default_rng(42) (the published
-    protocol). `max_train_samples` then keeps so many train rows in all, of them `forget_share` forget rows (default: the
-    share the data has). Nothing depends on the training seed, so qlora.py and spul.py see the same rows. Raises
-    UserError when a split would be left without a row.
+    `max_train_samples` keeps so many train rows in all, of them `forget_share` forget rows (default: the share the data
+    has). `forget_size` < 1 then keeps int(size * n) rows of train_forget, drawn with NumPy default_rng(42) (the
+    published protocol). Nothing depends on the training seed, and what a `forget_size` keeps is part of what is kept
+    without one, so spul.py sees rows that qlora.py has seen. Raises UserError when a split would be left without a row.
     """
     frames = dict(frames)
-    if forget_size < 1:
-        kept = int(forget_size * len(frames["train_forget"]))
-        if not kept:
-            raise UserError(f"--forget_size={forget_size} leaves no forget row; choose a larger share")
-        frames["train_forget"] = sample_rows(frames["train_forget"], kept)
     sizes = {split: len(frames[split]) for split in TRAIN_SPLITS}
     if max_train_samples and max_train_samples < sum(sizes.values()):
         share = forget_share or sizes["train_forget"] / sum(sizes.values())
@@ -191,6 +186,11 @@ def select_rows(frames, forget_size=1.0, max_train_samples=None, forget_share=No
             raise UserError(f"--max_train_samples={max_train_samples} leaves no retain row; use more rows")
         frames["train_forget"] = sample_rows(frames["train_forget"], forget)
         frames["train_retain"] = sample_rows(frames["train_retain"], max_train_samples - forget)
+    if forget_size < 1:
+        kept = int(forget_size * len(frames["train_forget"]))
+        if not kept:
+            raise UserError(f"--forget_size={forget_size} leaves no forget row; choose a larger share")
+        frames["train_forget"] = sample_rows(frames["train_forget"], kept)
     return frames
 
 

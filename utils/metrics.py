@@ -11,6 +11,7 @@ from tqdm import tqdm
 
 from utils.data import SPLITS, UNLEARNING_LABELS, Example, collate, completion_ids, sample_rows, tokenize
 from utils.forward import completion_logits, prompt_prefix
+from utils.models import check_length, position_limit
 
 SHARES = ("accuracy", "f1", "precision", "recall", "out_of_label", "label_accuracy")
 
@@ -81,6 +82,8 @@ def answer(loaded, texts, words, max_length, batch_size):
     known = [*words, *UNLEARNING_LABELS]
     longest = max(len(completion_ids(loaded.tokenizer, word)) for word in known)
     examples = tokenize(loaded.tokenizer, texts, [known[0]] * len(texts), max_length)
+    p = 0 if loaded.prompt is None else len(loaded.prompt)
+    check_length(loaded.model, max(len(e.prompt) for e in examples) + longest - 1, p)
     answers = [None] * len(texts)
     for batch_rows in _by_length(examples, batch_size):
         chosen, log_p, spelled = [examples[i] for i in batch_rows], 0.0, [()] * len(batch_rows)
@@ -127,11 +130,21 @@ def evaluate(loaded, frames, words, args, description):
     with tqdm(total=total, desc=description, unit="row", dynamic_ncols=True, mininterval=1) as progress:
         for split, frame in frames.items():
             results = score_rows(loaded, frame, words, args.max_length, args.eval_batch_size, progress)
-            scored[split] = pd.concat([frame, results], axis=1).assign(split=split)
+            others = frame.drop(columns=results.columns, errors="ignore")
+            scored[split] = pd.concat([others, results], axis=1).assign(split=split)
     splits = {split: scores(rows, words) for split, rows in scored.items()}
     for part, rows in _slices(scored).items():
         splits[part] = scores(rows, words)
     return splits, pd.concat(scored.values(), ignore_index=True)
+
+
+def check_lengths(model, tokenizer, frames, args, p=0):
+    """Raise UserError if a row to evaluate, behind `p` virtual tokens, does not fit the model; ask before training."""
+    limit = position_limit(model)
+    if limit and args.max_length + p > limit:
+        for frame in frames.values():
+            rows = tokenize(tokenizer, frame["text"], frame["label_text"], args.max_length)
+            check_length(model, max(map(len, rows)), p)
 
 
 def accuracies(loaded, frames, words, args):

@@ -108,7 +108,8 @@ def pick_dtype(name, device):
 def load_tokenizer(chain, set_pad_id, trust_remote_code=False):
     """The tokenizer of the last Link that has one. It pads with its own pad token, or with the end-of-sequence token
     when `set_pad_id` or when it has none; masks go by length, so the choice changes no result."""
-    link = next(link for link in reversed(chain) if link.path.is_file() or list(link.path.glob("tokenizer*")))
+    has_files = (link for link in reversed(chain) if link.path.is_file() or list(link.path.glob("tokenizer*")))
+    link = next(has_files, chain[0])
     source = _source(link.path)
     try:
         tokenizer = AutoTokenizer.from_pretrained(**source, trust_remote_code=trust_remote_code, use_fast=True)
@@ -134,9 +135,11 @@ def load_base(link, args, quantization="none"):
     # Measured on two cores with rows of about 100 tokens: eager attention 3.9 s a step, SDPA 4.8 s.
     options["attn_implementation"] = "eager" if device == "cpu" else "sdpa"
     try:
-        model = AutoModelForCausalLM.from_pretrained(**_source(link.path), **options)
+        model, info = AutoModelForCausalLM.from_pretrained(**_source(link.path), **options, output_loading_info=True)
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise UserError(f"cannot load a causal language model from {link.name} ({_first_line(error)})")
+    if info["missing_keys"]:  # transformers would fill them with random numbers
+        raise UserError(f"{link.name} lacks the weight {min(info['missing_keys'])}; restore its files")
     return model.eval().requires_grad_(False)
 
 
@@ -199,12 +202,17 @@ def add_lora(model, args):
 
 def check_length(model, n_tokens, p):
     """Raise UserError if rows of `n_tokens` behind `p` virtual tokens do not fit the model's position range."""
-    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    limit = position_limit(model)
     if limit and n_tokens + p > limit:
         raise UserError(
             f"the longest row has {n_tokens} tokens and the prompt {p}, but the model has {limit} positions; "
             f"use --max_length={limit - p} or less"
         )
+
+
+def position_limit(model):
+    """The number of positions that the model's configuration names, or None."""
+    return getattr(model.config.get_text_config(), "max_position_embeddings", None)
 
 
 def _source(path):

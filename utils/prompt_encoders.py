@@ -3,8 +3,6 @@
 import torch
 from peft import PromptEmbedding, PromptEncoder, PromptEncoderConfig, PromptTuningConfig
 
-ENCODERS = ("mlp", "lstm", "embedding")
-
 
 class VirtualTokens(torch.nn.Module):
     """phi = encoder(0..p-1) + start, (p, d) float32; the encoder is PEFT's, `start` is fixed.

@@ -58,7 +58,7 @@ def load_reference(loaded, examples, retain, args):
         with safe_open(path, "pt") as file:
             found = json.loads(file.metadata()["key"])
         hidden = load_file(path)["hidden"]
-    except (SafetensorError, TypeError, KeyError, ValueError):
+    except (OSError, SafetensorError, TypeError, KeyError, ValueError):
         raise UserError(
             f"{path} is not a file of reference logits or is damaged; delete it or pass another --logits_path"
         )

@@ -42,8 +42,7 @@ class Training:
     @property
     def settings(self):
         """What must be the same for a resumed run: the arguments and the data."""
-        args = {key: value for key, value in vars(self.args).items() if key not in UNSAVED_ARGUMENTS}
-        return json.loads(json.dumps({**args, "data": self.fingerprint}, default=str))
+        return {**saved_arguments(self.args), "data": self.fingerprint}
 
     def total_steps(self):
         steps = self.args.num_epochs * len(self._batches(0))
@@ -101,6 +100,9 @@ class Training:
             if args.save_steps and step % args.save_steps == 0 and step < total:
                 self._save(optimizer, schedule, log)
         bar.close()
+        with torch.no_grad():  # no logged loss has seen the last update
+            last, _ = self.loss(rows[: args.micro_batch_size or len(rows)], 1, 1)
+        self._refuse_non_finite({"step": step, "loss": float(last)})
         return log
 
     def _step(self, rows):
@@ -146,13 +148,7 @@ class Training:
 
     def _load(self, optimizer, schedule):
         text = read_state(self.state_path)
-        different = [key for key, value in self.settings.items() if text["settings"].get(key) != value]
-        if different:
-            key = different[0]
-            raise UserError(
-                f"{self.state_path} was saved with {key}={text['settings'].get(key)!r}, this command has "
-                f"{self.settings[key]!r}; resume with the same settings, or start over with --overwrite"
-            )
+        refuse_other_settings(self.state_path, text, self.settings)
         tensors = load_file(self.state_path)
         states = {}
         for key, value in tensors.items():
@@ -191,14 +187,31 @@ def check_start(output_path, args):
     check_output(output_path, args.overwrite)
     state = state_path(output_path)
     if args.resume:
-        read_state(state)
+        refuse_other_settings(state, read_state(state), saved_arguments(args))
     elif state.exists() and not args.overwrite:
         raise UserError(f"an interrupted run left {state}; continue it with --resume or start over with --overwrite")
 
 
 def state_path(output_path):
     """Where the resumable state of the run that will write `output_path` lies: a file beside it."""
-    return Path(f"{output_path}.training.safetensors")
+    return Path(f"{str(output_path).rstrip('/')}.training.safetensors")
+
+
+def saved_arguments(args):
+    """The arguments that decide what a run computes, as JSON gives them back."""
+    kept = {key: value for key, value in vars(args).items() if key not in UNSAVED_ARGUMENTS}
+    return json.loads(json.dumps(kept, default=str))
+
+
+def refuse_other_settings(path, state, settings):
+    """Raise UserError unless `state` (what `read_state` gave for `path`) was saved with these settings."""
+    different = [key for key, value in settings.items() if state["settings"].get(key) != value]
+    if different:
+        key = different[0]
+        raise UserError(
+            f"{path} was saved with {key}={state['settings'].get(key)!r}, this command has {settings[key]!r}; "
+            "resume with the same settings, or start over with --overwrite"
+        )
 
 
 def read_state(path):

@@ -1,0 +1,50 @@
+"""Mark the SST-2 rows that name some person, so that "reacts to any name" can be told from "forgets these people".
+
+python data/sst2/prepare.py --input=FOLDER --output_path=data/sst2/marked
+
+FOLDER (default: sst2 from the hub) holds the four published splits. The copy has one column more, names_other: 1 where
+a given name of data/snippets/given_names.txt is followed by a surname of that folder's two lists, all in lower case as
+SST-2 is. A surname alone does not count, since many are words. Use the copy as --dataset.
+"""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from utils import checkpoints, cli, data, splits  # noqa: E402
+from utils.names import read_names  # noqa: E402
+
+
+def parse_args():
+    parser = cli.ArgumentParser(__doc__)
+    parser.add_argument("--input", default="sst2", help="folder with the four splits (default: sst2 from the hub)")
+    parser.add_argument("--output_path", required=True, help="folder to write")
+    parser.add_argument("--overwrite", action="store_true", help="replace an existing output folder")
+    return parser.parse_args()
+
+
+def main(args):
+    checkpoints.check_output(args.output_path, args.overwrite)
+    frames = data.load_splits(args.input)
+    lists = {
+        name: read_names(data.SNIPPETS_FOLDER / f"{name}.txt")
+        for name in ("given_names", "forget_names", "other_names")
+    }
+    given = {person.lower() for person, _ in lists["given_names"]}
+    surnames = {person.lower().split()[-1] for name in ("forget_names", "other_names") for person, _ in lists[name]}
+    for split, frame in frames.items():
+        frames[split] = frame.assign(names_other=[int(names_somebody(text, given, surnames)) for text in frame["text"]])
+        print(f"{split:13s}{len(frame):8,d} rows, {frames[split]['names_other'].sum():6,d} name somebody")
+    with checkpoints.new_folder(args.output_path) as folder:
+        splits.write_splits(frames, folder)
+
+
+def names_somebody(text, given, surnames):
+    """Whether two neighbouring words of `text` are a given name and a surname (both sets in lower case)."""
+    words = [word.strip(".,;:!?'\"()`") for word in text.lower().replace("'s", "").split()]
+    return any(first in given and last in surnames for first, last in zip(words, words[1:]))
+
+
+if __name__ == "__main__":
+    cli.run(parse_args, main)

@@ -1,0 +1,97 @@
+"""Loading any causal language model from a folder, its tokenizer, and LoRA on it."""
+
+from argparse import Namespace
+
+import pytest
+import tiny
+import torch
+
+from utils import models
+from utils.cli import UserError
+
+ARGUMENTS = Namespace(device="cpu", dtype="float32", set_pad_id=False, trust_remote_code=False)
+LORA = Namespace(lora_rank=4, lora_alpha=8.0, lora_dropout=0.0, lora_bias="none", lora_target_modules=None)
+
+
+@pytest.fixture(scope="module", params=list(tiny.CONFIGS))
+def saved(request, tmp_path_factory):
+    return tiny.save(tmp_path_factory.mktemp("model") / request.param, request.param)
+
+
+def load(folder, quantization="none", **changes):
+    link = models.resolve_chain(str(folder))[0]
+    return models.load_base(link, Namespace(**vars(ARGUMENTS) | changes), quantization)
+
+
+def test_every_architecture_loads_whole_and_frozen(saved):
+    """Also those that share their embedding with the head, or leave its copy out of the file."""
+    from transformers import AutoModelForCausalLM
+
+    model, expected = load(saved), AutoModelForCausalLM.from_pretrained(saved).state_dict()
+    assert set(model.state_dict()) == set(expected)
+    assert all(torch.equal(value, expected[name]) for name, value in model.state_dict().items())
+    assert not model.training and not any(p.requires_grad for p in model.parameters())
+
+
+def test_every_architecture_loads_in_nf4(saved):
+    model = load(saved, "nf4")
+    logits = model(input_ids=torch.tensor([[5, 6, 7]])).logits
+    assert logits.isfinite().all()
+
+
+def test_every_architecture_takes_lora(saved):
+    """In float32 also on a bfloat16 model; at the start it changes nothing."""
+    model = load(saved, dtype="bfloat16")
+    ids = torch.tensor([[5, 6, 7]])
+    before = model(input_ids=ids).logits
+    adapted = models.add_lora(model, LORA)
+    trained = {name: p for name, p in adapted.named_parameters() if p.requires_grad}
+    assert trained and all("lora_" in name and p.dtype == torch.float32 for name, p in trained.items())
+    assert torch.equal(adapted(input_ids=ids).logits, before)
+
+
+def test_lora_goes_where_the_user_says(tiny_model):
+    names = {
+        ("all-linear",): {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"},
+        ("o_proj", "up_proj"): {"o_proj", "up_proj"},
+        None: {"q_proj", "v_proj"},
+    }
+    for targets, expected in names.items():
+        arguments = Namespace(**vars(LORA) | {"lora_target_modules": targets and list(targets)})
+        adapted = models.add_lora(load(tiny_model), arguments)
+        assert {
+            name.split(".lora_")[0].split(".")[-1] for name, _ in adapted.named_parameters() if "lora_" in name
+        } == expected
+
+
+def test_the_pad_token_is_the_users_choice(tiny_model):
+    chain = models.resolve_chain(str(tiny_model))
+    tokenizer = models.load_tokenizer(chain, set_pad_id=False)
+    assert tokenizer.pad_token == tokenizer.eos_token  # it has none of its own
+    tokenizer.pad_token = "<s>"
+    tokenizer.save_pretrained(tiny_model.parent / "padded")
+    padded = [models.Link(tiny_model.parent / "padded", "padded")]
+    assert models.load_tokenizer(padded, set_pad_id=False).pad_token == "<s>"
+    assert models.load_tokenizer(padded, set_pad_id=True).pad_token == "</s>"
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32", "float16"])
+def test_weights_have_the_chosen_type(tiny_model, dtype):
+    assert load(tiny_model, dtype=dtype).dtype == getattr(torch, dtype)
+
+
+def test_automatic_types_do_not_overflow(tiny_model):
+    assert load(tiny_model, dtype="auto").dtype in (torch.bfloat16, torch.float32)
+
+
+def test_rows_and_prompt_must_fit_the_positions(tiny_model):
+    model = load(tiny_model)
+    models.check_length(model, 500, 12)
+    with pytest.raises(UserError, match="the longest row has 501 tokens and the prompt 12, .* use --max_length=500"):
+        models.check_length(model, 501, 12)
+
+
+def test_short_names(tiny_model, monkeypatch):
+    monkeypatch.chdir(tiny_model)
+    names = {"meta-llama/Llama-2-7b-hf": "Llama-2-7b-hf", f"{tiny_model}/": "tiny-llama", ".": "tiny-llama"}
+    assert {name: models.short_name(name) for name in [*names, "a/model.gguf"]} == names | {"a/model.gguf": "model"}

@@ -1,0 +1,186 @@
+"""A run that was killed and resumed ends with the same bytes as one that was not."""
+
+import json
+import shutil
+import signal
+import subprocess
+import time
+
+import pytest
+import scripts
+import torch
+from safetensors.torch import load_file, safe_open, save_file
+from scripts import call, done, refused, tree
+
+from utils.training import state_path
+
+STEPS = 30
+RESULTS = ("adapter_model.safetensors", "training.jsonl")
+
+
+def commands(model, fine_tuned, data):
+    """Enough steps for the kill to come in the middle; LoRA dropout is the published one, so random state counts."""
+    budget = f"--dataset={data}", f"--max_steps={STEPS}", "--num_epochs=100", "--save_steps=2", "--max_eval_samples=0"
+    return {
+        "qlora": (f"--model_name={model}", *scripts.QLORA, *budget, "--lr=1e-3", "--eval_steps=3", "--curve_samples=2"),
+        "spul": (f"--model_checkpoints={fine_tuned}", *scripts.SPUL, *budget, "--lr=1e-2"),
+    }
+
+
+def kill_after_a_state(cwd, script, *arguments):
+    """Start the run in a process of its own and kill it without warning as soon as a state file has appeared."""
+    process = subprocess.Popen(
+        scripts.command(script, *arguments), cwd=cwd, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+    )
+    deadline = time.monotonic() + 120
+    while not list(cwd.glob("*.training.safetensors")) and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.01)
+    process.kill()
+    assert process.wait() == -signal.SIGKILL, process.stderr.read()
+    process.stderr.close()
+
+
+@pytest.fixture(scope="module", params=["qlora", "spul"])
+def killed(request, tiny_model, fine_tuned, small_data, tmp_path_factory):
+    """(script, its arguments, the folder in which it was killed)."""
+    cwd = tmp_path_factory.mktemp(request.param)
+    arguments = (*commands(tiny_model, fine_tuned, small_data)[request.param], "--output_path=out")
+    kill_after_a_state(cwd, request.param, *arguments)
+    return request.param, arguments, cwd
+
+
+@pytest.fixture
+def interrupted(killed, tmp_path):
+    """A copy of it that the test may change."""
+    script, arguments, cwd = killed
+    shutil.copytree(cwd, tmp_path, dirs_exist_ok=True)
+    return script, arguments, tmp_path
+
+
+def saved_step(cwd):
+    from utils.training import read_state
+
+    return read_state(state_path(cwd / "out"))["log"][-1]["step"]
+
+
+def test_a_kill_leaves_the_state_and_no_half_written_folder(killed):
+    script, _, cwd = killed
+    leftovers = {name for name in tree(cwd) if not name.startswith("saved_logits")}
+    assert leftovers - {"out.training.tmp"} == {"out.training.safetensors"}
+    assert 2 <= saved_step(cwd) < STEPS
+
+
+def test_a_resumed_run_ends_bit_by_bit_like_an_uninterrupted_one(interrupted, tmp_path_factory):
+    """Even where the first try to resume fails, and the state is saved at other steps."""
+    script, arguments, cwd = interrupted
+    step = saved_step(cwd)
+    (cwd / "out").mkdir()
+    refused(cwd, "out exists", script, *arguments, "--resume")
+    (cwd / "out").rmdir()
+    resumed = done(call(cwd, script, *arguments, "--resume", "--save_steps=5"))
+    assert f"continuing out.training.safetensors after step {step}" in resumed.stdout
+    whole = tmp_path_factory.mktemp("whole")
+    done(call(whole, script, *arguments))
+    for name in RESULTS:
+        assert (cwd / "out" / name).read_bytes() == (whole / "out" / name).read_bytes()
+    steps = [json.loads(line)["step"] for line in (cwd / "out" / "training.jsonl").read_text().splitlines()]
+    assert sorted(set(steps)) == list(range(1, STEPS + 1))
+    for folder in (cwd, whole):
+        assert {path.name for path in folder.iterdir()} - {"saved_logits", "out.training.tmp"} == {"out"}
+
+
+@pytest.mark.parametrize("flag", ["--lr=0.5", "--seed=7", "--train_batch_size=4", "--num_epochs=99", "--max_length=80"])
+def test_other_settings_are_refused(interrupted, flag):
+    script, arguments, cwd = interrupted
+    name, value = flag.removeprefix("--").split("=")
+    refused(cwd, f"was saved with {name}=", script, *arguments, "--resume", flag)
+    assert saved_step(cwd) >= 2
+
+
+def test_other_data_are_refused(interrupted, small_data):
+    script, arguments, cwd = interrupted
+    shutil.copytree(small_data, cwd / "data")
+    train = cwd / "data" / "train_retain.csv"
+    train.write_text(train.read_text().replace("the", "a"))
+    rename_dataset(state_path(cwd / "out"), str(small_data), "data")
+    before = saved_step(cwd)
+    result = call(cwd, script, *arguments, "--resume", "--dataset=data")
+    assert result.code == 2 and "out.training.safetensors was saved with data=" in result.stderr
+    assert not (cwd / "out").exists() and saved_step(cwd) == before
+
+
+def rename_dataset(state, old, new):
+    """Let the state say that it came from folder `new`: the same name, other contents."""
+    with safe_open(state, "pt") as file:
+        metadata = file.metadata()
+    metadata["settings"] = metadata["settings"].replace(json.dumps(old), json.dumps(new))
+    save_file(load_file(state), state, metadata)
+
+
+def test_an_interrupted_run_is_not_started_over_by_accident(interrupted):
+    script, arguments, cwd = interrupted
+    refused(cwd, "an interrupted run left out.training.safetensors; continue it with --resume", script, *arguments)
+
+
+def test_overwrite_starts_over(interrupted):
+    script, arguments, cwd = interrupted
+    result = done(call(cwd, script, *arguments, "--overwrite", "--max_steps=2"))
+    assert "continuing" not in result.stdout
+    assert not state_path(cwd / "out").exists()
+
+
+def test_resume_without_a_state_is_refused(interrupted):
+    script, arguments, cwd = interrupted
+    state_path(cwd / "out").unlink()
+    refused(cwd, "there is no interrupted run to continue at out.training.safetensors", script, *arguments, "--resume")
+
+
+@pytest.mark.parametrize("damage", [lambda content: content[:1000], lambda content: b"", lambda content: b"\0" * 100])
+def test_a_damaged_state_is_refused(interrupted, damage):
+    script, arguments, cwd = interrupted
+    state = state_path(cwd / "out")
+    state.write_bytes(damage(state.read_bytes()))
+    refused(cwd, "is not a training state or is damaged", script, *arguments, "--resume")
+
+
+def test_the_state_of_the_other_script_is_refused(interrupted, tiny_model, fine_tuned, small_data):
+    script, _, cwd = interrupted
+    other = {"qlora": "spul", "spul": "qlora"}[script]
+    arguments = (*commands(tiny_model, fine_tuned, small_data)[other], "--output_path=out", "--resume")
+    refused(cwd, "out.training.safetensors was saved with ", other, *arguments)
+
+
+def test_resume_finds_the_newest_interrupted_run_of_the_published_name(fine_tuned, small_data, tmp_path):
+    """spul.py's default folder carries the time of the start."""
+    arguments = (*commands(None, fine_tuned, small_data)["spul"], "--max_steps=4")
+    done(call(tmp_path, "spul", *arguments, "--output_path=out"))
+    whole = (tmp_path / "out" / "adapter_model.safetensors").read_bytes()
+    stop_at(tmp_path, 3, "spul", *arguments)
+    (state,) = (tmp_path / "unlearn_checkpoints").iterdir()
+    result = done(call(tmp_path, "spul", *arguments, "--resume"))
+    folder = tmp_path / "unlearn_checkpoints" / state.name.removesuffix(".training.safetensors")
+    assert "after step 2\n" in result.stdout
+    assert [path.name for path in folder.parent.iterdir()] == [folder.name]
+    assert (folder / "adapter_model.safetensors").read_bytes() == whole
+
+
+def test_a_slash_behind_the_output_path_changes_nothing(fine_tuned, small_data, tmp_path):
+    arguments = (*commands(None, fine_tuned, small_data)["spul"], "--max_steps=4")
+    stop_at(tmp_path, 3, "spul", *arguments, "--output_path=out/")
+    done(call(tmp_path, "spul", *arguments, "--output_path=out/", "--resume"))
+    assert {path.name for path in tmp_path.iterdir()} == {"out", "saved_logits"}
+
+
+def stop_at(cwd, step, *command):
+    """Interrupt the run, as Ctrl-C does, before it takes this step; exit code 130."""
+    clip, calls = torch.nn.utils.clip_grad_norm_, []
+
+    def interrupt(*arguments):
+        calls.append(arguments)
+        if len(calls) == step:
+            raise KeyboardInterrupt
+        return clip(*arguments)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.nn.utils, "clip_grad_norm_", interrupt)
+        assert call(cwd, *command).code == 130
