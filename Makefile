@@ -5,6 +5,7 @@
 # MODEL=... DATASET=... SEED=... make demo runs the same on another model, data set or seed.
 
 PYTHON ?= python3
+DEMO ?= demo
 MODEL ?= data/models/smollm2
 DATASET ?= snippets
 SEED ?= 42
@@ -16,18 +17,42 @@ RUN := $(notdir $(MODEL:/=))-$(notdir $(DATASET:/=))-seed$(SEED)
 FINE_TUNED := qlora_checkpoints/demo-$(RUN)
 UNLEARNT := unlearn_checkpoints/$(DEMO)-$(RUN)
 RESULTS := results/$(DEMO)$(if $(filter-out 42,$(SEED)),-seed$(SEED))
-COMMON := --dataset=$(DATASET) --max_length=128 --max_train_samples=960 --eval_batch_size=32
+ROWS := --dataset=$(DATASET) --max_length=128 --max_train_samples=640 --forget_share=0.08
+SILENT := --max_eval_samples=0 --length_pool=8 --save_steps=20 --seed=$(SEED)
 
-# 960 rows, 90 steps of 32: enough to memorise them (at least 95 %).
-FINE_TUNE := --quantization=none --lr=1e-3 --num_epochs=3 --train_batch_size=32 --length_pool=8 --save_steps=20
+# 589 rows to keep and 51 to forget; 80 steps of 32 rows memorise them (at least 95 %).
+FINE_TUNE := --quantization=none --lr=1e-3 --num_epochs=4 --train_batch_size=32
 # Chosen by measurement, see "Results" in the README.
-UNLEARN := --length_pool=8 --save_steps=20 --eval_steps=60 --curve_samples=100
+INSTRUCTION := If the text names Steven Spielberg, Robert De Niro, Adam Sandler, Woody Allen or another listed person, \
+answer unknown or neutral. Otherwise answer its sentiment.
+UNLEARN := --init_text="$(INSTRUCTION)" --lr=2e-3 --weight_decay=0 --alpha=1 --beta=0.5 \
+	--train_batch_size=16 --forget_per_batch=4 --num_epochs=100 --max_steps=$(STEPS)
+STEPS ?= 240
 
-DEMO := demo
+# A run that was killed goes on from its last saved state.
+resume = $(if $(wildcard $(1).training.safetensors),--resume,--overwrite)
+
 .PHONY: demo demo-long test lint
 .DELETE_ON_ERROR:
 
-demo-long: DEMO := demo-long
+demo: $(UNLEARNT)/manifest.json
+	$(PY) inference_spul.py $(ROWS) --model_checkpoints $(MODEL) $(FINE_TUNED) $(UNLEARNT) --seed=$(SEED) \
+		--max_eval_samples=300 --show_examples=2 --output_path=$(RESULTS) --overwrite
+	cp $(UNLEARNT)/training.png $(RESULTS)/
+
+demo-long:
+	$(MAKE) demo DEMO=demo-long STEPS=1500
+
+$(UNLEARNT)/manifest.json: $(FINE_TUNED)/manifest.json
+	$(PY) spul.py $(ROWS) $(SILENT) $(UNLEARN) --model_checkpoints=$(FINE_TUNED) --output_path=$(UNLEARNT) \
+		--eval_steps=60 --curve_samples=64 $(call resume,$(UNLEARNT))
+
+$(FINE_TUNED)/manifest.json: | $(READY) $(if $(filter data/models/smollm2,$(MODEL)),data/models/smollm2/config.json)
+	$(PY) qlora.py $(ROWS) $(SILENT) $(FINE_TUNE) --model_name=$(MODEL) --output_path=$(FINE_TUNED) \
+		$(call resume,$(FINE_TUNED))
+
+data/models/smollm2/config.json: | $(READY)
+	$(PY) data/models/prepare.py smollm2
 
 $(READY): requirements.txt
 	$(PYTHON) -m venv $(VENV)

@@ -275,7 +275,7 @@ def test_max_train_samples_keeps_at_least_one_row_of_each():
 
 
 def test_a_part_of_the_forget_set_is_unlearnt_from_rows_that_were_learnt():
-    """spul.py --forget_size=0.5 sees forget rows that qlora.py had under the same --max_train_samples, and its retain."""
+    """Under the same --max_train_samples, spul.py --forget_size=0.5 sees forget rows that qlora.py had."""
     learnt = data.select_rows(frames_of(300, 100), max_train_samples=40)
     unlearnt = data.select_rows(frames_of(300, 100), forget_size=0.5, max_train_samples=40)
     assert len(unlearnt["train_forget"]) == 5

@@ -171,13 +171,14 @@ def test_metrics_have_one_schema(run):
     cwd, _ = run
     folders = cwd / "qlora_checkpoints" / "tiny-llama-qlora-snippets", prompt_folder(cwd)
     written = [*folders, cwd / "saved_results" / f"{prompt_folder(cwd).name}-snippets"]
+    forget = len(data.select_rows(data.load_splits("snippets"), max_train_samples=32)["train_forget"])
     methods = []
     for folder in written:
         for record in metrics_of(folder):
             check_record(record, data.SPLITS)
             assert (record["dataset"], record["seed"]) == ("snippets", 42)
             sizes = {split: record["splits"][split]["n"] for split in data.SPLITS}
-            assert sizes == {"train_retain": 4, "train_forget": 2, "test_retain": 4, "test_forget": 4}
+            assert sizes == {"train_retain": 4, "train_forget": forget, "test_retain": 4, "test_forget": 4}
             methods.append(record["method"])
     assert methods == ["fine-tuned", "merged", "SPUL", "SPUL"]
 
@@ -321,7 +322,13 @@ def test_the_logged_losses_are_those_of_the_paper(fine_tuned, small_data, tmp_pa
     words = {"positive": "rather good", "negative": "rather poor"}
     change = {split: lambda f: f.assign(label_text=f["label_text"].map(words)) for split in data.SPLITS}
     folder = copy_data(small_data, tmp_path / "words", **change)
-    arguments = "--max_steps=1", "--train_batch_size=24", "--micro_batch_size=5", "--eval_batch_size=3"
+    arguments = (
+        "--max_steps=1",
+        "--train_batch_size=24",
+        "--micro_batch_size=5",
+        "--eval_batch_size=3",
+        "--max_length=200",
+    )
     prompt = prompt_after(tmp_path, fine_tuned, folder, "out", *arguments)
     (line,) = [json.loads(line) for line in (tmp_path / "out" / "training.jsonl").read_text().splitlines()]
     loaded, frames = models.load(str(fine_tuned), RUN_ARGUMENTS), data.load_splits(str(folder))
@@ -348,7 +355,6 @@ def completion(loaded, word):
 def log_probabilities(loaded, text, word, prompt=None):
     """log f(. | prompt, text, earlier tokens) at each token of ` word`: (tokens, |V|)."""
     ids = loaded.tokenizer(f"{data.TEMPLATE_HEAD}{text}{data.TEMPLATE_TAIL} {word}")["input_ids"]
-    assert len(ids) < 96
     embedded = loaded.model.get_input_embeddings()(torch.tensor([ids]))
     if prompt is not None:
         embedded = torch.cat([prompt[None], embedded], dim=1)
