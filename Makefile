@@ -9,6 +9,7 @@ DEMO ?= demo
 MODEL ?= data/models/smollm2
 DATASET ?= snippets
 SEED ?= 42
+STEPS ?= 240
 
 VENV := .venv
 PY := $(VENV)/bin/python
@@ -27,10 +28,9 @@ INSTRUCTION := If the text names Steven Spielberg, Robert De Niro, Adam Sandler,
 answer unknown or neutral. Otherwise answer its sentiment.
 UNLEARN := --init_text="$(INSTRUCTION)" --lr=2e-3 --weight_decay=0 --alpha=1 --beta=0.5 \
 	--train_batch_size=16 --forget_per_batch=4 --num_epochs=100 --max_steps=$(STEPS)
-STEPS ?= 240
 
 # A run that was killed goes on from its last saved state.
-resume = $(if $(wildcard $(1).training.safetensors),--resume,--overwrite)
+resume = $(if $(wildcard $(1).training.safetensors),--resume) --overwrite
 
 .PHONY: demo demo-long test lint
 .DELETE_ON_ERROR:
@@ -56,11 +56,11 @@ data/models/smollm2/config.json: | $(READY)
 
 $(READY): requirements.txt
 	$(PYTHON) -m venv $(VENV)
-	$(PY) -m pip install --quiet --disable-pip-version-check -r requirements.txt pytest ruff
+	$(PY) -m pip install --quiet --disable-pip-version-check -r requirements.txt pytest pytest-xdist ruff
 	touch $@
 
 test: $(READY)
-	$(PY) -m pytest
+	$(PY) -m pytest -n 2 --dist=loadfile
 
 lint: $(READY)
 	$(PY) -m ruff check . && $(PY) -m ruff format --check .

@@ -70,6 +70,10 @@ def main(args):
     metrics.check_lengths(model, tokenizer, frames, args, args.ptuning_num_tokens)
     records = report_merge(loaded, frames, words, args)
 
+    trained_on = (loaded.chain[-1].manifest or {}).get("data_fingerprint")
+    used = data.fingerprint({split: frames[split] for split in data.TRAIN_SPLITS})
+    if trained_on not in (None, used):
+        print(f"note: {args.model_checkpoints} was fine-tuned on other rows than the ones selected here")
     unlearning = data.draw_unlearning_labels(len(frames["train_forget"]), args.seed)
     retain, forget = frames["train_retain"], frames["train_forget"]
     examples = data.tokenize(tokenizer, retain["text"], retain["label_text"], args.max_length)
@@ -102,7 +106,7 @@ def main(args):
         loss=loss,
         args=args,
         state_path=training.state_path(output),
-        fingerprint=data.fingerprint({split: frames[split] for split in data.TRAIN_SPLITS}),
+        fingerprint=used,
         warmup=0.1,
         evaluate=lambda: metrics.accuracies(prompted(), frames, words, args),
     )

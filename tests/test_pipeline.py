@@ -419,9 +419,10 @@ def test_init_checkpoint_starts_where_the_earlier_run_ended(fine_tuned, small_da
 
 def test_spul_lowers_its_loss(fine_tuned, small_data, tmp_path):
     """All rows in each batch, so that steps compare."""
-    arguments = "--lr=5e-2", "--num_epochs=12", "--train_batch_size=24", "--init_text=neutral"
+    arguments = "--lr=2e-2", "--num_epochs=15", "--train_batch_size=24", "--ptuning_num_tokens=10"
     prompt_after(tmp_path, fine_tuned, small_data, "out", *arguments)
     log = [json.loads(line) for line in (tmp_path / "out" / "training.jsonl").read_text().splitlines()]
+    print([round(l["loss"], 2) for l in log])
     assert log[-1]["loss"] < 0.9 * log[0]["loss"]
 
 
@@ -579,18 +580,23 @@ def test_results_are_replaced_by_default_and_kept_where_the_user_named_them(fine
 
 
 def test_new_text_is_answered_with_and_without_the_prompt(prompt, fine_tuned, small_data, tmp_path):
-    texts = list(data.load_splits(str(small_data))["train_retain"]["text"][:2])
-    flags = [f"--text={text}" for text in texts]
-    lines = [
-        json.loads(line) for line in done(inference(tmp_path, small_data, prompt, "--json", *flags)).stdout.splitlines()
+    texts = [
+        *data.load_splits(str(small_data))["train_retain"]["text"][:2],
+        "it",
+        "a 1999 sequel",
+        "why , oh why ?",
+        "B",
     ]
-    assert [line["text"] for line in lines] == texts
+    flags = [f"--text={text}" for text in texts]
+    lines = done(inference(tmp_path, small_data, prompt, "--json", *flags)).stdout.splitlines()
     alone = done(inference(tmp_path, small_data, fine_tuned, "--json", *flags)).stdout.splitlines()
-    for line, of_parent in zip(lines, map(json.loads, alone)):
+    answers = [json.loads(line) for line in lines]
+    assert [line["text"] for line in answers] == texts
+    assert [line["without prompt"] for line in answers] == [json.loads(line)["answer"] for line in alone]
+    assert all(line["without prompt"]["answer"] in ("positive", "negative") for line in answers[:2])  # memorised
+    assert [line["with prompt"] for line in answers] != [line["without prompt"] for line in answers]
+    for line in answers:
         assert list(line) == ["text", "without prompt", "with prompt"]
-        assert line["without prompt"] == of_parent["answer"]
-        assert line["without prompt"]["answer"] in ("positive", "negative")  # memorised
-        assert line["with prompt"]["probability"] != line["without prompt"]["probability"]
         assert all(0 < line[key]["probability"] <= 1 for key in ("without prompt", "with prompt"))
     assert names(tmp_path) == set()
 

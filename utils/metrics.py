@@ -9,6 +9,7 @@ import torch
 from sklearn.metrics import accuracy_score, precision_recall_fscore_support
 from tqdm import tqdm
 
+from utils.cli import UserError
 from utils.data import SPLITS, UNLEARNING_LABELS, Example, collate, completion_ids, sample_rows, tokenize
 from utils.forward import completion_logits, prompt_prefix
 from utils.models import check_length, position_limit
@@ -132,6 +133,8 @@ def evaluate(loaded, frames, words, args, description):
             results = score_rows(loaded, frame, words, args.max_length, args.eval_batch_size, progress)
             others = frame.drop(columns=results.columns, errors="ignore")
             scored[split] = pd.concat([others, results], axis=1).assign(split=split)
+    if not all(np.isfinite(rows["loss"]).all() for rows in scored.values()):
+        raise UserError("the model's loss is not finite on some rows; use --dtype=float32 or another checkpoint")
     splits = {split: scores(rows, words) for split, rows in scored.items()}
     for part, rows in _slices(scored).items():
         splits[part] = scores(rows, words)

@@ -101,7 +101,8 @@ def pick_dtype(name, device):
     if device == "cuda":
         fast = torch.cuda.is_bf16_supported(including_emulation=False)
     else:
-        fast = device == "cpu" and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+        onednn = device == "cpu" and torch.backends.mkldnn.is_available()
+        fast = onednn and torch.ops.mkldnn._is_mkldnn_bf16_supported()
     return torch.bfloat16 if fast else torch.float32
 
 
@@ -125,6 +126,8 @@ def load_base(link, args, quantization="none"):
 
     quantization: `nf4` loads its linear layers in 4-bit NormalFloat through bitsandbytes, `none` as they are.
     """
+    if link.path.is_file() and quantization != "none":
+        raise UserError(f"{link.name} is quantised already; add --quantization=none")
     device = pick_device(args.device)
     dtype = pick_dtype(args.dtype, device)
     options = {"dtype": dtype, "device_map": {"": device}, "trust_remote_code": args.trust_remote_code}
