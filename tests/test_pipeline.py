@@ -422,7 +422,6 @@ def test_spul_lowers_its_loss(fine_tuned, small_data, tmp_path):
     arguments = "--lr=2e-2", "--num_epochs=15", "--train_batch_size=24", "--ptuning_num_tokens=10"
     prompt_after(tmp_path, fine_tuned, small_data, "out", *arguments)
     log = [json.loads(line) for line in (tmp_path / "out" / "training.jsonl").read_text().splitlines()]
-    print([round(l["loss"], 2) for l in log])
     assert log[-1]["loss"] < 0.9 * log[0]["loss"]
 
 

@@ -31,9 +31,6 @@ class Link:
         return self.manifest["kind"] if self.manifest else "model"
 
 
-# --- writing --------------------------------------------------------------------------------------------------------
-
-
 def check_output(path, overwrite):
     """Raise UserError before any work if `path` cannot become an output folder; creates nothing."""
     path = Path(path)
@@ -102,9 +99,6 @@ def write_manifest(folder, final_path, kind, parent, args, data_fingerprint, met
         "metrics": metrics,
     }
     write_json(folder / MANIFEST, manifest)
-
-
-# --- reading --------------------------------------------------------------------------------------------------------
 
 
 def read_manifest(path):

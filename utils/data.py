@@ -29,9 +29,6 @@ TEMPLATE_HEAD = "### Text: "
 TEMPLATE_TAIL = "\n\n### Question: What is the sentiment of the given text?\n\n### Sentiment:"
 
 
-# --- splits ---------------------------------------------------------------------------------------------------------
-
-
 def load_splits(dataset):
     """The four splits of `dataset` as {split: DataFrame with columns text, label, label_text, ...}.
 
@@ -123,11 +120,14 @@ def _from_files(folder):
 
 def _read(path):
     try:
-        return READERS[path.suffix](path)
+        frame = READERS[path.suffix](path)
     except pd.errors.EmptyDataError:
         raise UserError(f"{path} is empty; it needs a header and at least one row")
     except (ValueError, OSError) as error:  # pandas and pyarrow parse errors are ValueErrors
         raise UserError(f"{path} cannot be read ({_first_line(error)}); check the file")
+    if not isinstance(frame.index, pd.RangeIndex):  # pandas takes surplus cells for row names
+        raise UserError(f"{path} has rows with more cells than its header; put quotes around texts with commas")
+    return frame
 
 
 def _checked(split, frame, source):
@@ -216,9 +216,6 @@ def draw_unlearning_labels(n, seed):
     return [UNLEARNING_LABELS[i] for i in np.random.default_rng(seed).integers(len(UNLEARNING_LABELS), size=n)]
 
 
-# --- tokenising -----------------------------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True)
 class Example:
     """One row as token ids: `prompt` (template with the text) and `completion` (the label word's tokens)."""
@@ -241,9 +238,7 @@ def tokenize(tokenizer, texts, words, max_length, forget=False):
     encoded = tokenizer([TEMPLATE_HEAD + text + TEMPLATE_TAIL for text in texts], return_offsets_mapping=True)
     examples = []
     for text, word, ids, offsets in zip(texts, words, encoded["input_ids"], encoded["offset_mapping"]):
-        while (
-            offsets[-1][1] == 0
-        ):  # a special token that the tokenizer appends (end of text) must not precede the answer
+        while offsets[-1][1] == 0:  # an end-of-text token that the tokenizer appends must not precede the answer
             ids, offsets = ids[:-1], offsets[:-1]
         excess = len(ids) + longest - max_length
         if excess > 0:
@@ -265,9 +260,6 @@ def completion_ids(tokenizer, word):
     if after[: len(before)] != before or len(after) == len(before):
         after, before = tokenizer(f" {word}", add_special_tokens=False)["input_ids"], []
     return tuple(after[len(before) :])
-
-
-# --- batches --------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)

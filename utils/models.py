@@ -30,9 +30,6 @@ class Loaded:
         return self.tokenizer.pad_token_id
 
 
-# --- finding --------------------------------------------------------------------------------------------------------
-
-
 def resolve_chain(name, trust_remote_code=False, parent=None):
     """The Links from the base model to `name`, base first, every parent verified by hash.
 
@@ -79,9 +76,6 @@ def _from_hub(name, trust_remote_code):
         reason = str(error).strip().split("\n")[0]
         raise UserError(f"{name} is no existing folder or .gguf file and the hub does not give it ({reason})")
     return folder
-
-
-# --- loading --------------------------------------------------------------------------------------------------------
 
 
 def pick_device(name):
