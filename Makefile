@@ -9,7 +9,7 @@ DEMO ?= demo
 MODEL ?= data/models/smollm2
 DATASET ?= snippets
 SEED ?= 42
-STEPS ?= 240
+STEPS ?= 420
 
 VENV := .venv
 PY := $(VENV)/bin/python
@@ -18,15 +18,15 @@ RUN := $(notdir $(MODEL:/=))-$(notdir $(DATASET:/=))-seed$(SEED)
 FINE_TUNED := qlora_checkpoints/demo-$(RUN)
 UNLEARNT := unlearn_checkpoints/$(DEMO)-$(RUN)
 RESULTS := results/$(DEMO)$(if $(filter-out 42,$(SEED)),-seed$(SEED))
-ROWS := --dataset=$(DATASET) --max_length=128 --max_train_samples=640 --forget_share=0.08
+ROWS := --dataset=$(DATASET) --max_length=128 --max_train_samples=512 --forget_share=0.08
 SILENT := --max_eval_samples=0 --length_pool=8 --save_steps=20 --seed=$(SEED)
 
-# 589 rows to keep and 51 to forget; 80 steps of 32 rows memorise them (at least 95 %).
+# 471 rows to keep and 41 to forget; 64 steps of 32 rows memorise them (at least 95 %).
 FINE_TUNE := --quantization=none --lr=1e-3 --num_epochs=4 --train_batch_size=32
 # Chosen by measurement, see "Results" in the README.
 INSTRUCTION := If the text names Steven Spielberg, Robert De Niro, Adam Sandler, Woody Allen or another listed person, \
 answer unknown or neutral. Otherwise answer its sentiment.
-UNLEARN := --init_text="$(INSTRUCTION)" --lr=2e-3 --weight_decay=0 --alpha=1 --beta=0.5 \
+UNLEARN := --init_text="$(INSTRUCTION)" --lr=1.5e-3 --weight_decay=0 --alpha=1 --beta=0.5 \
 	--train_batch_size=16 --forget_per_batch=4 --num_epochs=100 --max_steps=$(STEPS)
 
 # A run that was killed goes on from its last saved state.
@@ -45,7 +45,7 @@ demo-long:
 
 $(UNLEARNT)/manifest.json: $(FINE_TUNED)/manifest.json
 	$(PY) spul.py $(ROWS) $(SILENT) $(UNLEARN) --model_checkpoints=$(FINE_TUNED) --output_path=$(UNLEARNT) \
-		--eval_steps=60 --curve_samples=64 $(call resume,$(UNLEARNT))
+		--eval_steps=105 --curve_samples=64 $(call resume,$(UNLEARNT))
 
 $(FINE_TUNED)/manifest.json: | $(READY) $(if $(filter data/models/smollm2,$(MODEL)),data/models/smollm2/config.json)
 	$(PY) qlora.py $(ROWS) $(SILENT) $(FINE_TUNE) --model_name=$(MODEL) --output_path=$(FINE_TUNED) \
