@@ -19,9 +19,6 @@ from utils.forward import completion_logits, prompt_prefix
 ARGUMENTS = Namespace(device="cpu", dtype="float32", set_pad_id=False, trust_remote_code=False)
 
 
-# --- PEFT -----------------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("encoder", ["mlp", "lstm", "embedding"])
 def test_plain_peft_loads_the_prompt_and_gives_the_same_logits(tiny_model, fine_tuned, small_data, tmp_path, encoder):
     arguments = "--lr=1e-2", f"--prompt_encoder={encoder}", "--max_eval_samples=0", "--output_path=out"
@@ -52,9 +49,6 @@ def test_the_merged_model_is_the_adapted_one(tiny_model, fine_tuned, small_data)
         adapted = completion_logits(PeftModel.from_pretrained(base, fine_tuned).eval(), batch)
         assert torch.allclose(completion_logits(merged.model, batch), adapted, atol=1e-4)
     assert (plain - adapted).abs().max() > 0.1
-
-
-# --- the chain to the base ------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -186,9 +180,6 @@ def test_qlora_takes_a_plain_model_only(forest, name):
     refused(forest, "is a checkpoint of this project; --model_name takes a plain model", "qlora", *arguments)
 
 
-# --- --init_checkpoint ----------------------------------------------------------------------------------------------
-
-
 def refused_start(forest, message, *arguments):
     parent = f"--model_checkpoints={forest / 'fine-tuned'}", "--dataset=data", *scripts.SPUL, "--max_eval_samples=0"
     refused(forest, message, "spul", *parent, "--beta=0", *arguments)
@@ -209,9 +200,6 @@ def test_an_init_checkpoint_of_another_parent_is_refused(forest):
     prompt.write_text(prompt.read_text().replace("../fine-tuned", "../first"))
     retrain(forest)
     refused_start(forest, "is not the model that prompt was trained on", "--init_checkpoint=prompt")
-
-
-# --- whole or not at all --------------------------------------------------------------------------------------------
 
 
 def write(path, content):
@@ -254,9 +242,6 @@ def test_a_replacement_killed_between_its_two_renames_is_undone(forest):
 def test_json_has_no_nan(tmp_path):
     with pytest.raises(ValueError):
         checkpoints.write_json(tmp_path / "file", {"loss": float("nan")})
-
-
-# --- the parts of a manifest ----------------------------------------------------------------------------------------
 
 
 def test_the_hash_of_a_model_sees_names_and_contents_of_its_weights_alone(tmp_path):

@@ -17,9 +17,6 @@ from utils.cli import UserError
 LONG = "the film was far too long and its ending too short , " * 30
 
 
-# --- tokenizers -----------------------------------------------------------------------------------------------------
-
-
 def with_special_tokens(template):
     tokenizer = tiny.build_tokenizer()
     tokens = [(token, tokenizer.convert_tokens_to_ids(token)) for token in ("<s>", "</s>") if token in template]
@@ -139,9 +136,6 @@ def test_rows_are_tokenised_in_order_and_marked(plain):
     assert all(example.forget for example in examples)
 
 
-# --- batches: where the loss is -------------------------------------------------------------------------------------
-
-
 def test_only_label_tokens_are_predicted(plain):
     """Every target stands at the position before its own token, in its own row; nothing else is a target."""
     texts, words = ["a fine film", "bad", LONG[:200]], ["positive", "neutral", "unknown"]
@@ -168,9 +162,6 @@ def test_collate_pads_on_the_right_by_length(plain):
     assert batch.targets.tolist() == [8, 6, 7, 8, 9, 4]
     assert batch.forget.tolist() == [False, True]
     assert batch.targets.dtype == torch.int64
-
-
-# --- batches: which rows --------------------------------------------------------------------------------------------
 
 
 def mixed(n_retain, n_forget):
@@ -228,9 +219,6 @@ def test_a_length_pool_saves_padding_and_mixes_the_batches():
     assert padding(pooled) < padding(data.epoch_batches(examples, 8, 1, 0)) / 2
     longest = [max(len(examples[i]) for i in batch) for batch in pooled]
     assert longest != sorted(longest)
-
-
-# --- row selection --------------------------------------------------------------------------------------------------
 
 
 def frames_of(n_retain, n_forget):
@@ -304,8 +292,6 @@ def test_unlearning_labels_are_drawn_from_the_seed():
     assert set(labels) == {"neutral", "unknown"}
 
 
-# --- formats --------------------------------------------------------------------------------------------------------
-
 AWKWARD = [
     'comma, "quotes" and\na second line',
     "NA",
@@ -365,6 +351,13 @@ def test_every_format_gives_the_same_rows(frames, tmp_path):
     assert len({data.fingerprint(one) for one in loaded}) == 1
 
 
+def test_a_parquet_file_of_selected_rows(frames, tmp_path):
+    """pandas stores the row numbers of what it was selected from beside it."""
+    more = pd.concat([frames["test_forget"], frames["test_retain"]], ignore_index=True)
+    folder = write({**frames, "test_forget": more[3::2]}, tmp_path / "parquet", write_parquet)
+    assert list(data.load_splits(str(folder))["test_forget"]["text"]) == list(more["text"][3::2])
+
+
 def test_formats_can_be_mixed(frames, tmp_path):
     folder = write(frames, tmp_path / "mixed")
     (folder / "test_forget.csv").unlink()
@@ -390,9 +383,6 @@ def test_label_words_are_ordered_by_label(frames):
 def test_dataset_names():
     assert data.dataset_name("sst2") == "sst2"
     assert data.dataset_name(f"{data.SNIPPETS_FOLDER}{os.sep}") == "snippets"
-
-
-# --- refusals -------------------------------------------------------------------------------------------------------
 
 
 def refused(folder, message):
@@ -459,6 +449,11 @@ def test_a_damaged_file(frames, tmp_path, name, content):
     refused(tmp_path, f"{name} cannot be read")
 
 
+def test_text_with_a_comma_but_without_quotes(frames, tmp_path):
+    (write(frames, tmp_path) / "test_forget.csv").write_text("text,label,label_text\na film, good,1,positive\n")
+    refused(tmp_path, "test_forget.csv has rows with more cells than its header")
+
+
 @pytest.mark.parametrize("writer", [write_csv, write_jsonl, write_parquet])
 @pytest.mark.parametrize("column", ["text", "label_text"])
 def test_an_empty_cell(frames, tmp_path, writer, column):
@@ -507,9 +502,6 @@ def test_a_test_split_with_another_word_for_a_label(frames, tmp_path):
 def test_a_label_word_that_unlearning_answers_with(frames, tmp_path, word):
     frames = {split: frame.replace("positive", word) for split, frame in frames.items()}
     refused(write(frames, tmp_path), f"the label word '{word}' is one that unlearning answers with")
-
-
-# --- new text -------------------------------------------------------------------------------------------------------
 
 
 def test_texts_are_read_from_every_format(tmp_path):

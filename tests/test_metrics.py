@@ -78,8 +78,6 @@ def score(loaded, texts, labels, words, batch_size=32):
     return metrics.score_rows(loaded, pd.DataFrame({"text": texts, "label_text": labels}), words, 200, batch_size)
 
 
-# --- rows -----------------------------------------------------------------------------------------------------------
-
 WORDS = ["negative", "positive"]
 FILM, BAD, WELL = " film", " bad", " well"
 
@@ -150,9 +148,6 @@ def test_labels_of_different_token_counts(tokenizer, neutral):
     assert rows["prediction"][2] != "positive"
 
 
-# --- scores ---------------------------------------------------------------------------------------------------------
-
-
 def test_scores_equal_sklearn_and_hand_counts():
     truth = ["positive", "positive", "negative", "negative", "positive", "negative"]
     prediction = ["positive", "neutral", "negative", "positive", "positive", "unknown"]
@@ -190,9 +185,6 @@ def test_answers_that_are_no_label_at_all():
     frame = pd.DataFrame({"label_text": WORDS, "prediction": ["unknown", ""], "label_prediction": WORDS, "loss": 1.0})
     scores = metrics.scores(frame, WORDS)
     assert (scores["accuracy"], scores["f1"], scores["out_of_label"], scores["label_accuracy"]) == (0, 0, 1, 1)
-
-
-# --- evaluation -----------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -309,9 +301,6 @@ def test_accuracies_of_the_curve_switch_dropout_off_and_on_again(llama):
     assert not model.training
 
 
-# --- length matching ------------------------------------------------------------------------------------------------
-
-
 def texts_of(*lengths):
     return pd.Series(["w " * length for length in lengths])
 
@@ -331,9 +320,6 @@ def test_match_lengths(candidates, targets, chosen):
     matched = metrics.match_lengths(texts_of(*candidates), texts_of(*targets))
     assert sorted(candidates[i] for i in matched) == sorted(candidates[i] for i in chosen)
     assert len(set(matched)) == len(matched) and matched == sorted(matched)
-
-
-# --- answers --------------------------------------------------------------------------------------------------------
 
 
 def test_an_answer_ends_at_a_known_word(tokenizer, neutral):

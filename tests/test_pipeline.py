@@ -38,9 +38,6 @@ ADAPTER_FILES = {
 RUN_ARGUMENTS = Namespace(device="cpu", dtype="float32", set_pad_id=False, trust_remote_code=False)
 
 
-# --- the published commands -----------------------------------------------------------------------------------------
-
-
 def published(cwd, script, model, *budget):
     """Run the published command in a process of its own, verbatim but for data, model, batch size and budget."""
     command = PUBLISHED[script].replace("=sst2", "=snippets").replace("--train_batch_size=32", "--train_batch_size=8")
@@ -209,9 +206,6 @@ def test_the_log_has_a_line_per_step(run):
     assert (prompt_folder(cwd) / "training.png").read_bytes().startswith(b"\x89PNG")
 
 
-# --- qlora.py -------------------------------------------------------------------------------------------------------
-
-
 def test_nf4_quantises_every_linear_layer_but_the_head(tiny_model):
     link = models.resolve_chain(str(tiny_model))[0]
     model = models.load_base(link, RUN_ARGUMENTS, "nf4")
@@ -278,9 +272,6 @@ def copy_data(source, target, **changes):
     return target
 
 
-# --- spul.py --------------------------------------------------------------------------------------------------------
-
-
 def prompt_after(cwd, parent, dataset, name, *arguments):
     """The vectors that a short run of spul.py learns."""
     done(scripts.spul(cwd, parent, dataset, "--max_eval_samples=0", f"--output_path={name}", *arguments))
@@ -322,13 +313,8 @@ def test_the_logged_losses_are_those_of_the_paper(fine_tuned, small_data, tmp_pa
     words = {"positive": "rather good", "negative": "rather poor"}
     change = {split: lambda f: f.assign(label_text=f["label_text"].map(words)) for split in data.SPLITS}
     folder = copy_data(small_data, tmp_path / "words", **change)
-    arguments = (
-        "--max_steps=1",
-        "--train_batch_size=24",
-        "--micro_batch_size=5",
-        "--eval_batch_size=3",
-        "--max_length=200",
-    )
+    sizes = "--max_length=200", "--train_batch_size=24", "--micro_batch_size=5", "--eval_batch_size=3"
+    arguments = "--alpha=0.75", "--beta=2", "--max_steps=1", *sizes
     prompt = prompt_after(tmp_path, fine_tuned, folder, "out", *arguments)
     (line,) = [json.loads(line) for line in (tmp_path / "out" / "training.jsonl").read_text().splitlines()]
     loaded, frames = models.load(str(fine_tuned), RUN_ARGUMENTS), data.load_splits(str(folder))
@@ -343,7 +329,7 @@ def test_the_logged_losses_are_those_of_the_paper(fine_tuned, small_data, tmp_pa
     assert {name: line[name] for name in expected} == pytest.approx(
         {name: value.item() for name, value in expected.items()}, rel=1e-4
     )
-    assert line["loss"] == pytest.approx(line["L_f"] + 0.5 * line["L_r"] + 0.5 * line["L_kl"], rel=1e-5)
+    assert line["loss"] == pytest.approx(line["L_f"] + 0.75 * line["L_r"] + 2 * line["L_kl"], rel=1e-5)
     assert len(data.completion_ids(loaded.tokenizer, "rather good")) > 1
 
 
@@ -409,6 +395,9 @@ def test_a_text_start_can_be_trained_away_from(fine_tuned, small_data, tmp_path,
     arguments = "--init_text=forget the film", f"--prompt_encoder={encoder}", "--lr=1e-2"
     start = prompt_after(tmp_path, fine_tuned, small_data, "start", *arguments, "--max_steps=1")
     moved = prompt_after(tmp_path, fine_tuned, small_data, "moved", *arguments)
+    loaded = models.load(str(fine_tuned), RUN_ARGUMENTS)
+    ids = (loaded.tokenizer("forget the film")["input_ids"] * 4)[:4]
+    assert torch.equal(start, loaded.model.get_input_embeddings().weight[ids])
     assert (moved - start).abs().amax(1).min() > 1e-4  # every virtual token
 
 
@@ -453,9 +442,6 @@ def test_spul_on_a_plain_model(tiny_model, small_data, tmp_path):
     manifest = manifest_of(tmp_path / "out")
     assert (tmp_path / "out" / manifest["parent"]["path"]).resolve() == tiny_model.resolve()
     assert models.load(str(tmp_path / "out"), RUN_ARGUMENTS).prompt.shape == (4, 128)
-
-
-# --- the reference of L_kl ------------------------------------------------------------------------------------------
 
 
 def test_the_reference_is_computed_once(fine_tuned, small_data, tmp_path):
@@ -520,9 +506,6 @@ def test_the_reference_file_names_its_key(fine_tuned, small_data, tmp_path):
         key = json.loads(file.metadata()["key"])
     assert key["model"] == [checkpoints.weights_sha256(path) for path in (fine_tuned.parent / "tiny-llama", fine_tuned)]
     assert key["max_length"] == 96 and key["dtype"] == "torch.float32"
-
-
-# --- inference_spul.py ----------------------------------------------------------------------------------------------
 
 
 def inference(cwd, dataset, *arguments):

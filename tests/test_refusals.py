@@ -43,9 +43,6 @@ def edit(place, split, change):
     change(pd.read_csv(file)).to_csv(file, index=False)
 
 
-# --- data -----------------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("script", SCRIPTS)
 @pytest.mark.parametrize("dataset", ["./none", "imdb"])
 def test_an_unknown_dataset(place, script, dataset):
@@ -107,9 +104,6 @@ def test_a_max_length_that_holds_no_text(place, script):
 
 def test_a_forget_size_without_a_row(place):
     check(place, "spul", "--forget_size=0.01 leaves no forget row", "--forget_size=0.01")
-
-
-# --- models ---------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
@@ -241,9 +235,6 @@ def test_lora_on_layers_that_are_not_there(place):
     check(place, "qlora", "cannot place LoRA", "--lora_target_modules=nonesuch")
 
 
-# --- checkpoints ----------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("script", ["spul", "inference_spul"])
 def test_a_foreign_checkpoint(place, script):
     (place / "app").mkdir()
@@ -264,9 +255,6 @@ def test_corrupt_adapter_bytes(place, script):
 def test_a_half_deleted_checkpoint(place, script):
     (place / "fine-tuned" / "adapter_model.safetensors").unlink()
     check(place, script, "fine-tuned has lost its file adapter_model.safetensors")
-
-
-# --- flags ----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
@@ -327,9 +315,6 @@ def test_new_text_from_a_missing_file(place):
     check(place, "inference_spul", "texts.txt does not exist", "--input_file=texts.txt")
 
 
-# --- training -------------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("script", ["qlora", "spul"])
 def test_a_loss_that_is_not_finite(place, script):
     more = "--lr=1e30", "--num_epochs=4", "--beta=0" if script == "spul" else "--lora_dropout=0"
@@ -341,9 +326,6 @@ def test_a_last_step_that_makes_it_not_finite(place, script):
     """The second of two steps is the first with a rate above zero, so no later loss shows it."""
     more = "--lr=1e30", "--max_steps=2", "--beta=0" if script == "spul" else "--lora_dropout=0"
     check(place, script, "lower --lr", *more)
-
-
-# --- output ---------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("script", SCRIPTS)

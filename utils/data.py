@@ -125,7 +125,7 @@ def _read(path):
         raise UserError(f"{path} is empty; it needs a header and at least one row")
     except (ValueError, OSError) as error:  # pandas and pyarrow parse errors are ValueErrors
         raise UserError(f"{path} cannot be read ({_first_line(error)}); check the file")
-    if not isinstance(frame.index, pd.RangeIndex):  # pandas takes surplus cells for row names
+    if path.suffix == ".csv" and not isinstance(frame.index, pd.RangeIndex):  # pandas takes surplus cells for row names
         raise UserError(f"{path} has rows with more cells than its header; put quotes around texts with commas")
     return frame
 
