@@ -9,7 +9,7 @@ DEMO ?= demo
 MODEL ?= data/models/smollm2
 DATASET ?= snippets
 SEED ?= 42
-STEPS ?= 420
+STEPS ?= 300
 
 VENV := .venv
 PY := $(VENV)/bin/python
@@ -37,7 +37,7 @@ resume = $(if $(wildcard $(1).training.safetensors),--resume) --overwrite
 
 demo: $(UNLEARNT)/manifest.json
 	$(PY) inference_spul.py $(ROWS) --model_checkpoints $(MODEL) $(FINE_TUNED) $(UNLEARNT) --seed=$(SEED) \
-		--max_eval_samples=300 --show_examples=2 --output_path=$(RESULTS) --overwrite
+		--max_eval_samples=250 --show_examples=2 --output_path=$(RESULTS) --overwrite
 	cp $(UNLEARNT)/training.png $(RESULTS)/
 
 demo-long:
@@ -45,7 +45,7 @@ demo-long:
 
 $(UNLEARNT)/manifest.json: $(FINE_TUNED)/manifest.json
 	$(PY) spul.py $(ROWS) $(SILENT) $(UNLEARN) --model_checkpoints=$(FINE_TUNED) --output_path=$(UNLEARNT) \
-		--eval_steps=105 --curve_samples=64 $(call resume,$(UNLEARNT))
+		--eval_steps=100 --curve_samples=64 $(call resume,$(UNLEARNT))
 
 $(FINE_TUNED)/manifest.json: | $(READY) $(if $(filter data/models/smollm2,$(MODEL)),data/models/smollm2/config.json)
 	$(PY) qlora.py $(ROWS) $(SILENT) $(FINE_TUNE) --model_name=$(MODEL) --output_path=$(FINE_TUNED) \
