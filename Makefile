@@ -1,11 +1,9 @@
-# make demo       the main job on embedded data with a real small model, at most 15 minutes on two cores
-# make demo-long  the same with more steps
-# make test       every test
-# make lint       ruff
+# make demo  the main job on embedded data with a real small model, about 15 minutes on two cores
+# make test  every test
+# make lint  ruff
 # MODEL=... DATASET=... SEED=... make demo runs the same on another model, data set or seed.
 
 PYTHON ?= python3
-DEMO ?= demo
 MODEL ?= data/models/smollm2
 DATASET ?= snippets
 SEED ?= 42
@@ -16,8 +14,8 @@ PY := $(VENV)/bin/python
 READY := $(VENV)/.installed
 RUN := $(notdir $(MODEL:/=))-$(notdir $(DATASET:/=))-seed$(SEED)
 FINE_TUNED := qlora_checkpoints/demo-$(RUN)
-UNLEARNT := unlearn_checkpoints/$(DEMO)-$(RUN)
-RESULTS := results/$(DEMO)$(if $(filter-out 42,$(SEED)),-seed$(SEED))
+UNLEARNT := unlearn_checkpoints/demo-$(RUN)-$(STEPS)steps
+RESULTS := results/demo$(if $(filter-out 42,$(SEED)),-seed$(SEED))
 ROWS := --dataset=$(DATASET) --max_length=128 --max_train_samples=512 --forget_share=0.08
 SILENT := --max_eval_samples=0 --length_pool=8 --save_steps=20 --seed=$(SEED)
 
@@ -32,16 +30,13 @@ UNLEARN := --init_text="$(INSTRUCTION)" --lr=1.5e-3 --weight_decay=0 --alpha=1 -
 # A run that was killed goes on from its last saved state.
 resume = $(if $(wildcard $(1).training.safetensors),--resume) --overwrite
 
-.PHONY: demo demo-long test lint
+.PHONY: demo test lint
 .DELETE_ON_ERROR:
 
 demo: $(UNLEARNT)/manifest.json
 	$(PY) inference_spul.py $(ROWS) --model_checkpoints $(MODEL) $(FINE_TUNED) $(UNLEARNT) --seed=$(SEED) \
 		--max_eval_samples=250 --show_examples=2 --output_path=$(RESULTS) --overwrite
 	cp $(UNLEARNT)/training.png $(RESULTS)/
-
-demo-long:
-	$(MAKE) demo DEMO=demo-long STEPS=1500
 
 $(UNLEARNT)/manifest.json: $(FINE_TUNED)/manifest.json
 	$(PY) spul.py $(ROWS) $(SILENT) $(UNLEARN) --model_checkpoints=$(FINE_TUNED) --output_path=$(UNLEARNT) \

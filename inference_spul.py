@@ -33,7 +33,7 @@ def parse_args():
         type=cli.non_negative_int,
         default=0,
         metavar="N",
-        help="print the answers to N test sentences to forget and N to keep",
+        help="print the answers to N sentences of train_forget and N of test_retain",
     )
     group = parser.add_argument_group("new text (instead of the evaluation)")
     group.add_argument("--text", action="append", help="answer this text (repeatable)")
@@ -41,6 +41,7 @@ def parse_args():
         "--input_file", help="answer every text of this .txt (a line each), .csv, .jsonl or .parquet file"
     )
     group.add_argument("--json", action="store_true", help="print the answers as JSON lines instead of a table")
+    parser.set_defaults(dataset=None)  # default: what the checkpoint was trained on, so that --text needs no hub
     args = parser.parse_args()
     if args.max_eval_samples == 0:
         parser.error("--max_eval_samples=0 leaves nothing to evaluate")
@@ -52,6 +53,7 @@ def parse_args():
 def main(args):
     from utils import checkpoints, data, report
 
+    args.dataset = args.dataset or checkpoints.recorded_dataset(args.model_checkpoints[0]) or "sst2"
     frames = data.select_rows(
         data.load_splits(args.dataset), args.forget_size, args.max_train_samples, args.forget_share
     )
@@ -62,7 +64,7 @@ def main(args):
 
     names = "+".join(Path(name).name for name in args.model_checkpoints)
     output = args.output_path or f"saved_results/{names}-{data.dataset_name(args.dataset)}"
-    checkpoints.check_output(output, args.overwrite or not args.output_path)
+    checkpoints.check_output(output, args.overwrite or not args.output_path, args.model_checkpoints)
     records, predictions = evaluate(args, frames, words)
     print(report.table(records))
     if sentence := report.meaning(records):
@@ -89,7 +91,8 @@ def evaluate(args, frames, words):
             loaded.model, loaded.tokenizer, frames, args, 0 if loaded.prompt is None else len(loaded.prompt)
         )
         splits, rows = metrics.evaluate(loaded, frames, words, args, method)
-        records.append(metrics.record(method, name, loaded.chain[0].name, args, splits, time.time() - start))
+        entry = metrics.record(method, name, loaded.chain[0].name, args, splits, time.time() - start)
+        records.append({**entry, "seed": (loaded.chain[-1].manifest or entry)["seed"]})
         predictions.append(rows.assign(method=method, checkpoint=str(name))[PREDICTION_COLUMNS])
     return records, pd.concat(predictions, ignore_index=True)
 

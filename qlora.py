@@ -86,6 +86,7 @@ def main(args):
         args=args,
         state_path=training.state_path(output),
         fingerprint=data.fingerprint({split: frames[split] for split in splits}),
+        chain=chain,
         warmup=0.05,
         evaluate=lambda: metrics.accuracies(loaded, frames, words, args),
     )

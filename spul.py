@@ -72,7 +72,7 @@ def main(args):
 
     trained_on = (loaded.chain[-1].manifest or {}).get("data_fingerprint")
     used = data.fingerprint({split: frames[split] for split in data.TRAIN_SPLITS})
-    if trained_on not in (None, used):
+    if args.forget_size == 1 and trained_on not in (None, used):
         print(f"note: {args.model_checkpoints} was fine-tuned on other rows than the ones selected here")
     unlearning = data.draw_unlearning_labels(len(frames["train_forget"]), args.seed)
     retain, forget = frames["train_retain"], frames["train_forget"]
@@ -107,6 +107,7 @@ def main(args):
         args=args,
         state_path=training.state_path(output),
         fingerprint=used,
+        chain=loaded.chain,
         warmup=0.1,
         evaluate=lambda: metrics.accuracies(prompted(), frames, words, args),
     )
@@ -115,7 +116,7 @@ def main(args):
     if args.max_eval_samples != 0:
         start = time.time()
         scores, _ = metrics.evaluate(prompted(), frames, words, args, "SPUL")
-        records.append(metrics.record("SPUL", output, args.model_checkpoints, args, scores, time.time() - start))
+        records.append(metrics.record("SPUL", output, loaded.chain[0].name, args, scores, time.time() - start))
         print(report.table(records))
     with checkpoints.new_folder(output) as folder:
         encoder.config.base_model_name_or_path = args.model_checkpoints
@@ -154,7 +155,7 @@ def build_encoder(args, loaded):
     from utils.prompt_encoders import VirtualTokens, start_from_text
 
     embeddings, start = loaded.model.get_input_embeddings(), None
-    if args.init_text:
+    if args.init_text is not None:
         start = start_from_text(loaded.tokenizer, embeddings, args.init_text, args.ptuning_num_tokens)
     encoder = VirtualTokens(
         args.prompt_encoder, args.ptuning_num_tokens, embeddings.weight.shape[1], args.ptuning_hidden_size, start

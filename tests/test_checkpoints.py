@@ -139,7 +139,7 @@ def test_a_half_deleted_checkpoint_is_refused(forest, name):
 
 def test_an_adapter_without_its_configuration_is_refused(forest):
     (forest / "fine-tuned" / "adapter_config.json").unlink()
-    refused_prompt(forest, "fine-tuned is not a LoRA adapter of this model")
+    refused_prompt(forest, "fine-tuned has lost its file adapter_config.json")
 
 
 FOREIGN = [
@@ -244,12 +244,17 @@ def test_json_has_no_nan(tmp_path):
         checkpoints.write_json(tmp_path / "file", {"loss": float("nan")})
 
 
-def test_the_hash_of_a_model_sees_names_and_contents_of_its_weights_alone(tmp_path):
+def test_the_hash_of_a_model_sees_names_and_contents_of_its_weights_and_its_configuration(tmp_path):
     (tmp_path / "a.safetensors").write_bytes(b"1")
     (tmp_path / "b.safetensors").write_bytes(b"2")
     (tmp_path / "config.json").write_text("{}")
     first = checkpoints.weights_sha256(tmp_path)
+    (tmp_path / "README.md").write_text("no part of the model")
+    (tmp_path / "training_args.bin").write_bytes(b"not loaded where there is safetensors")
+    assert checkpoints.weights_sha256(tmp_path) == first
     (tmp_path / "config.json").write_text('{"a": 1}')
+    assert checkpoints.weights_sha256(tmp_path) != first
+    (tmp_path / "config.json").write_text("{}")
     assert checkpoints.weights_sha256(tmp_path) == first
     (tmp_path / "b.safetensors").write_bytes(b"3")
     assert checkpoints.weights_sha256(tmp_path) != first
@@ -278,3 +283,11 @@ def test_a_parent_from_the_hub_is_looked_up_there():
     assert checkpoints.parent_path("checkpoints/a", manifest, "mine") == "mine"
     with pytest.raises(UserError, match="owner/name is no existing folder or .gguf file and the hub does not give it"):
         models.resolve_chain("owner/name")
+
+
+def test_a_link_keeps_the_hash_of_what_was_loaded(tmp_path):
+    (tmp_path / "a.safetensors").write_bytes(b"1")
+    link = checkpoints.Link(tmp_path, "name")
+    first = link.sha256
+    (tmp_path / "a.safetensors").write_bytes(b"2")
+    assert link.sha256 == first != checkpoints.weights_sha256(tmp_path)

@@ -353,8 +353,21 @@ def test_a_leftover_of_an_interrupted_run(place, script):
 def test_overwrite_replaces_an_output(place):
     (place / "out").mkdir()
     (place / "out" / "old").write_text("old")
+    (place / "out" / "metrics.json").write_text("[]")  # a folder of ours
     done(call(place, "qlora", *arguments("qlora"), "--overwrite", "--max_eval_samples=0"))
     assert not (place / "out" / "old").exists() and (place / "out" / "manifest.json").exists()
+
+
+def test_overwrite_spares_what_is_not_ours(place):
+    (place / "out").mkdir()
+    (place / "out" / "thesis.tex").write_text("mine")
+    check(place, "qlora", "is no folder that this project wrote", "--overwrite")
+
+
+def test_overwrite_spares_what_the_run_reads(place, fine_tuned):
+    parent = place / "parent"
+    shutil.copytree(fine_tuned, parent)
+    check(place, "spul", "would replace", f"--model_checkpoints={parent}", f"--output_path={parent}", "--overwrite")
 
 
 def test_reference_logits_below_a_file(place):
@@ -378,6 +391,7 @@ def test_a_full_disk_while_the_adapter_is_written(place):
     """50 kB of 115 kB; the old output is still there, the new one is not, in part or whole."""
     (place / "out").mkdir()
     (place / "out" / "old").write_text("old")
+    (place / "out" / "metrics.json").write_text("[]")  # a folder of ours
 
     def run(*command):
         return start(*command, preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, HARD_LIMIT)))

@@ -7,7 +7,8 @@ import shutil
 import subprocess
 from contextlib import contextmanager
 from dataclasses import dataclass
-from importlib.metadata import version
+from functools import cached_property
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from utils.cli import UserError
@@ -15,7 +16,8 @@ from utils.cli import UserError
 MANIFEST = "manifest.json"
 KINDS = ("lora", "prompt")
 LIBRARIES = ("torch", "transformers", "peft", "bitsandbytes", "datasets", "accelerate", "scikit-learn", "numpy")
-WEIGHT_SUFFIXES = (".safetensors", ".bin", ".gguf")
+OURS = (MANIFEST, "metrics.json", "source.json", "train_retain.csv")  # one of them is in every folder of this project
+CONFIGURATIONS = ("config.json", "adapter_config.json")
 
 
 @dataclass(frozen=True)
@@ -30,13 +32,26 @@ class Link:
     def kind(self):
         return self.manifest["kind"] if self.manifest else "model"
 
+    @cached_property
+    def sha256(self):
+        """Hash of the model as it lay there when first asked for: `resolve_chain` asks before anything is loaded."""
+        return weights_sha256(self.path)
 
-def check_output(path, overwrite):
-    """Raise UserError before any work if `path` cannot become an output folder; creates nothing."""
-    path = Path(path)
+
+def check_output(path, overwrite, inputs=()):
+    """Raise UserError before any work if `path` cannot become an output folder; creates nothing.
+
+    What --overwrite may replace is an empty folder or one that this project wrote, and none of the `inputs`.
+    """
+    path = Path(os.path.abspath(path))
     if path.exists() and not overwrite:
         raise UserError(f"{path} exists; choose another --output_path or add --overwrite")
-    ancestor = path.absolute().parent
+    if path.is_dir() and any(path.iterdir()) and not any((path / name).exists() for name in OURS):
+        raise UserError(f"{path} is no folder that this project wrote; --overwrite does not delete it")
+    for other in inputs:
+        if path == Path(os.path.abspath(other)) or path in Path(os.path.abspath(other)).parents:
+            raise UserError(f"--output_path={path} would replace {other}, which this run reads; choose another one")
+    ancestor = path.parent
     while not ancestor.exists():
         ancestor = ancestor.parent
     if not ancestor.is_dir() or not os.access(ancestor, os.W_OK | os.X_OK):
@@ -50,7 +65,7 @@ def new_folder(path):
     An old folder at `path` is replaced; a kill between the two renames leaves it as `<path>.old`, which `recover`
     puts back.
     """
-    path = Path(path)
+    path = Path(os.path.abspath(path))
     temporary, old = path.with_name(f"{path.name}.tmp"), path.with_name(f"{path.name}.old")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
@@ -68,8 +83,9 @@ def new_folder(path):
 
 def recover(path):
     """Undo a replacement that was killed halfway: `<path>.old` without `path` goes back."""
-    old = Path(path).with_name(f"{Path(path).name}.old")
-    if old.exists() and not Path(path).exists():
+    path = Path(os.path.abspath(path))
+    old = path.with_name(f"{path.name}.old")
+    if (old / MANIFEST).exists() and not path.exists():
         old.rename(path)
 
 
@@ -86,16 +102,16 @@ def write_manifest(folder, final_path, kind, parent, args, data_fingerprint, met
     """
     local = parent.path.exists() and not is_hub_name(parent.name)
     path = os.path.relpath(parent.path.absolute(), Path(final_path).absolute()) if local else parent.name
-    weights = sorted(p for p in folder.iterdir() if p.suffix in WEIGHT_SUFFIXES)
+    hashed = sorted([*folder.glob("*.safetensors"), *folder.glob("adapter_config.json")])
     manifest = {
         "kind": kind,
-        "parent": {"path": path, "sha256": weights_sha256(parent.path)},
+        "parent": {"path": path, "sha256": parent.sha256},
         "arguments": {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()},
         "data_fingerprint": data_fingerprint,
         "seed": args.seed,
-        "libraries": {name: version(name) for name in LIBRARIES},
+        "libraries": {name: _version(name) for name in LIBRARIES},
         "git_commit": _git_commit(),
-        "files": {p.name: file_sha256(p) for p in weights},
+        "files": {p.name: file_sha256(p) for p in hashed},
         "metrics": metrics,
     }
     write_json(folder / MANIFEST, manifest)
@@ -129,6 +145,12 @@ def read_manifest(path):
     return manifest
 
 
+def recorded_dataset(name):
+    """The --dataset that the checkpoint `name` was trained on; None for a plain model."""
+    manifest = read_manifest(name) if (Path(name) / MANIFEST).exists() else None
+    return manifest["arguments"].get("dataset") if manifest else None
+
+
 def parent_path(path, manifest, override=None):
     """Where the parent of the checkpoint at `path` is to be found: a path or a hub name. `override` goes first."""
     recorded = manifest["parent"]["path"]
@@ -139,7 +161,7 @@ def parent_path(path, manifest, override=None):
 
 def verify_parent(link, child):
     """Raise UserError unless `link` is, weight for weight, the parent that checkpoint `child` was trained on."""
-    if weights_sha256(link.path) != child.manifest["parent"]["sha256"]:
+    if link.sha256 != child.manifest["parent"]["sha256"]:
         raise UserError(
             f"{link.path} is not the model that {child.path} was trained on (SHA-256 differs); "
             "point --parent_path at the right one"
@@ -152,9 +174,11 @@ def is_hub_name(name):
 
 
 def weights_sha256(path):
-    """SHA-256 over the names and contents of a model's weight files (one file, or all of a folder's)."""
+    """SHA-256 over the names and contents of the files that make a model: one GGUF file, or a folder's weights (.bin
+    only where there is no safetensors, as in loading) and the configuration without which they mean something else."""
     path = Path(path)
-    files = [path] if path.is_file() else sorted(p for p in path.iterdir() if p.suffix in WEIGHT_SUFFIXES)
+    files = [path] if path.is_file() else sorted(path.glob("*.safetensors")) or sorted(path.glob("*.bin"))
+    files += [path / name for name in CONFIGURATIONS if (path / name).exists()]
     digest = hashlib.sha256()
     for file in files:
         digest.update(f"{file.name}:{file_sha256(file)}\n".encode())
@@ -165,6 +189,13 @@ def file_sha256(path):
     """SHA-256 of one file's bytes, as hex."""
     with open(path, "rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _version(library):
+    try:
+        return version(library)
+    except PackageNotFoundError:
+        return None
 
 
 def _git_commit():

@@ -95,7 +95,7 @@ def run(parse_args, main):
     except KeyboardInterrupt:
         sys.exit(130)
     except Exception as error:
-        message = _disk_message(error)
+        message = _resource_message(error)
         if message is None:
             raise
     else:
@@ -114,8 +114,10 @@ def _quiet_libraries():
     transformers_logging.disable_progress_bar()
 
 
-def _disk_message(error):
-    """The sentence for a failed write, or None where `error` is something else (safetensors has its own error type)."""
+def _resource_message(error):
+    """The sentence for a lack of disk, rights or GPU memory, else None (safetensors has its own error type)."""
+    if type(error).__name__ == "OutOfMemoryError":  # torch's, without importing it
+        return "the GPU has too little memory; lower --micro_batch_size or --eval_batch_size"
     number = getattr(error, "errno", None)
     text = str(error)
     if number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) or "os error 28" in text or "os error 27" in text:

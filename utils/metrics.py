@@ -36,9 +36,9 @@ def score_rows(loaded, frame, words, max_length, batch_size, progress=None):
             targets = torch.tensor(example.completion, device=own.device)
             guess = own.argmax(-1)
             right = torch.equal(guess, targets)
-            spelled = loaded.tokenizer.decode(guess.tolist()).strip()
+            spelled, word = loaded.tokenizer.decode(guess.tolist()).strip(), frame["label_text"].iloc[i]
             results[i] = {
-                "prediction": frame["label_text"].iloc[i] if right else spelled,
+                "prediction": word if right else f"{spelled} (in other tokens)" if spelled == word else spelled,
                 "correct": right,
                 "label_prediction": words[int(row_scores.argmax())],
                 "loss": torch.nn.functional.cross_entropy(own, targets, reduction="sum").item(),

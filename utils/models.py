@@ -39,6 +39,7 @@ def resolve_chain(name, trust_remote_code=False, parent=None):
     path = _local_path(name, trust_remote_code)
     manifest = None if path.is_file() else read_manifest(path)
     link = Link(path, str(name), manifest)
+    link.sha256  # noqa: B018  (taken now, so that it is that of what gets loaded)
     if manifest is None:
         return [link]
     chain = resolve_chain(parent_path(path, manifest, parent), trust_remote_code)
@@ -130,7 +131,8 @@ def load_base(link, args, quantization="none"):
             load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype
         )
     # Measured on two cores with rows of about 100 tokens: eager attention 3.9 s a step, SDPA 4.8 s.
-    options["attn_implementation"] = "eager" if device == "cpu" else "sdpa"
+    if device == "cpu":
+        options["attn_implementation"] = "eager"
     try:
         model, info = AutoModelForCausalLM.from_pretrained(**_source(link.path), **options, output_loading_info=True)
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:

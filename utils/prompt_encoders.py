@@ -3,6 +3,8 @@
 import torch
 from peft import PromptEmbedding, PromptEncoder, PromptEncoderConfig, PromptTuningConfig
 
+from utils.cli import UserError
+
 
 class VirtualTokens(torch.nn.Module):
     """phi = encoder(0..p-1) + start, (p, d) float32; the encoder is PEFT's, `start` is fixed.
@@ -41,6 +43,10 @@ def peft_config(kind, n_tokens, dim, hidden_size):
 def start_from_text(tokenizer, embeddings, text, n_tokens):
     """The embeddings (p, d) of `text`, its tokens repeated or cut to `n_tokens` (P-tuning's TEXT initialisation)."""
     ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    if not ids:
+        raise UserError("--init_text has no token; write an instruction")
+    if len(ids) > n_tokens:
+        print(f"note: --init_text has {len(ids)} tokens and the prompt {n_tokens}; the last ones are left out")
     ids = (ids * (n_tokens // len(ids) + 1))[:n_tokens]
     with torch.no_grad():
         return embeddings(torch.tensor(ids, device=embeddings.weight.device)).float()

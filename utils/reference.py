@@ -10,7 +10,6 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
-from utils.checkpoints import weights_sha256
 from utils.cli import UserError
 from utils.data import collate, dataset_name, fingerprint
 from utils.forward import completion_hidden
@@ -44,7 +43,7 @@ def load_reference(loaded, examples, retain, args):
     on (model, data, settings). Raises UserError when the file there has another key; it is never used silently.
     """
     key = {
-        "model": [weights_sha256(link.path) for link in loaded.chain],
+        "model": [link.sha256 for link in loaded.chain],
         "data": fingerprint({"train_retain": retain}),
         "max_length": args.max_length,
         "dtype": str(loaded.model.dtype),

@@ -43,14 +43,14 @@ def meaning(records):
 
 
 def examples(predictions, n):
-    """The answers of every method to the first `n` test sentences to forget and `n` to keep, as text.
+    """The answers of every method to the first `n` sentences of train_forget and `n` of test_retain, as text.
 
     predictions: DataFrame with columns method, split, text, label_text, prediction. Chosen are sentences that the
     fine-tuned model answers rightly where there are any, since only those can be forgotten.
     """
     lines = []
     known = predictions[predictions["correct"] & (predictions["method"] == "fine-tuned")]
-    for split, title in (("test_forget", "to forget"), ("test_retain", "to keep")):
+    for split, title in (("train_forget", "to forget"), ("test_retain", "to keep")):
         rows = predictions[predictions["split"] == split]
         pool = known if (known["split"] == split).any() else rows
         for text in pool.loc[pool["split"] == split, "text"].drop_duplicates().head(n):
@@ -103,7 +103,7 @@ def write_curves(folder, log):
             shares = [100 * line["accuracy"][split] for line in accuracies]
             axes[0][1].plot(steps, shares, style, label=split, marker="o", markersize=3)
         axes[0][1].set(xlabel="step", ylabel="accuracy, %", ylim=(0, 101))
-        axes[0][1].legend(frameon=False)
+        axes[0][1].legend(frameon=False, ncols=2, loc="lower center", bbox_to_anchor=(0.5, 1.0))  # off the curves
     figure.tight_layout()
     figure.savefig(Path(folder) / "training.png", dpi=150)
     pyplot.close(figure)

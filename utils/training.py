@@ -17,7 +17,10 @@ from utils.checkpoints import check_output
 from utils.cli import UserError
 from utils.data import epoch_batches
 
-UNSAVED_ARGUMENTS = ("resume", "overwrite", "output_path", "logits_path", "save_steps", "eval_batch_size")
+UNSAVED_ARGUMENTS = (  # change nothing in what is trained
+    "resume", "overwrite", "output_path", "logits_path", "save_steps", "eval_batch_size", "max_eval_samples",
+    "parent_path",
+)  # fmt: skip
 
 
 @dataclass
@@ -26,8 +29,9 @@ class Training:
 
     parameters: {name: float32 Parameter}. examples: list of utils.data.Example. loss: function(rows, n_forget,
     n_retain) -> (scalar with gradient, {part: scalar}), where `rows` is a micro-batch of row numbers and the counts are
-    those of the whole step, so that micro-batches add up to the step exactly. state_path: the file that holds
-    everything needed to continue. evaluate: function() -> {split: accuracy}, called every args.eval_steps.
+    those of the whole step, so that micro-batches add up to the step exactly. chain: Links of the frozen model.
+    state_path: the file that holds everything needed to continue. evaluate: function() -> {split: accuracy}, called
+    every args.eval_steps.
     """
 
     parameters: dict
@@ -36,13 +40,15 @@ class Training:
     args: object
     state_path: Path
     fingerprint: str
+    chain: list
     warmup: float
     evaluate: object = None
 
     @property
     def settings(self):
-        """What must be the same for a resumed run: the arguments and the data."""
-        return {**saved_arguments(self.args), "data": self.fingerprint}
+        """What must be the same for a resumed run: the arguments, the data and the model."""
+        models = [link.sha256 for link in self.chain]
+        return {**saved_arguments(self.args), "data": self.fingerprint, "model": models}
 
     def total_steps(self):
         steps = self.args.num_epochs * len(self._batches(0))
@@ -80,6 +86,7 @@ class Training:
         log = self._load(optimizer, schedule) if args.resume else []
         done = max((line["step"] for line in log), default=0)
         bar = tqdm(total=total, initial=done, desc="training", unit="step", dynamic_ncols=True, mininterval=1)
+        rows = None
         for step, rows in self._steps_from(done):
             line = {"step": step, "lr": schedule.get_last_lr()[0], **self._step(rows)}
             self._refuse_non_finite(line)
@@ -97,12 +104,14 @@ class Training:
                 log.append({"step": step, "accuracy": self.evaluate()})
                 shares = ", ".join(f"{split} {100 * share:.1f}" for split, share in log[-1]["accuracy"].items())
                 bar.write(f"step {step}: accuracy in percent: {shares}")
-            if args.save_steps and step % args.save_steps == 0 and step < total:
+            if step % args.save_steps == 0 and step < total:
                 self._save(optimizer, schedule, log)
         bar.close()
-        with torch.no_grad():  # no logged loss has seen the last update
-            last, _ = self.loss(rows[: args.micro_batch_size or len(rows)], 1, 1)
-        self._refuse_non_finite({"step": step, "loss": float(last)})
+        if rows:
+            with torch.no_grad():  # no logged loss has seen the last update
+                last, _ = self.loss(rows[: args.micro_batch_size or len(rows)], 1, 1)
+            self._refuse_non_finite({"step": step, "loss": float(last)})
+            self._save(optimizer, schedule, log)  # evaluation is still to come
         return log
 
     def _step(self, rows):
@@ -184,7 +193,8 @@ def output_path(args, stem):
 
 def check_start(output_path, args):
     """Raise UserError if the run cannot write `output_path`, or would silently start over an interrupted one."""
-    check_output(output_path, args.overwrite)
+    inputs = [vars(args).get(name) for name in ("model_name", "model_checkpoints", "init_checkpoint", "dataset")]
+    check_output(output_path, args.overwrite, [path for path in inputs if path])
     state = state_path(output_path)
     if args.resume:
         refuse_other_settings(state, read_state(state), saved_arguments(args))
