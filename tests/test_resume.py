@@ -12,7 +12,8 @@ import torch
 from safetensors.torch import load_file, safe_open, save_file
 from scripts import call, done, refused, tree
 
-from utils.training import state_path
+from utils import metrics
+from utils.training import read_state, state_path
 
 STEPS = 30
 RESULTS = ("adapter_model.safetensors", "training.jsonl")
@@ -58,8 +59,6 @@ def interrupted(killed, tmp_path):
 
 
 def saved_step(cwd):
-    from utils.training import read_state
-
     return read_state(state_path(cwd / "out"))["log"][-1]["step"]
 
 
@@ -169,6 +168,35 @@ def test_a_slash_behind_the_output_path_changes_nothing(fine_tuned, small_data, 
     stop_at(tmp_path, 3, "spul", *arguments, "--output_path=out/")
     done(call(tmp_path, "spul", *arguments, "--output_path=out/", "--resume"))
     assert {path.name for path in tmp_path.iterdir()} == {"out", "saved_logits"}
+
+
+def test_a_run_interrupted_in_its_last_evaluation_does_not_train_again(fine_tuned, small_data, tmp_path):
+    arguments = (*commands(None, fine_tuned, small_data)["spul"], "--max_steps=4", "--max_eval_samples=2")
+    done(call(tmp_path, "spul", *arguments, "--output_path=whole"))
+    evaluate = metrics.evaluate
+
+    def interrupt(loaded, frames, words, args, description):
+        if description == "SPUL":
+            raise KeyboardInterrupt
+        return evaluate(loaded, frames, words, args, description)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(metrics, "evaluate", interrupt)
+        assert call(tmp_path, "spul", *arguments, "--output_path=out").code == 130
+    result = done(call(tmp_path, "spul", *arguments, "--output_path=out", "--resume"))
+    assert "after step 4\n" in result.stdout
+    for name in RESULTS:
+        assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+
+
+def test_a_model_that_changed_meanwhile_is_refused(tiny_model, small_data, tmp_path):
+    shutil.copytree(tiny_model, tmp_path / "model")
+    arguments = (*commands("model", None, small_data)["qlora"], "--output_path=out")
+    stop_at(tmp_path, 3, "qlora", *arguments)
+    weights = load_file(tmp_path / "model" / "model.safetensors")
+    weights["model.norm.weight"][0] += 1e-3
+    save_file(weights, tmp_path / "model" / "model.safetensors", {"format": "pt"})
+    refused(tmp_path, "out.training.safetensors was saved with model=", "qlora", *arguments, "--resume")
 
 
 def stop_at(cwd, step, *command):
