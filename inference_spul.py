@@ -88,10 +88,16 @@ def evaluate(args, frames, words):
         start = time.time()
         loaded = models.load(name, args, args.parent_path)
         metrics.check_lengths(
-            loaded.model, loaded.tokenizer, frames, args, 0 if loaded.prompt is None else len(loaded.prompt)
+            loaded.model,
+            loaded.tokenizer,
+            frames,
+            args,
+            0 if loaded.prompt is None else len(loaded.prompt),
+            loaded.template,
         )
         splits, rows = metrics.evaluate(loaded, frames, words, args, method)
-        entry = metrics.record(method, name, loaded.chain[0].name, args, splits, time.time() - start)
+        training = (loaded.chain[-1].manifest or {}).get("training")
+        entry = metrics.record(method, name, loaded.base_name, args, splits, time.time() - start, training)
         records.append({**entry, "seed": (loaded.chain[-1].manifest or entry)["seed"]})
         predictions.append(rows.assign(method=method, checkpoint=str(name))[PREDICTION_COLUMNS])
     return records, pd.concat(predictions, ignore_index=True)
@@ -102,8 +108,10 @@ def method_names(chains):
     names = []
     for chain in chains:
         last = chain[-1]
-        retrained = last.kind == "lora" and last.manifest["arguments"].get("exclude_forget")
-        names.append("retrained" if retrained else {"model": "base", "lora": "fine-tuned", "prompt": "SPUL"}[last.kind])
+        arguments = last.manifest["arguments"] if last.manifest else {}
+        retrained = "retrained" if arguments.get("exclude_forget") else None
+        known = {"model": "base", "lora": "fine-tuned", "prompt": "SPUL"}
+        names.append(arguments.get("unlearn_method") or retrained or known[last.kind])
     return [f"{name} ({chain[-1].path.name})" if names.count(name) > 1 else name for name, chain in zip(names, chains)]
 
 

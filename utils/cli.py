@@ -69,6 +69,11 @@ def fraction(text):
     return _number(float, text, lambda v: 0 < v <= 1, "a number above 0 and at most 1")
 
 
+def share(text):
+    """A float in [0, 1], for argparse."""
+    return _number(float, text, lambda v: 0 <= v <= 1, "a number from 0 to 1")
+
+
 def dropout(text):
     """A float in [0, 1), for argparse."""
     return _number(float, text, lambda v: 0 <= v < 1, "a number of at least 0 and below 1")
@@ -87,8 +92,8 @@ def _number(kind, text, accept, description):
 def run(parse_args, main):
     """Run a script's `main(parse_args())`; exit 2 with one sentence on a `UserError` or a full or unwritable disk."""
     try:
-        args = parse_args()
         _quiet_libraries()
+        args = parse_args()
         main(args)
     except UserError as error:
         message = str(error)
@@ -176,3 +181,18 @@ def add_training_arguments(parser, num_epochs):
     )
     group.add_argument("--save_steps", type=positive_int, default=100, help="save the resumable state this often")
     group.add_argument("--resume", action="store_true", help="continue the interrupted run of this command")
+
+
+def add_lora_arguments(parser, title):
+    """The adapter that qlora.py trains, or baselines.py with --tune=lora."""
+    group = parser.add_argument_group(title)
+    group.add_argument("--lora_rank", type=positive_int, default=16, help="r")
+    group.add_argument("--lora_alpha", type=positive_float, default=64, help="scale is lora_alpha / lora_rank")
+    group.add_argument("--lora_dropout", "--lora_fropout", type=dropout, default=0.1, help="in front of the adapter")
+    group.add_argument("--lora_bias", choices=["none", "all", "lora_only"], default="none", help="biases to train")
+    group.add_argument(
+        "--lora_target_modules",
+        nargs="+",
+        metavar="NAME",
+        help="layers to adapt, or all-linear (default: PEFT's choice)",
+    )

@@ -228,22 +228,29 @@ class Example:
         return len(self.prompt) + len(self.completion) - 1  # the last completion token is predicted, never read
 
 
-def tokenize(tokenizer, texts, words, max_length, forget=False):
+def tokenize(tokenizer, texts, words, max_length, forget=False, template=None):
     """One Example a row. Text is cut so that prompt + completion fit `max_length`; template and completion never are.
 
-    Raises UserError when template and completion alone do not fit.
+    template: None for the published one, else an object whose `around(texts)` gives what stands before and behind each
+    text. Raises UserError when template and completion alone do not fit.
     """
+    texts = list(texts)
+    if not texts:
+        return []
+    frames = template.around(texts) if template else [(TEMPLATE_HEAD, TEMPLATE_TAIL)] * len(texts)
     completions = {word: completion_ids(tokenizer, word) for word in set(words)}
     longest = max(map(len, completions.values()))
-    encoded = tokenizer([TEMPLATE_HEAD + text + TEMPLATE_TAIL for text in texts], return_offsets_mapping=True)
+    filled = [head + text + tail for text, (head, tail) in zip(texts, frames)]
+    encoded = tokenizer(filled, return_offsets_mapping=True)
     examples = []
-    for text, word, ids, offsets in zip(texts, words, encoded["input_ids"], encoded["offset_mapping"]):
+    for i, (text, word, ids, offsets) in enumerate(zip(texts, words, encoded["input_ids"], encoded["offset_mapping"])):
         while offsets[-1][1] == 0:  # an end-of-text token that the tokenizer appends must not precede the answer
             ids, offsets = ids[:-1], offsets[:-1]
         excess = len(ids) + longest - max_length
         if excess > 0:
-            end = len(TEMPLATE_HEAD) + len(text)
-            inside = [i for i, (start, stop) in enumerate(offsets) if len(TEMPLATE_HEAD) <= start < stop <= end]
+            begin = len(frames[i][0])
+            end = begin + len(text)
+            inside = [at for at, (start, stop) in enumerate(offsets) if begin <= start < stop <= end]
             if excess >= len(inside):
                 needed = len(ids) - len(inside) + longest + 1
                 raise UserError(f"--max_length={max_length} cannot hold template and label; use at least {needed}")

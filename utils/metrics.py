@@ -26,7 +26,7 @@ def score_rows(loaded, frame, words, max_length, batch_size, progress=None):
     """
     prefix = None if loaded.prompt is None else prompt_prefix(loaded.model, loaded.prompt)
     completions = [completion_ids(loaded.tokenizer, word) for word in words]
-    examples = tokenize(loaded.tokenizer, frame["text"], frame["label_text"], max_length)
+    examples = tokenize(loaded.tokenizer, frame["text"], frame["label_text"], max_length, template=loaded.template)
     results = [None] * len(examples)
     for batch_rows in _by_length(examples, batch_size):
         chosen = [examples[i] for i in batch_rows]
@@ -82,7 +82,7 @@ def answer(loaded, texts, words, max_length, batch_size):
     prefix = None if loaded.prompt is None else prompt_prefix(loaded.model, loaded.prompt)
     known = [*words, *UNLEARNING_LABELS]
     longest = max(len(completion_ids(loaded.tokenizer, word)) for word in known)
-    examples = tokenize(loaded.tokenizer, texts, [known[0]] * len(texts), max_length)
+    examples = tokenize(loaded.tokenizer, texts, [known[0]] * len(texts), max_length, template=loaded.template)
     p = 0 if loaded.prompt is None else len(loaded.prompt)
     check_length(loaded.model, max(len(e.prompt) for e in examples) + longest - 1, p)
     answers = [None] * len(texts)
@@ -141,12 +141,12 @@ def evaluate(loaded, frames, words, args, description):
     return splits, pd.concat(scored.values(), ignore_index=True)
 
 
-def check_lengths(model, tokenizer, frames, args, p=0):
+def check_lengths(model, tokenizer, frames, args, p=0, template=None):
     """Raise UserError if a row to evaluate, behind `p` virtual tokens, does not fit the model; ask before training."""
     limit = position_limit(model)
     if limit and args.max_length + p > limit:
         for frame in frames.values():
-            rows = tokenize(tokenizer, frame["text"], frame["label_text"], args.max_length)
+            rows = tokenize(tokenizer, frame["text"], frame["label_text"], args.max_length, template=template)
             check_length(model, max(map(len, rows)), p)
 
 
@@ -189,8 +189,9 @@ def match_lengths(candidates, targets):
     return sorted(chosen)
 
 
-def record(method, checkpoint, model, args, splits, seconds):
-    """One record of metrics.json, the schema that every script and table shares. seconds: the evaluation's."""
+def record(method, checkpoint, model, args, splits, seconds, training=None):
+    """One record of metrics.json, the schema that every script and table shares. seconds: the evaluation's. training:
+    what the training cost (utils.training.Training.cost), where there was one."""
     return {
         "method": method,
         "checkpoint": str(checkpoint),
@@ -200,6 +201,7 @@ def record(method, checkpoint, model, args, splits, seconds):
         "splits": splits,
         "seconds": round(seconds, 2),
         "peak_memory_bytes": peak_memory(),
+        **({"training": training} if training else {}),
     }
 
 

@@ -10,7 +10,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
-from utils.checkpoints import Link, parent_path, read_manifest, recover, verify_parent
+from utils import in_context
+from utils.checkpoints import Link, base_name, parent_path, read_manifest, recover, verify_parent
 from utils.cli import UserError
 
 HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
@@ -18,16 +19,22 @@ HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
 
 @dataclass(frozen=True)
 class Loaded:
-    """A model ready to run. `prompt`: its virtual tokens (p, d) float32, or None. `chain`: Links, base first."""
+    """A model ready to run. `prompt`: its virtual tokens (p, d) float32, or None. `chain`: Links, base first.
+    `template`: what stands around every text (utils.in_context), None for the published template."""
 
     model: torch.nn.Module
     tokenizer: object
     prompt: torch.Tensor | None
     chain: list
+    template: object = None
 
     @property
     def pad_id(self):
         return self.tokenizer.pad_token_id
+
+    @property
+    def base_name(self):
+        return base_name(self.chain)
 
 
 def resolve_chain(name, trust_remote_code=False, parent=None):
@@ -40,7 +47,7 @@ def resolve_chain(name, trust_remote_code=False, parent=None):
     manifest = None if path.is_file() else read_manifest(path)
     link = Link(path, str(name), manifest)
     link.sha256  # noqa: B018  (taken now, so that it is that of what gets loaded)
-    if manifest is None:
+    if manifest is None or manifest["kind"] == "full":  # holds all its weights: its parent is not needed
         return [link]
     chain = resolve_chain(parent_path(path, manifest, parent), trust_remote_code)
     verify_parent(chain[-1], link)
@@ -146,13 +153,36 @@ def load(name, args, parent=None):
     """Everything `name` stands for, merged and ready: base, LoRA merged into it unquantised, prompt beside it."""
     chain = resolve_chain(name, args.trust_remote_code, parent)
     tokenizer = load_tokenizer(chain, args.set_pad_id, args.trust_remote_code)
-    model, prompt = load_base(chain[0], args), None
+    model, prompt, template = load_base(chain[0], args), None, None
     for link in chain[1:]:
         if link.kind == "lora":
             model = merge_lora(model, link)
-        else:
+        elif link.kind == "prompt":
             prompt = load_prompt(link).to(model.device)
-    return Loaded(model, tokenizer, prompt, chain)
+        else:
+            template = in_context.load(link)
+    return Loaded(model, tokenizer, prompt, chain, template)
+
+
+def refuse_prompted(loaded):
+    """Raise UserError if the last Link is a prompt: what trains or instructs a model takes the model itself."""
+    if loaded.prompt is not None or loaded.template is not None:
+        raise UserError(f"{loaded.chain[-1].path} already is a prompt; --model_checkpoints takes what it was made on")
+
+
+def save_model(model, folder):
+    """Write the weights of `model`, or of its adapter, into `folder` as safetensors."""
+    if getattr(model, "hf_quantizer", None) is not None and hasattr(model.config, "quantization_config"):
+        # From GGUF: loading has dequantised the weights, yet the model still claims to be quantised.
+        del model.config.quantization_config, model.hf_quantizer
+        model.is_quantized = False
+    model.save_pretrained(folder)
+
+
+def decoder_layers(model):
+    """The model's transformer layers, first to last: the list of modules as long as its configuration says."""
+    n = model.config.get_text_config().num_hidden_layers
+    return next(m for m in model.modules() if isinstance(m, torch.nn.ModuleList) and len(m) == n)
 
 
 def merge_lora(model, link):

@@ -1,4 +1,4 @@
-"""The frozen model's own predictions on the retain rows, computed once: the reference of L_kl."""
+"""What the frozen model itself computes on training rows, once, before any training: the reference of a loss."""
 
 import hashlib
 import json
@@ -12,51 +12,77 @@ from tqdm import tqdm
 
 from utils.cli import UserError
 from utils.data import collate, dataset_name, fingerprint
-from utils.forward import completion_hidden
+from utils.forward import completion_hidden, completion_logits, record_activations
+from utils.losses import token_nll
 
 
 class Reference:
-    """Hidden states of the model without prompt where it predicts completion tokens; the frozen head makes logits of
-    them (d numbers a token instead of |V|).
+    """One vector per token of some examples: `values` (N, d) lists them in order, `sizes` {example number: tokens}."""
 
-    `hidden` (N, d) lists the completion tokens of the retain examples in order; `rows(i...)` picks those of examples.
-    """
-
-    def __init__(self, hidden, examples):
-        self.hidden = hidden
+    def __init__(self, values, sizes):
+        self.values = values
         self._spans, start = {}, 0
-        for i, example in enumerate(examples):
-            if not example.forget:
-                self._spans[i] = (start, start + len(example.completion))
-                start += len(example.completion)
+        for i, size in sizes.items():
+            self._spans[i] = (start, start + size)
+            start += size
+
+    def has(self, row):
+        return row in self._spans
 
     def of(self, rows):
-        """Hidden states (M, d) of the retain examples among `rows`, in that order."""
-        spans = [self.hidden[slice(*self._spans[i])] for i in rows if i in self._spans]
-        return torch.cat([self.hidden[:0], *spans])
+        """The vectors (M, d) of those among the example numbers `rows` that have any, in that order."""
+        spans = [self.values[slice(*self._spans[i])] for i in rows if i in self._spans]
+        return torch.cat([self.values[:0], *spans])
 
 
-def load_reference(loaded, examples, retain, args):
-    """The Reference for the retain rows (frame `retain`) of `examples`, from its file, computed first if there is none.
+def hidden_states(loaded, batch):
+    """The head's inputs where completion tokens are predicted (N, d): d numbers instead of |V| logits."""
+    return completion_hidden(loaded.model, batch)
 
-    The file is args.logits_path or saved_logits/<model>-<dataset>-<key>; it stores the key: all that the numbers depend
-    on (model, data, settings). Raises UserError when the file there has another key; it is never used silently.
+
+@torch.no_grad()
+def completion_nll(loaded, batch):
+    """- log f of every completion token, (N, 1)."""
+    return token_nll(completion_logits(loaded.model, batch), batch.targets)[:, None]
+
+
+def activations_of(layer):
+    """The measure that gives the outputs of module `layer` at every real token, (tokens, d)."""
+
+    @torch.no_grad()
+    def activations(loaded, batch):
+        with record_activations(layer) as seen:
+            completion_hidden(loaded.model, batch)
+        return seen["activations"][batch.attention_mask.bool()]
+
+    return activations
+
+
+def load_reference(loaded, examples, rows, frames, args, measure=hidden_states, settings=None):
+    """The Reference of the examples number `rows` under `measure`, from its file, computed first if there is none.
+
+    measure: function(loaded, batch) -> (N, d). frames: {split: DataFrame} that the rows come from. settings: what else
+    the numbers depend on, as JSON. The file is args.logits_path or saved_logits/<model>-<dataset>-<key>; it stores the
+    key: all that the numbers depend on. Raises UserError when the file there has another key.
     """
     key = {
         "model": [link.sha256 for link in loaded.chain],
-        "data": fingerprint({"train_retain": retain}),
+        "data": fingerprint(frames),
         "max_length": args.max_length,
         "dtype": str(loaded.model.dtype),
+        "quantity": [measure.__name__, settings],
     }
     digest = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:12]
     name = f"{loaded.chain[-1].path.name}-{dataset_name(args.dataset)}-{digest}.safetensors"
     path = Path(args.logits_path or f"saved_logits/{name}")
+    per_token = measure.__name__ == "activations"
+    sizes = {i: len(examples[i]) if per_token else len(examples[i].completion) for i in rows}
     if not path.exists():
-        _write(path, _compute(loaded, examples, args.eval_batch_size), key)
+        _write(path, _compute(loaded, examples, sizes, args.eval_batch_size, measure), key)
     try:
         with safe_open(path, "pt") as file:
             found = json.loads(file.metadata()["key"])
-        hidden = load_file(path)["hidden"]
+        values = load_file(path)["values"]
     except (OSError, SafetensorError, TypeError, KeyError, ValueError):
         raise UserError(
             f"{path} is not a file of reference logits or is damaged; delete it or pass another --logits_path"
@@ -64,29 +90,28 @@ def load_reference(loaded, examples, retain, args):
     different = [name for name in key if found.get(name) != key[name]]
     if different:
         raise UserError(f"{path} was computed for another {different[0]}; delete it or pass another --logits_path")
-    return Reference(hidden.to(loaded.model.device), examples)
+    return Reference(values.to(loaded.model.device), sizes)
 
 
-def _compute(loaded, examples, batch_size):
-    """Hidden states (N, d) of all retain examples in order, without gradients."""
-    retain = [i for i, example in enumerate(examples) if not example.forget]
-    order = sorted(retain, key=lambda i: len(examples[i]))
+def _compute(loaded, examples, sizes, batch_size, measure):
+    """The vectors (N, d) of the examples in `sizes`, in that order."""
+    order = sorted(sizes, key=lambda i: len(examples[i]))
     parts = {}
-    with tqdm(total=len(retain), desc="reference", unit="row", dynamic_ncols=True, mininterval=1) as progress:
+    with tqdm(total=len(order), desc="reference", unit="row", dynamic_ncols=True, mininterval=1) as progress:
         for start in range(0, len(order), batch_size):
             rows = order[start : start + batch_size]
-            chosen = [examples[i] for i in rows]
-            hidden = completion_hidden(loaded.model, collate(chosen, loaded.pad_id, loaded.model.device)).cpu()
-            parts |= dict(zip(rows, hidden.split([len(example.completion) for example in chosen])))
+            batch = collate([examples[i] for i in rows], loaded.pad_id, loaded.model.device)
+            values = measure(loaded, batch).cpu()
+            parts |= dict(zip(rows, values.split([sizes[i] for i in rows])))
             progress.update(len(rows))
-    return torch.cat([parts[i] for i in retain])
+    return torch.cat([parts[i] for i in sizes])
 
 
-def _write(path, hidden, key):
+def _write(path, values, key):
     temporary = path.with_suffix(".tmp")
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
-        save_file({"hidden": hidden.contiguous()}, temporary, {"key": json.dumps(key)})
+        save_file({"values": values.contiguous()}, temporary, {"key": json.dumps(key)})
         os.replace(temporary, path)
     except BaseException:
         temporary.unlink(missing_ok=True)

@@ -95,7 +95,9 @@ def write_curves(folder, log):
             label=name.replace("L_", "$L_{") + "}$" if name != "loss" else "loss",
             linewidth=1.2,
         )
-    axes[0][0].set(xlabel="step", ylabel="nats per row", ylim=(0, None))
+    axes[0][0].set(xlabel="step", ylabel="nats per row")
+    if all(line[name] >= 0 for line in losses for name in names):  # gradient ascent goes below
+        axes[0][0].set_ylim(bottom=0)
     axes[0][0].legend(frameon=False)
     if accuracies:
         steps = [line["step"] for line in accuracies]

@@ -7,6 +7,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
@@ -16,6 +17,7 @@ from transformers import get_cosine_schedule_with_warmup
 from utils.checkpoints import check_output
 from utils.cli import UserError
 from utils.data import epoch_batches
+from utils.metrics import peak_memory
 
 UNSAVED_ARGUMENTS = (  # change nothing in what is trained
     "resume", "overwrite", "output_path", "logits_path", "save_steps", "eval_batch_size", "max_eval_samples",
@@ -32,6 +34,7 @@ class Training:
     those of the whole step, so that micro-batches add up to the step exactly. chain: Links of the frozen model.
     state_path: the file that holds everything needed to continue. evaluate: function() -> {split: accuracy}, called
     every args.eval_steps.
+    `cost`, after `run`: {"steps", "seconds_per_step" (median), "peak_memory_bytes"}.
     """
 
     parameters: dict
@@ -43,6 +46,7 @@ class Training:
     chain: list
     warmup: float
     evaluate: object = None
+    cost: dict | None = None
 
     @property
     def settings(self):
@@ -87,7 +91,11 @@ class Training:
         done = max((line["step"] for line in log), default=0)
         bar = tqdm(total=total, initial=done, desc="training", unit="step", dynamic_ncols=True, mininterval=1)
         rows = None
+        seconds = []
         for step, rows in self._steps_from(done):
+            if self._may_stop(log):
+                break
+            start = time.perf_counter()
             line = {"step": step, "lr": schedule.get_last_lr()[0], **self._step(rows)}
             self._refuse_non_finite(line)
             line["gradient_norm"] = float(torch.nn.utils.clip_grad_norm_(values, args.max_grad_norm))
@@ -95,6 +103,7 @@ class Training:
             optimizer.step()
             schedule.step()
             optimizer.zero_grad()
+            seconds.append(time.perf_counter() - start)
             log.append(line)
             bar.set_postfix(
                 {key: f"{value:.3f}" for key, value in line.items() if key[:2] in ("L_", "lo")}, refresh=False
@@ -112,7 +121,18 @@ class Training:
                 last, _ = self.loss(rows[: args.micro_batch_size or len(rows)], 1, 1)
             self._refuse_non_finite({"step": step, "loss": float(last)})
             self._save(optimizer, schedule, log)  # evaluation is still to come
+        self.cost = {
+            "steps": max(line["step"] for line in log),
+            "seconds_per_step": round(float(np.median(seconds)), 3) if seconds else None,
+            "peak_memory_bytes": peak_memory(),
+        }
         return log
+
+    def _may_stop(self, log):
+        """Whether the forget accuracy that --stop_at_forget_accuracy asks for was reached."""
+        target = getattr(self.args, "stop_at_forget_accuracy", None)
+        last = log[-1] if log else {}
+        return target is not None and "accuracy" in last and last["accuracy"]["train_forget"] <= target
 
     def _step(self, rows):
         """Accumulate the gradient of one step over its micro-batches; returns the summed loss and parts as floats."""
