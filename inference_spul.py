@@ -16,7 +16,8 @@ import pandas as pd
 from utils import cli
 
 PREDICTION_COLUMNS = [
-    "method", "checkpoint", "split", "text", "label_text", "prediction", "correct", "label_prediction", "loss"
+    "method", "checkpoint", "split", "text", "label_text", "prediction", "correct", "label_prediction",
+    "label_probabilities", "loss",
 ]  # fmt: skip
 
 
@@ -100,7 +101,7 @@ def evaluate(args, frames, words):
         entry = metrics.record(method, name, loaded.base_name, args, splits, time.time() - start, training)
         records.append({**entry, "seed": (loaded.chain[-1].manifest or entry)["seed"]})
         predictions.append(rows.assign(method=method, checkpoint=str(name))[PREDICTION_COLUMNS])
-    return records, pd.concat(predictions, ignore_index=True)
+    return metrics.with_distances(records, predictions), pd.concat(predictions, ignore_index=True)
 
 
 def method_names(chains):

@@ -6,6 +6,7 @@ import sys
 import numpy as np
 import pandas as pd
 import torch
+from scipy.spatial.distance import jensenshannon
 from sklearn.metrics import accuracy_score, precision_recall_fscore_support
 from tqdm import tqdm
 
@@ -19,10 +20,12 @@ SHARES = ("accuracy", "f1", "precision", "recall", "out_of_label", "label_accura
 
 @torch.inference_mode()
 def score_rows(loaded, frame, words, max_length, batch_size, progress=None):
-    """One row of results per row of `frame` (text, label_text): prediction, correct, label_prediction, loss.
+    """One row of results per row of `frame` (text, label_text): prediction, correct, label_prediction,
+    label_probabilities, loss.
 
     prediction: what the arg max over the vocabulary spells at the positions of the label's tokens; label_prediction:
-    the most probable of `words`; loss: - log f(label | text), nats. The order is that of `frame`.
+    the most probable of `words`; label_probabilities: {word: f(word | text)}, scaled to sum to 1; loss: - log f(label |
+    text), nats. The order is that of `frame`.
     """
     prefix = None if loaded.prompt is None else prompt_prefix(loaded.model, loaded.prompt)
     completions = [completion_ids(loaded.tokenizer, word) for word in words]
@@ -41,6 +44,7 @@ def score_rows(loaded, frame, words, max_length, batch_size, progress=None):
                 "prediction": word if right else f"{spelled} (in other tokens)" if spelled == word else spelled,
                 "correct": right,
                 "label_prediction": words[int(row_scores.argmax())],
+                "label_probabilities": dict(zip(words, row_scores.double().softmax(-1).tolist())),
                 "loss": torch.nn.functional.cross_entropy(own, targets, reduction="sum").item(),
             }
         if progress is not None:
@@ -172,6 +176,38 @@ def _slices(scored):
             if "names_other" in rows and rows["names_other"].astype(bool).any():
                 parts[f"{rows['split'].iloc[0]}:names_other"] = rows[rows["names_other"].astype(bool)]
     return parts
+
+
+def with_distances(records, predictions):
+    """`records` with how far each is from the one whose method is "retrained", which never saw the forget rows.
+
+    predictions: for each record a DataFrame with split and label_probabilities, same rows in the same order. Adds
+    "distance_to_retrained": {"accuracy": mean over the four splits of |difference|, "js_train_forget",
+    "js_test_forget": mean Jensen-Shannon divergence of the answer distributions over the label words, in bits, in
+    [0, 1]}. Without a retrained record they come back as they are.
+    """
+    methods = [record["method"] for record in records]
+    if methods.count("retrained") != 1:
+        return records
+    target, target_rows = records[methods.index("retrained")], predictions[methods.index("retrained")]
+    result = []
+    for record, rows in zip(records, predictions):
+        gaps = [abs(record["splits"][s]["accuracy"] - target["splits"][s]["accuracy"]) for s in SPLITS]
+        distance = {"accuracy": float(np.mean(gaps))}
+        for split in ("train_forget", "test_forget"):
+            distance[f"js_{split}"] = js_divergence(_probabilities(rows, split), _probabilities(target_rows, split))
+        result.append({**record, "distance_to_retrained": distance})
+    return result
+
+
+def js_divergence(p, q):
+    """Mean over rows of the Jensen-Shannon divergence, in bits, of distributions p and q, both (rows, words)."""
+    return float(np.mean(jensenshannon(p, q, base=2, axis=1) ** 2))
+
+
+def _probabilities(rows, split):
+    """(rows, words) of the predictions of one split."""
+    return np.array([list(row.values()) for row in rows.loc[rows["split"] == split, "label_probabilities"]])
 
 
 def match_lengths(candidates, targets):
