@@ -128,7 +128,7 @@ class Workplace:
         """Scores {split: ...} of one run of a search, or None if its loss was not finite. Only the scores are kept."""
         rows = _without_selection(self.args.rows)
         command = [*self._command("baselines", [tuned]), f"--dataset={self._search_data()}", *rows]
-        command += [*self._settings("baselines", flags), *flags]
+        command += [*self._settings("baselines", flags), "--max_eval_samples=100", *flags]
         path = self._place("search", flags[0].split("=")[1], command)
         scores = path.with_suffix(".json")
         if not scores.exists():

@@ -95,7 +95,8 @@ def draw_tradeoff(records, path):
                 panel.plot(retain, forget, markersize=4, alpha=0.5, **style)
             label = "retrained (target)" if target else method
             edge = {} if shape in "x+1234|_" else {"markeredgecolor": "black", "fillstyle": FILLS[i // 10 % 3]}
-            panel.plot(np.mean(retain), np.mean(forget), markersize=10 if target else 8, label=label, **style, **edge)
+            size = 13 - 7 * i / len(methods)  # those drawn later are smaller, so that none hides another
+            panel.plot(np.mean(retain), np.mean(forget), markersize=size, label=label, **style, **edge)
         panel.plot(
             100, 0, marker="*", markersize=16, color="white", markeredgecolor="black", linestyle="none", label="ideal"
         )
