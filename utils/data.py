@@ -218,21 +218,24 @@ def draw_unlearning_labels(n, seed):
 
 @dataclass(frozen=True)
 class Example:
-    """One row as token ids: `prompt` (template with the text) and `completion` (the label word's tokens)."""
+    """One row as token ids: `prompt` (template with the text) and `completion` (the label word's tokens). `marked`: the
+    prompt positions that a corruption changes, if one is applied."""
 
     prompt: tuple
     completion: tuple
     forget: bool = False
+    marked: tuple = ()
 
     def __len__(self):
         return len(self.prompt) + len(self.completion) - 1  # the last completion token is predicted, never read
 
 
-def tokenize(tokenizer, texts, words, max_length, forget=False, template=None):
+def tokenize(tokenizer, texts, words, max_length, forget=False, template=None, marks=None):
     """One Example a row. Text is cut so that prompt + completion fit `max_length`; template and completion never are.
 
     template: None for the published one, else an object whose `around(texts)` gives what stands before and behind each
-    text. Raises UserError when template and completion alone do not fit.
+    text. marks: None, or one item a text: the (start, end) character spans whose tokens become `marked`, or None for
+    all prompt tokens but the last. Raises UserError when template and completion alone do not fit.
     """
     texts = list(texts)
     if not texts:
@@ -246,17 +249,27 @@ def tokenize(tokenizer, texts, words, max_length, forget=False, template=None):
     for i, (text, word, ids, offsets) in enumerate(zip(texts, words, encoded["input_ids"], encoded["offset_mapping"])):
         while offsets[-1][1] == 0:  # an end-of-text token that the tokenizer appends must not precede the answer
             ids, offsets = ids[:-1], offsets[:-1]
+        begin = len(frames[i][0])
         excess = len(ids) + longest - max_length
         if excess > 0:
-            begin = len(frames[i][0])
             end = begin + len(text)
             inside = [at for at, (start, stop) in enumerate(offsets) if begin <= start < stop <= end]
             if excess >= len(inside):
                 needed = len(ids) - len(inside) + longest + 1
                 raise UserError(f"--max_length={max_length} cannot hold template and label; use at least {needed}")
-            ids = ids[: inside[-1] + 1 - excess] + ids[inside[-1] + 1 :]
-        examples.append(Example(tuple(ids), completions[word], forget))
+            kept = slice(0, inside[-1] + 1 - excess), slice(inside[-1] + 1, None)
+            ids, offsets = (list(items[kept[0]]) + list(items[kept[1]]) for items in (ids, offsets))
+        marked = _marked(offsets, begin, marks[i]) if marks else ()
+        examples.append(Example(tuple(ids), completions[word], forget, marked))
     return examples
+
+
+def _marked(offsets, begin, spans):
+    """Positions of the tokens that overlap `spans` of the text, which starts at character `begin`."""
+    if spans is None:
+        return tuple(range(len(offsets) - 1))
+    shifted = [(begin + start, begin + end) for start, end in spans]
+    return tuple(at for at, (start, stop) in enumerate(offsets) if any(start < b and stop > a for a, b in shifted))
 
 
 def completion_ids(tokenizer, word):

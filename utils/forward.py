@@ -106,7 +106,7 @@ def record_activations(layer):
     seen = {}
 
     def keep(_, inputs, output):
-        seen["activations"] = output[0] if isinstance(output, tuple) else output
+        seen["activations"] = output if isinstance(output, torch.Tensor) else output[0]
 
     handle = layer.register_forward_hook(keep)
     try:

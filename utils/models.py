@@ -20,13 +20,18 @@ HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
 @dataclass(frozen=True)
 class Loaded:
     """A model ready to run. `prompt`: its virtual tokens (p, d) float32, or None. `chain`: Links, base first.
-    `template`: what stands around every text (utils.in_context), None for the published template."""
+    `template`: what stands around every text (utils.in_context), None for the published template. `gate`: a
+    utils.gates.Gate; only the queries that it flags get the prompt or the corruption, None flags all. `corruption`: what
+    utils.corruption does to flagged queries, at the tokens that `marks` (utils.eco.Marks) names."""
 
     model: torch.nn.Module
     tokenizer: object
     prompt: torch.Tensor | None
     chain: list
     template: object = None
+    gate: object = None
+    corruption: object = None
+    marks: object = None
 
     @property
     def pad_id(self):
@@ -159,14 +164,19 @@ def load(name, args, parent=None):
             model = merge_lora(model, link)
         elif link.kind == "prompt":
             prompt = load_prompt(link).to(model.device)
-        else:
+        elif link.kind == "in-context":
             template = in_context.load(link)
-    return Loaded(model, tokenizer, prompt, chain, template)
+    loaded = Loaded(model, tokenizer, prompt, chain, template)
+    if chain[-1].kind == "eco":
+        from utils import eco  # it evaluates models, so it builds on this module
+
+        return eco.load(chain[-1], loaded, args)
+    return loaded
 
 
 def refuse_prompted(loaded):
     """Raise UserError if the last Link is a prompt: what trains or instructs a model takes the model itself."""
-    if loaded.prompt is not None or loaded.template is not None:
+    if loaded.prompt is not None or loaded.template is not None or loaded.gate is not None:
         raise UserError(f"{loaded.chain[-1].path} already is a prompt; --model_checkpoints takes what it was made on")
 
 
