@@ -163,7 +163,7 @@ def prepare(model, args):
 
 def save(args, output, loaded, frames, words, kind, log, run):
     """Evaluate what was trained and write its folder."""
-    from utils import checkpoints, metrics, models, report
+    from utils import checkpoints, metrics, models, processes, report
 
     records, start = None, time.time()
     if args.max_eval_samples != 0:
@@ -172,6 +172,8 @@ def save(args, output, loaded, frames, words, kind, log, run):
             metrics.record(args.unlearn_method, output, loaded.base_name, args, scores, time.time() - start, run.cost)
         ]
         print(report.table(records))
+    if not processes.is_main():
+        return
     with checkpoints.new_folder(output) as folder:
         models.save_model(loaded.model, folder)
         loaded.tokenizer.save_pretrained(folder)
@@ -185,7 +187,7 @@ def save(args, output, loaded, frames, words, kind, log, run):
 
 def instruct(args, output, frames):
     """Write the checkpoint of a rival that trains nothing: what it puts around every text."""
-    from utils import checkpoints, data, in_context, metrics, models, report
+    from utils import checkpoints, data, in_context, metrics, models, processes, report
 
     template = in_context.build(args, frames)
     loaded = models.load(args.model_checkpoints, args, args.parent_path)
@@ -197,6 +199,8 @@ def instruct(args, output, frames):
         scores, _ = metrics.evaluate(loaded, frames, data.label_words(frames), args, args.unlearn_method)
         records = [metrics.record(args.unlearn_method, output, loaded.base_name, args, scores, time.time() - start)]
         print(report.table(records))
+    if not processes.is_main():
+        return
     used = data.fingerprint({split: frames[split] for split in data.TRAIN_SPLITS})
     with checkpoints.new_folder(output) as folder:
         checkpoints.write_json(folder / in_context.FILE, template.settings)

@@ -52,7 +52,7 @@ def parse_args():
 
 
 def main(args):
-    from utils import checkpoints, data, report
+    from utils import checkpoints, data, processes, report
 
     args.dataset = args.dataset or checkpoints.recorded_dataset(args.model_checkpoints[0]) or "sst2"
     frames = data.select_rows(
@@ -72,6 +72,8 @@ def main(args):
         print(f"\n{sentence}")
     if args.show_examples:
         print(f"\n{report.examples(predictions, args.show_examples)}\n")
+    if not processes.is_main():
+        return
     with checkpoints.new_folder(output) as folder:
         checkpoints.write_json(folder / "metrics.json", records)
         predictions.to_json(folder / "predictions.jsonl", orient="records", lines=True)

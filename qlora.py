@@ -30,7 +30,7 @@ def parse_args():
 
 
 def main(args):
-    from utils import checkpoints, data, losses, metrics, models, report, training
+    from utils import checkpoints, data, losses, metrics, models, processes, report, training
     from utils.forward import completion_logits
 
     suffix = "-retain" if args.exclude_forget else ""
@@ -89,6 +89,8 @@ def main(args):
         method = "retrained" if args.exclude_forget else "fine-tuned"
         records = [metrics.record(method, output, args.model_name, args, scores, time.time() - start, run.cost)]
         print(report.table(records))
+    if not processes.is_main():
+        return
     with checkpoints.new_folder(output) as folder:
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)

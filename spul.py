@@ -51,7 +51,7 @@ def parse_args():
 
 
 def main(args):
-    from utils import checkpoints, data, losses, metrics, models, reference, report, training
+    from utils import checkpoints, data, losses, metrics, models, processes, reference, report, training
     from utils.forward import completion_logits, prompt_prefix
 
     model_name = models.short_name(args.model_checkpoints)
@@ -118,6 +118,8 @@ def main(args):
         cost = time.time() - start, run.cost
         records.append(metrics.record("SPUL", output, loaded.base_name, args, scores, *cost))
         print(report.table(records))
+    if not processes.is_main():
+        return
     with checkpoints.new_folder(output) as folder:
         encoder.config.base_model_name_or_path = args.model_checkpoints
         encoder.config.inference_mode = True

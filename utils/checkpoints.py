@@ -5,7 +5,7 @@ import json
 import os
 import shutil
 import subprocess
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cached_property
 from importlib.metadata import PackageNotFoundError, version
@@ -86,7 +86,8 @@ def recover(path):
     path = Path(os.path.abspath(path))
     old = path.with_name(f"{path.name}.old")
     if (old / MANIFEST).exists() and not path.exists():
-        old.rename(path)
+        with suppress(FileNotFoundError):  # another process was quicker
+            old.rename(path)
 
 
 def write_json(path, value):

@@ -90,23 +90,28 @@ def _number(kind, text, accept, description):
 
 
 def run(parse_args, main):
-    """Run a script's `main(parse_args())`; exit 2 with one sentence on a `UserError` or a full or unwritable disk."""
+    """Run a script's `main(parse_args())`; exit 2 with one sentence on a `UserError` or a full or unwritable disk.
+
+    Several processes of an `accelerate launch` say it once and all exit 2.
+    """
+    from utils import processes
+
+    processes.start()
     try:
-        _quiet_libraries()
-        args = parse_args()
-        main(args)
-    except UserError as error:
-        message = str(error)
+        with processes.only_main_speaks():
+            _quiet_libraries()
+            args = parse_args()
+            main(args)
+        processes.finish()
     except KeyboardInterrupt:
         sys.exit(130)
     except Exception as error:
-        message = _resource_message(error)
-        if message is None:
-            raise
-    else:
-        return
-    print(f"{os.path.basename(sys.argv[0])}: error: {message}", file=sys.stderr)
-    sys.exit(2)
+        if processes.failed_first():
+            message = str(error) if isinstance(error, UserError) else _resource_message(error)
+            if message is None:
+                raise
+            print(f"{os.path.basename(sys.argv[0])}: error: {message}", file=sys.stderr)
+        sys.exit(2)
 
 
 def _quiet_libraries():

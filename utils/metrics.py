@@ -10,6 +10,7 @@ from scipy.spatial.distance import jensenshannon
 from sklearn.metrics import accuracy_score, precision_recall_fscore_support
 from tqdm import tqdm
 
+from utils import processes
 from utils.cli import UserError
 from utils.data import SPLITS, UNLEARNING_LABELS, Example, collate, completion_ids, sample_rows, tokenize
 from utils.forward import completion_logits, prompt_prefix
@@ -25,13 +26,15 @@ def score_rows(loaded, frame, words, max_length, batch_size, progress=None):
 
     prediction: what the arg max over the vocabulary spells at the positions of the label's tokens; label_prediction:
     the most probable of `words`; label_probabilities: {word: f(word | text)}, scaled to sum to 1; loss: - log f(label |
-    text), nats. The order is that of `frame`.
+    text), nats. The order is that of `frame`. Several processes each score a part, and every one returns all rows.
     """
     prefix = None if loaded.prompt is None else prompt_prefix(loaded.model, loaded.prompt)
     completions = [completion_ids(loaded.tokenizer, word) for word in words]
     examples = tokenize(loaded.tokenizer, frame["text"], frame["label_text"], max_length, template=loaded.template)
-    results = [None] * len(examples)
-    for batch_rows in _by_length(examples, batch_size):
+    results = {}
+    for batch_rows, n_rows in processes.deal(_by_length(examples, batch_size)):
+        if not batch_rows:
+            continue
         chosen = [examples[i] for i in batch_rows]
         logits = _by_row(loaded, chosen, prefix)
         scores = _label_scores(loaded, chosen, completions, logits, prefix)
@@ -48,8 +51,9 @@ def score_rows(loaded, frame, words, max_length, batch_size, progress=None):
                 "loss": torch.nn.functional.cross_entropy(own, targets, reduction="sum").item(),
             }
         if progress is not None:
-            progress.update(len(batch_rows))
-    return pd.DataFrame(results)
+            progress.update(n_rows)
+    everybody = {i: result for part in processes.gather(results) for i, result in part.items()}
+    return pd.DataFrame([everybody[i] for i in range(len(examples))])
 
 
 def _by_length(examples, batch_size):

@@ -10,7 +10,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
-from utils import in_context
+from utils import in_context, processes
 from utils.checkpoints import Link, base_name, parent_path, read_manifest, recover, verify_parent
 from utils.cli import UserError
 
@@ -92,20 +92,23 @@ def _from_hub(name, trust_remote_code):
 
 
 def pick_device(name):
-    """`auto` -> cuda, mps or cpu, whichever is there first. Raises UserError when the named device is not there."""
+    """`auto` -> cuda, mps or cpu, whichever is there first; of several processes on GPUs each gets its own, `cuda:<i>`.
+
+    Raises UserError when the named device is not there.
+    """
     available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     if name == "auto":
-        return next(device for device, there in available.items() if there)
+        name = next(device for device, there in available.items() if there)
     if not available[name]:
         raise UserError(f"--device={name} is not available on this machine; use --device=auto")
-    return name
+    return processes.own_gpu() if name == "cuda" and processes.count() > 1 else name
 
 
 def pick_dtype(name, device):
     """`auto` -> bfloat16 where the device computes in it, else float32 (float16 overflows without loss scaling)."""
     if name != "auto":
         return getattr(torch, name)
-    if device == "cuda":
+    if device.startswith("cuda"):
         fast = torch.cuda.is_bf16_supported(including_emulation=False)
     else:
         onednn = device == "cpu" and torch.backends.mkldnn.is_available()

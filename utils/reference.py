@@ -10,6 +10,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
+from utils import processes
 from utils.cli import UserError
 from utils.data import collate, dataset_name, fingerprint
 from utils.forward import completion_hidden, completion_logits, record_activations
@@ -77,8 +78,11 @@ def load_reference(loaded, examples, rows, frames, args, measure=hidden_states, 
     path = Path(args.logits_path or f"saved_logits/{name}")
     per_token = measure.__name__ == "activations"
     sizes = {i: len(examples[i]) if per_token else len(examples[i].completion) for i in rows}
-    if not path.exists():
-        _write(path, _compute(loaded, examples, sizes, args.eval_batch_size, measure), key)
+    if not processes.from_main(path.exists()):
+        values = _compute(loaded, examples, sizes, args.eval_batch_size, measure)
+        if processes.is_main():
+            _write(path, values, key)
+        processes.gather(None)  # the others wait for the file
     try:
         with safe_open(path, "pt") as file:
             found = json.loads(file.metadata()["key"])
@@ -98,12 +102,16 @@ def _compute(loaded, examples, sizes, batch_size, measure):
     order = sorted(sizes, key=lambda i: len(examples[i]))
     parts = {}
     with tqdm(total=len(order), desc="reference", unit="row", dynamic_ncols=True, mininterval=1) as progress:
-        for start in range(0, len(order), batch_size):
-            rows = order[start : start + batch_size]
-            batch = collate([examples[i] for i in rows], loaded.pad_id, loaded.model.device)
-            values = measure(loaded, batch).cpu()
-            parts |= dict(zip(rows, values.split([sizes[i] for i in rows])))
-            progress.update(len(rows))
+        batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+        for rows, n_rows in processes.deal(batches):
+            own = {}
+            if rows:
+                batch = collate([examples[i] for i in rows], loaded.pad_id, loaded.model.device)
+                values = measure(loaded, batch).cpu()
+                own = dict(zip(rows, values.split([sizes[i] for i in rows])))
+            for part in processes.gather(own):
+                parts |= part
+            progress.update(n_rows)
     return torch.cat([parts[i] for i in sizes])
 
 

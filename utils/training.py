@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 from transformers import get_cosine_schedule_with_warmup
 
+from utils import processes
 from utils.checkpoints import check_output
 from utils.cli import UserError
 from utils.data import epoch_batches
@@ -35,6 +36,9 @@ class Training:
     state_path: the file that holds everything needed to continue. evaluate: function() -> {split: accuracy}, called
     every args.eval_steps.
     `cost`, after `run`: {"steps", "seconds_per_step" (median), "peak_memory_bytes"}.
+
+    Started by `accelerate launch`, every process runs the same Training; the rows of a step are shared out
+    (utils.processes), which changes no result but for the order of float additions and the places that dropout draws.
     """
 
     parameters: dict
@@ -96,6 +100,7 @@ class Training:
             if self._may_stop(log):
                 break
             start = time.perf_counter()
+            processes.draw_apart(args.seed, step)
             line = {"step": step, "lr": schedule.get_last_lr()[0], **self._step(rows)}
             self._refuse_non_finite(line)
             line["gradient_norm"] = float(torch.nn.utils.clip_grad_norm_(values, args.max_grad_norm))
@@ -118,8 +123,9 @@ class Training:
         bar.close()
         if rows:
             with torch.no_grad():  # no logged loss has seen the last update
-                last, _ = self.loss(rows[: args.micro_batch_size or len(rows)], 1, 1)
-            self._refuse_non_finite({"step": step, "loss": float(last)})
+                some = self._share(rows)[: args.micro_batch_size or len(rows)]
+                last = float(self.loss(some, 1, 1)[0]) if some else 0.0
+            self._refuse_non_finite({"step": step, **processes.add_up({"loss": last})})
             self._save(optimizer, schedule, log)  # evaluation is still to come
         self.cost = {
             "steps": max(line["step"] for line in log),
@@ -135,16 +141,22 @@ class Training:
         return target is not None and "accuracy" in last and last["accuracy"]["train_forget"] <= target
 
     def _step(self, rows):
-        """Accumulate the gradient of one step over its micro-batches; returns the summed loss and parts as floats."""
+        """Accumulate the gradient of one step over its micro-batches, those of all processes; returns the summed loss
+        and parts as floats."""
         n_forget = sum(self.examples[i].forget for i in rows)
+        own = self._share(rows)
         size = self.args.micro_batch_size or len(rows)
         sums = {}
-        for start in range(0, len(rows), size):
-            loss, parts = self.loss(rows[start : start + size], n_forget, len(rows) - n_forget)
+        for start in range(0, len(own), size):
+            loss, parts = self.loss(own[start : start + size], n_forget, len(rows) - n_forget)
             loss.backward()
             for key, value in {"loss": loss, **parts}.items():
                 sums[key] = sums.get(key, 0.0) + float(value.detach())
-        return sums
+        processes.add_gradients(self.parameters.values())
+        return processes.add_up(sums)
+
+    def _share(self, rows):
+        return processes.share(rows, lambda i: len(self.examples[i]))
 
     def _refuse_non_finite(self, line):
         bad = [key for key, value in line.items() if not math.isfinite(value)]
@@ -158,6 +170,8 @@ class Training:
     # The state is one safetensors file replaced in one step, so that a kill leaves the old one or the new one.
 
     def _save(self, optimizer, schedule, log):
+        if not processes.is_main():
+            return
         tensors = {f"parameter.{name}": value.detach() for name, value in self.parameters.items()}
         for i, state in optimizer.state_dict()["state"].items():
             tensors |= {f"optimizer.{i}.{key}": value for key, value in state.items()}
@@ -207,6 +221,7 @@ def output_path(args, stem):
         newest = max(states, key=lambda path: path.stat().st_mtime, default=state_path(f"unlearn_checkpoints/{stem}"))
         output = str(newest).removesuffix(state_path("").name)
     output = output or f"unlearn_checkpoints/{stem}_{time.strftime('%Y-%m-%d_%H-%M-%S')}"
+    output = processes.from_main(output)  # clocks differ
     check_start(output, args)
     return output
 
