@@ -94,8 +94,8 @@ def train_gate(args, loaded, frames):
 def search_strength(args, loaded, frames):
     """(sigma, v_r, curve): the strength whose metric on train_forget comes closest to v_r (section 3.3, equation 5).
 
-    curve: [{"strength", "metric"}, ...] of everything that was tried. Without --eco_start the zeroth-order search begins
-    at the best of a coarse ladder: from the published start, where small noise changes no answer, it would not move.
+    curve: [{"strength", "metric"}, ...] of everything that was tried. Without --eco_start the zeroth-order search
+    begins at the best of a coarse ladder: at the published start small noise changes no answer, and it would not move.
     """
     from utils.data import label_words
 

@@ -14,6 +14,7 @@ from sklearn.metrics import roc_auc_score
 
 from utils.cli import UserError
 
+ROUNDING = 1e-9  # a threshold taken from scores lies just above them, whatever the order of a later sum
 WEIGHTS, VOCABULARY, ENCODER = "classifier.safetensors", "vocabulary.json", "classifier"
 
 
@@ -194,7 +195,7 @@ def load_gate(link, loaded, args):
 def threshold_for_rate(scores, max_rate):
     """The lowest threshold that at most a share `max_rate` of the retain `scores` (n,) lies above."""
     ordered = np.sort(scores)[::-1]
-    return float(ordered[min(int(max_rate * len(ordered)), len(ordered) - 1)])
+    return float(ordered[min(int(max_rate * len(ordered)), len(ordered) - 1)]) + ROUNDING
 
 
 def conformal_threshold(scores, a):
@@ -206,7 +207,7 @@ def conformal_threshold(scores, a):
             f"--eco_conformal={a} needs at least {math.ceil(1 / a) - 1} retain rows for calibration, there are "
             f"{len(scores)}; use a larger value or more rows"
         )
-    return float(np.sort(scores)[rank - 1])
+    return float(np.sort(scores)[rank - 1]) + ROUNDING
 
 
 def rates(gate, frames):

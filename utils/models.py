@@ -21,8 +21,8 @@ HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
 class Loaded:
     """A model ready to run. `prompt`: its virtual tokens (p, d) float32, or None. `chain`: Links, base first.
     `template`: what stands around every text (utils.in_context), None for the published template. `gate`: a
-    utils.gates.Gate; only the queries that it flags get the prompt or the corruption, None flags all. `corruption`: what
-    utils.corruption does to flagged queries, at the tokens that `marks` (utils.eco.Marks) names."""
+    utils.gates.Gate; only the queries that it flags get the prompt or the corruption, None flags all. `corruption`:
+    what utils.corruption does to flagged queries, at the tokens that `marks` (utils.eco.Marks) names."""
 
     model: torch.nn.Module
     tokenizer: object
