@@ -54,7 +54,10 @@ class Tfidf:
         vocabularies = [sorted(v.vocabulary_, key=v.vocabulary_.get) for v in self._vectorizers]
         (folder / VOCABULARY).write_text(json.dumps(vocabularies, ensure_ascii=False))
         tensors = {f"idf.{i}": torch.tensor(v.idf_) for i, v in enumerate(self._vectorizers)}
-        tensors |= {"coefficients": torch.tensor(self._coefficients), "intercept": torch.tensor([self._intercept])}
+        tensors |= {
+            "coefficients": torch.tensor(self._coefficients),
+            "intercept": torch.tensor([self._intercept], dtype=torch.float64),
+        }
         save_file(tensors, folder / WEIGHTS)
 
     @classmethod
