@@ -1,5 +1,6 @@
 # make demo  the main job on embedded data with a real small model, about 15 minutes on two cores
 # make test  every test
+# make bench speed and memory against the plain path, about 20 minutes; BENCH_ARGS="--parts training" does a part
 # make lint  ruff
 # MODEL=... DATASET=... SEED=... make demo runs the same on another model, data set or seed.
 
@@ -30,7 +31,7 @@ UNLEARN := --init_text="$(INSTRUCTION)" --lr=1.5e-3 --weight_decay=0 --alpha=1 -
 # A run that was killed goes on from its last saved state.
 resume = $(if $(wildcard $(1).training.safetensors),--resume) --overwrite
 
-.PHONY: demo test lint
+.PHONY: demo test bench lint
 .DELETE_ON_ERROR:
 
 demo: $(UNLEARNT)/manifest.json
@@ -56,6 +57,9 @@ $(READY): requirements.txt
 
 test: $(READY)
 	$(PY) -m pytest -n 2 --dist=loadfile
+
+bench: | $(READY) $(if $(filter data/models/smollm2,$(MODEL)),data/models/smollm2/config.json)
+	$(PY) tests/benchmarks/bench.py --model=$(MODEL) --dataset=$(DATASET) $(BENCH_ARGS)
 
 lint: $(READY)
 	$(PY) -m ruff check . && $(PY) -m ruff format --check .

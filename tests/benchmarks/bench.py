@@ -18,9 +18,14 @@ from utils import cli  # noqa: E402  (found on the path set above)
 
 PARTS = ("training", "prompts", "lengths", "rows", "reference", "inference")
 
-# What is trained: the script and its flags, and the weighted losses by which the plain path does the same.
-SPUL = {"script": "spul", "arguments": [], "losses": {"forget": 1.0, "retain": 0.5, "kl": 0.5}}
-TRAININGS = {"SPUL": SPUL}
+# What is trained: the script and its flags, and how the plain path does the same: weighted losses (cross-entropy on
+# forget and retain rows, KL on retain rows), and whether forget rows carry an unlearning word instead of their label.
+SPUL = {
+    "script": "spul",
+    "arguments": [],
+    "losses": {"forget": 1.0, "retain": 0.5, "kl": 0.5},
+    "flipped": True,
+}
 
 
 def parse_args():
@@ -58,9 +63,8 @@ def cells(args):
     p, sweep = args.prompt_length, args.sweep_rounds
     plain, ours = Variant("plain", "float32", p), Variant("ours", args.dtype, p)
     batch = [args.batch_size]
-    for name, training in TRAININGS.items():
-        variants = [plain, Variant("plain", "bfloat16", p), ours]
-        yield Cell("training", f"{name}, p = {p}", "training", variants, batch * args.rounds, training)
+    variants = [plain, Variant("plain", "bfloat16", p), ours]
+    yield Cell("training", f"SPUL, p = {p}", "training", variants, batch * args.rounds, SPUL)
     for n in args.prompt_lengths:
         variants = [Variant("plain", "float32", n), Variant("ours", args.dtype, n)]
         yield Cell("prompts", f"SPUL, p = {n}", "training", variants, batch * sweep, SPUL)
@@ -82,11 +86,13 @@ def main(args):
     from utils import checkpoints
 
     folder, start = Path(args.output_path), time.time()
-    folder.mkdir(parents=True, exist_ok=True)
     bench = rounds.Bench(args)
-    records = []
+    todo, records = [cell for cell in cells(args) if cell.part in args.parts], []
+    for cell in todo:
+        bench.check_length(cell)
+    folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as work:
-        for i, cell in enumerate(cell for cell in cells(args) if cell.part in args.parts):
+        for i, cell in enumerate(todo):
             records += bench.measure(cell, Path(work) / str(i))
             print(summary.rows(records, cell, header=not i), flush=True)
     result = {"machine": bench.machine, "settings": vars(args), "seconds": time.time() - start, "records": records}

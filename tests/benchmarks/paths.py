@@ -80,23 +80,45 @@ def our_training(spec, clock):
         return sums
 
     Training._steps_from, Training._step = steps, noted_step
-    work = Path(spec["work"])
+    _run_script(spec)
+
+
+def our_reference(spec, clock):
+    """The reference pass of spul.py over its retain rows, to a new file each time, written and read back."""
+    load = reference.load_reference
+
+    def repeated(*inputs):
+        args = inputs[-1]
+        for i in range(len(spec["sizes"])):
+            args.logits_path = f"{spec['work']}/reference-{i}.safetensors"
+            with clock.timed():
+                load(*inputs)
+
+    reference.load_reference = repeated
+    _run_script(spec)
+
+
+def _run_script(spec):
+    """The spec's script as its command line runs it, in this process."""
     module = importlib.import_module(spec["script"])
     sys.argv = [
-        f"{spec['script']}.py", *spec["arguments"], *_common(spec), f"--model_checkpoints={spec['model']}",
-        f"--dataset={spec['data']}", "--max_eval_samples=0", f"--train_batch_size={max(map(len, spec['batches']))}",
-        f"--output_path={work / 'checkpoint'}", f"--max_steps={len(spec['batches'])}",
-    ]  # fmt: skip
-    if spec["script"] == "spul":
-        sys.argv += [f"--ptuning_num_tokens={spec['p']}", f"--logits_path={work / 'logits.safetensors'}"]
-    module.main(module.parse_args())
-
-
-def _common(spec):
-    return [
-        f"--max_length={spec['max_length']}", f"--seed={spec['seed']}", f"--device={spec['device']}",
+        f"{spec['script']}.py",
+        *spec["arguments"],
+        f"--model_checkpoints={spec['model']}",
+        f"--dataset={spec['data']}",
+        f"--max_length={spec['max_length']}",
+        f"--device={spec['device']}",
         f"--dtype={spec['dtype']}",
-    ]  # fmt: skip
+        f"--seed={spec['seed']}",
+        f"--train_batch_size={spec['batch_size']}",
+        f"--eval_batch_size={spec['batch_size']}",
+        "--max_eval_samples=0",
+        f"--output_path={spec['work']}/checkpoint",
+        f"--logits_path={spec['work']}/logits.safetensors",
+    ]
+    if spec["p"]:
+        sys.argv.append(f"--ptuning_num_tokens={spec['p']}")
+    module.main(module.parse_args())
 
 
 def plain_training(spec, clock):
@@ -148,15 +170,15 @@ def plain_training(spec, clock):
 
 
 def examples_of(spec):
-    """The training rows as the scripts see them: train_retain, then train_forget with its unlearning words."""
+    """The rows as the script numbers them: train_retain, if it trains on any, then train_forget; and the tokenizer."""
     frames = data.load_splits(spec["data"])
     tokenizer = models.load_tokenizer(models.resolve_chain(spec["model"]), False)
     retain, forget = frames["train_retain"], frames["train_forget"]
-    flipped = data.draw_unlearning_labels(len(forget), spec["seed"])
-    keeps_words = spec.get("method", "").startswith("gradient_ascent")
-    examples = data.tokenize(tokenizer, retain["text"], retain["label_text"], spec["max_length"])
-    words = forget["label_text"] if keeps_words else flipped
-    return examples + data.tokenize(tokenizer, forget["text"], words, spec["max_length"], forget=True), tokenizer
+    words = data.draw_unlearning_labels(len(forget), spec["seed"]) if spec["flipped"] else forget["label_text"]
+    examples = data.tokenize(tokenizer, forget["text"], words, spec["max_length"], forget=True)
+    if spec["losses"].keys() & {"retain", "kl"}:
+        examples = data.tokenize(tokenizer, retain["text"], retain["label_text"], spec["max_length"]) + examples
+    return examples, tokenizer
 
 
 def _plain_model(spec):
@@ -201,18 +223,6 @@ def _plain_loss(logits, inputs, spec):
     if "reference" in inputs:
         parts["kl"] = mean_over_rows(token_kl(inputs["reference"], logits[~forget]), n_retain)
     return sum(weight * parts[name] for name, weight in spec["losses"].items() if name in parts)
-
-
-def our_reference(spec, clock):
-    """The reference pass of spul.py over the rows of train_retain, written and read back."""
-    args, loaded = _loaded(spec)
-    frame = data.load_splits(spec["data"])["train_retain"]
-    for i, n in enumerate(spec["sizes"]):
-        rows = frame.head(n)
-        examples = data.tokenize(loaded.tokenizer, rows["text"], rows["label_text"], args.max_length)
-        args.logits_path = str(Path(spec["work"]) / f"reference-{i}.safetensors")
-        with clock.timed():
-            reference.load_reference(loaded, examples, rows, args)
 
 
 def plain_reference(spec, clock):

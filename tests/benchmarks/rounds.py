@@ -75,7 +75,6 @@ class Bench:
         """A record per variant: seconds, loss and share of the floor of every pass, peak memory; or the error."""
         batches = write_rows(self.frames, cell, folder, self.args.seed)
         specs = [self._spec(cell, variant, batches, folder / str(i)) for i, variant in enumerate(cell.variants)]
-        self._check_length(cell)
         workers = [Worker(spec) for spec in specs]
         try:
             for worker in workers:
@@ -108,7 +107,8 @@ class Bench:
             **cell.training,
         }
 
-    def _check_length(self, cell):
+    def check_length(self, cell):
+        """Raise UserError if the cell's rows do not fit the model."""
         longest = max(variant.p for variant in cell.variants) + (cell.length or 0)
         if self.limit and longest > self.limit:
             raise cli.UserError(
@@ -201,7 +201,8 @@ def write_rows(frames, cell, folder, seed):
     sizes = [WARM_UP, *cell.sizes, WARM_UP]
     retain, forget = frames["train_retain"], frames["train_forget"]
     if cell.task == "training":
-        share = len(forget) / (len(retain) + len(forget))
+        retains = cell.training["losses"].keys() & {"retain", "kl"}
+        share = len(forget) / (len(retain) + len(forget)) if retains else 1
         n_forget = [max(1, round(share * size)) for size in sizes]
         n_retain = [size - n for size, n in zip(sizes, n_forget)]
         starts = np.cumsum([0, *n_retain]), np.cumsum([sum(n_retain), *n_forget])
@@ -211,7 +212,7 @@ def write_rows(frames, cell, folder, seed):
         n_retain, n_forget = [max(sizes)], [1]
         batches = [list(range(size)) for size in sizes]
     folder.mkdir()
-    chosen = draw(retain, sum(n_retain), cell.length, rng), draw(forget, sum(n_forget), cell.length, rng)
+    chosen = draw(retain, max(1, sum(n_retain)), cell.length, rng), draw(forget, sum(n_forget), cell.length, rng)
     for split, frame in zip(SPLITS, (*chosen, chosen[0].head(1), chosen[0].head(1))):  # test rows are not measured
         frame.to_csv(folder / f"{split}.csv", index=False)
     return batches
