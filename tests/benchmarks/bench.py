@@ -16,7 +16,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from utils import cli  # noqa: E402  (found on the path set above)
 
-PARTS = ("training", "prompts", "lengths", "rows", "reference", "inference")
+PARTS = ("training", "baselines", "prompts", "lengths", "rows", "reference", "inference")
 
 # What is trained: the script and its flags, and how the plain path does the same: weighted losses (cross-entropy on
 # forget and retain rows, KL on retain rows), and whether forget rows carry an unlearning word instead of their label.
@@ -25,6 +25,18 @@ SPUL = {
     "arguments": [],
     "losses": {"forget": 1.0, "retain": 0.5, "kl": 0.5},
     "flipped": True,
+}
+
+
+def _baseline(method, losses, flipped=False):
+    return {"script": "baselines", "arguments": [f"--unlearn_method={method}"], "losses": losses, "flipped": flipped}
+
+
+BASELINES = {
+    "GA": _baseline("gradient_ascent", {"forget": -1.0}),
+    "RL": _baseline("random_label", {"forget": 1.0}, flipped=True),
+    "GA+KL": _baseline("gradient_ascent_kl", {"forget": -1.0, "kl": 1.0}),
+    "GA+GD": _baseline("gradient_ascent_descent", {"forget": -1.0, "retain": 1.0}),
 }
 
 
@@ -46,7 +58,7 @@ def parse_args():
     )  # fmt: skip
     parser.add_argument("--eval_rows", type=cli.positive_int, default=128, help="rows of `reference` and `inference`")
     parser.add_argument("--rounds", type=cli.positive_int, default=3, help="timed passes per path, after a small one")
-    parser.add_argument("--sweep_rounds", type=cli.positive_int, default=2, help="the same in prompts, lengths, rows")
+    parser.add_argument("--sweep_rounds", type=cli.positive_int, default=2, help="the same in the parts that sweep")
     parser.add_argument("--device", choices=["auto", "cuda", "mps", "cpu"], default="auto", help="where to compute")
     parser.add_argument(
         "--dtype", choices=["auto", "bfloat16", "float32", "float16"], default="auto", help="of this project's path"
@@ -65,6 +77,9 @@ def cells(args):
     batch = [args.batch_size]
     variants = [plain, Variant("plain", "bfloat16", p), ours]
     yield Cell("training", f"SPUL, p = {p}", "training", variants, batch * args.rounds, SPUL)
+    for name, training in BASELINES.items():
+        variants = [Variant("plain", "float32", 0), Variant("ours", args.dtype, 0)]
+        yield Cell("baselines", name, "training", variants, batch * sweep, training)
     for n in args.prompt_lengths:
         variants = [Variant("plain", "float32", n), Variant("ours", args.dtype, n)]
         yield Cell("prompts", f"SPUL, p = {n}", "training", variants, batch * sweep, SPUL)

@@ -16,11 +16,12 @@ from types import SimpleNamespace
 import torch
 from peft import PromptEncoderConfig, get_peft_model
 from safetensors.torch import save_file
+from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments
 
 from utils import data, metrics, models, reference
 from utils.forward import completion_logits
-from utils.losses import mean_over_rows, token_kl, token_nll
+from utils.losses import token_kl
 from utils.training import Training
 
 
@@ -138,8 +139,9 @@ def plain_training(spec, clock):
             return torch.utils.data.DataLoader(batches, batch_size=None)
 
         def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-            logits = model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"]).logits
-            loss = _plain_loss(_at_completions(logits, inputs), inputs, spec)
+            keys = ("input_ids", "attention_mask", "labels")
+            outputs = model(**{key: inputs[key] for key in keys})  # given labels, the model computes a loss of its own
+            loss = _plain_loss(outputs.logits, inputs, spec["losses"])
             clock.loss = loss.item()
             return loss
 
@@ -196,10 +198,17 @@ def _with_prompt_encoder(model, spec):
 
 
 def _plain_batch(model, examples, pad_id, spec):
-    """A batch as Trainer's collator gives it, with the cached reference logits (M, |V|) of its retain rows."""
-    batch = data.collate(examples, pad_id, "cpu")
-    names = ("input_ids", "attention_mask", "rows", "positions", "targets", "forget")
-    inputs = {name: getattr(batch, name) for name in names}
+    """A batch as a collator for completions gives it: labels (B, T) with -100 at all but the completion's tokens; and
+    the cached reference logits (M, |V|) of the completion tokens of its retain rows."""
+    rows = [torch.tensor(example.prompt + example.completion) for example in examples]
+    inputs = {
+        "input_ids": pad_sequence(rows, batch_first=True, padding_value=pad_id),
+        "attention_mask": pad_sequence([torch.ones_like(row) for row in rows], batch_first=True),
+        "forget": torch.tensor([example.forget for example in examples]),
+    }
+    inputs["labels"] = torch.full_like(inputs["input_ids"], -100)
+    for row, example in zip(inputs["labels"], examples):
+        row[len(example.prompt) : len(example) + 1] = torch.tensor(example.completion)
     retain = [example for example in examples if not example.forget]
     if retain and "kl" in spec["losses"]:  # computed the cheap way: making the cache is not what is measured here
         with torch.no_grad():
@@ -207,22 +216,24 @@ def _plain_batch(model, examples, pad_id, spec):
     return inputs
 
 
-def _at_completions(logits, inputs):
-    """Float32 logits (N, |V|) at completion tokens of (B, p + T, |V|), the p virtual tokens skipped."""
-    offset = logits.shape[1] - inputs["input_ids"].shape[1]
-    return logits[inputs["rows"], inputs["positions"] + offset].float()
-
-
-def _plain_loss(logits, inputs, spec):
-    """The weighted sum of the spec's losses: `forget` and `retain` cross-entropy, `kl` on retain rows."""
-    forget = inputs["forget"][inputs["rows"]]
-    n_forget = int(inputs["forget"].sum())
-    n_retain = len(inputs["forget"]) - n_forget
-    nll = token_nll(logits, inputs["targets"])
-    parts = {"forget": mean_over_rows(nll[forget], n_forget), "retain": mean_over_rows(nll[~forget], n_retain)}
+def _plain_loss(logits, inputs, weights):
+    """The weighted sum of the losses that `weights` names: cross-entropy on `forget` and on `retain` rows, over all
+    positions with a mask, as published, and `kl` on retain rows, at the positions that predict their completion."""
+    virtual = logits.shape[1] - inputs["labels"].shape[1]
+    labels = torch.nn.functional.pad(inputs["labels"], (virtual, 0), value=-100)[:, 1:]
+    shifted = logits[:, :-1].contiguous()
+    total = 0.0
+    for part, mask in (("forget", inputs["forget"]), ("retain", ~inputs["forget"])):
+        if part in weights and mask.any():
+            nll = torch.nn.functional.cross_entropy(
+                shifted[mask].flatten(0, 1).float(), labels[mask].flatten(), reduction="sum"
+            )
+            total = total + weights[part] * nll / mask.sum()
     if "reference" in inputs:
-        parts["kl"] = mean_over_rows(token_kl(inputs["reference"], logits[~forget]), n_retain)
-    return sum(weight * parts[name] for name, weight in spec["losses"].items() if name in parts)
+        retain = ~inputs["forget"]
+        predicted = shifted[(labels != -100) & retain[:, None]].float()
+        total = total + weights["kl"] * token_kl(inputs["reference"], predicted).sum() / retain.sum()
+    return total
 
 
 def plain_reference(spec, clock):
@@ -268,6 +279,12 @@ def _plain_passes(model, examples, pad_id, spec):
         logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
         results.append(_at_completions(logits, batch).cpu())
     return results
+
+
+def _at_completions(logits, batch):
+    """Float32 logits (N, |V|) at completion tokens of (B, p + T, |V|), the p virtual tokens skipped."""
+    offset = logits.shape[1] - batch["input_ids"].shape[1]
+    return logits[batch["rows"], batch["positions"] + offset].float()
 
 
 def _loaded(spec):

@@ -24,7 +24,10 @@ PROCESSES = multiprocessing.get_context("forkserver")
 PROCESSES.set_forkserver_preload(["paths"])
 
 WARM_UP = 2  # rows
-FLOP_PER_WEIGHT = {"training": 4, "reference": 2, "inference": 2}  # 4: forward, and backward through activations
+POOL = 8  # batches whose rows are sorted by length together
+# Forward 2; backward through activations 2 more; gradients of the weights, where the model itself is trained, 2 more.
+FLOP_PER_WEIGHT = {"training": 4, "reference": 2, "inference": 2}
+FLOP_PER_TRAINED_WEIGHT = 6
 
 
 @dataclass(frozen=True)
@@ -132,7 +135,8 @@ class Bench:
         passes = worker.passes[1 : 1 + len(cell.sizes)]
         if worker.error or not passes:
             return record
-        flop = FLOP_PER_WEIGHT[cell.task] * self.weights
+        trains_weights = cell.task == "training" and cell.training["script"] != "spul"
+        flop = self.weights * (FLOP_PER_TRAINED_WEIGHT if trains_weights else FLOP_PER_WEIGHT[cell.task])
         tokens = [variant.p + sum(len(examples[i]) for i in batch) for batch in batches[1:-1]]
         seconds = [line["seconds"] for line in passes]
         rate = self.machine["matmul_flop_per_second"][dtype]
@@ -193,9 +197,9 @@ class Worker:
 def write_rows(frames, cell, folder, seed):
     """Write the cell's rows as a data folder; returns the row numbers of its passes, train_retain before train_forget.
 
-    A pass of training has the data's share of forget rows, at least one, and no row of another pass; the passes of
-    evaluation all have the same retain rows. The first pass is for warming up; the last is never asked for, so that no
-    process ends inside a measurement.
+    A pass of training has the data's share of forget rows, at least one; the passes of evaluation all have the same
+    retain rows. The first pass is for warming up; the last is never asked for, so that no process ends inside a
+    measurement.
     """
     rng = np.random.default_rng(seed)
     sizes = [WARM_UP, *cell.sizes, WARM_UP]
@@ -208,25 +212,33 @@ def write_rows(frames, cell, folder, seed):
         starts = np.cumsum([0, *n_retain]), np.cumsum([sum(n_retain), *n_forget])
         spans = [zip(start, start[1:]) for start in starts]
         batches = [[*range(*map(int, r)), *range(*map(int, f))] for r, f in zip(*spans)]
+        chosen = draw(retain, n_retain if retains else [1], POOL, rng), draw(forget, n_forget, POOL, rng)
     else:
-        n_retain, n_forget = [max(sizes)], [1]
         batches = [list(range(size)) for size in sizes]
+        chosen = draw(retain, [max(sizes)], 1, rng), draw(forget, [1], 1, rng)
     folder.mkdir()
-    chosen = draw(retain, max(1, sum(n_retain)), cell.length, rng), draw(forget, sum(n_forget), cell.length, rng)
-    for split, frame in zip(SPLITS, (*chosen, chosen[0].head(1), chosen[0].head(1))):  # test rows are not measured
-        frame.to_csv(folder / f"{split}.csv", index=False)
+    for split, rows in zip(SPLITS, (*chosen, chosen[0].head(1), chosen[0].head(1))):  # test rows are not measured
+        source = frames["train_forget" if split == "train_forget" else "train_retain"]["text"]
+        text = rows["text"] if cell.length is None else [_continued(source, row, cell.length) for row in rows.index]
+        rows[["text", "label", "label_text"]].assign(text=text).to_csv(folder / f"{split}.csv", index=False)
     return batches
 
 
-def draw(frame, n, length, rng):
-    """`n` rows of `frame` in random order, again from the start when it has fewer. Given `length`, each text is
-    continued by those of other rows until it has as many words, hence at least as many tokens."""
-    order = np.resize(rng.permutation(len(frame)), n)
-    rows = frame.iloc[order][["text", "label", "label_text"]]
-    return rows if length is None else rows.assign(text=[_continued(frame["text"], i, length) for i in order])
+def draw(frame, sizes, pool, rng):
+    """So many rows of `frame` for each of `sizes`, one after the other, each time rows of similar length, as published
+    (group_by_length): out of `pool` times as many random ones, by length, at evenly spaced places."""
+    chosen = []
+    for i, size in enumerate(sizes):
+        rows = np.resize(rng.permutation(len(frame)), pool * size)
+        if pool > 1:
+            rows = sorted(rows, key=lambda row: len(frame["text"].iloc[row]))
+        start = round((len(rows) - size) * (i + 0.5) / len(sizes))
+        chosen += list(rows[start : start + size])
+    return frame.iloc[chosen]
 
 
 def _continued(texts, row, n_words):
+    """The text of that row and of as many after it as make `n_words` words, hence at least as many tokens."""
     words, i = [], row
     while len(words) < n_words:
         words += texts.iloc[i % len(texts)].split()

@@ -16,7 +16,7 @@ WIDTHS = (24, 16, 4, 8, 8, 8, 8, 12, 6)
 def label(record):
     """What the table calls the record's path."""
     name = f"{record['path']} {SHORT[record['dtype']]}"
-    return name if record["p"] else f"{name}, no prompt"
+    return f"{name}, no prompt" if record["part"] == "inference" and not record["p"] else name
 
 
 def rows(records, cell, header):
@@ -82,7 +82,7 @@ def sentences(result):
     rates = ", ".join(f"{SHORT[k]} {v / 1e9:,.0f}" for k, v in result["machine"]["matmul_flop_per_second"].items())
     lines.append(f"Matrix products on this machine: {rates} GFLOP/s.")
     for entry in result["ratios"]:
-        if entry["part"] in ("training", "reference", "inference"):
+        if entry["part"] in ("training", "baselines", "reference", "inference"):
             lines.append(
                 f"{entry['name']}: {entry['times_faster']:.1f} times as fast as {entry['plain']} "
                 f"in {entry['memory_share']:.2f} times the memory."
