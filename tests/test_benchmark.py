@@ -54,12 +54,13 @@ def test_evaluation_and_the_fit(tmp_path, tiny_model):
 
 
 def test_a_path_that_fails_is_reported_and_the_others_go_on(tmp_path, tiny_model):
-    """The prompt and the longest row of the data do not fit the tiny model's 512 positions."""
-    arguments = f"--model={tiny_model}", "--parts", "training", "--prompt_length=500", "--output_path=out"
+    """500 virtual tokens and the data's rows do not fit the tiny model's 512 positions, so spul.py refuses."""
+    arguments = f"--model={tiny_model}", "--parts", "reference", "--prompt_length=500", "--output_path=out"
     said = scripts.done(scripts.call(tmp_path, "bench", *SMALL, *arguments)).stdout
     records = json.loads((tmp_path / "out" / "bench.json").read_text())["records"]
-    assert "positions" in records[-1]["error"]
-    assert said.count("failed: ") == len([r for r in records if r["error"]])
+    assert records[0]["path"] == "plain" and len(records[0]["seconds"]) == 1
+    assert "the model has 512 positions" in records[1]["error"]
+    assert said.count("failed: ") == 1
 
 
 @pytest.mark.parametrize(

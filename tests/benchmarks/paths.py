@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments
 
-from utils import data, metrics, models, reference
+from utils import data, metrics, models, objectives, reference, report  # noqa: F401  (once, before the forks)
 from utils.forward import completion_logits
 from utils.losses import token_kl
 from utils.training import Training
