@@ -3,6 +3,7 @@
 import argparse
 import difflib
 import errno
+import functools
 import logging
 import os
 import sys
@@ -104,6 +105,12 @@ def run(parse_args, main):
     sys.exit(2)
 
 
+@functools.cache
+def note_once(sentence):
+    """Print `note: <sentence>` on stderr (stdout may be JSON), once a process."""
+    print(f"note: {sentence}", file=sys.stderr)
+
+
 def _quiet_libraries():
     """Keep the libraries' own notices and progress bars out of what a script prints; errors still come through."""
     warnings.simplefilter("ignore")
@@ -161,6 +168,11 @@ def add_training_arguments(parser, num_epochs):
     group.add_argument("--train_batch_size", type=positive_int, default=32, help="rows per optimisation step")
     group.add_argument(
         "--micro_batch_size", type=positive_int, help="rows per forward pass, to save memory (default: the whole batch)"
+    )
+    group.add_argument(
+        "--gradient_checkpointing",
+        action="store_true",
+        help="compute each layer's inner values again in the backward pass: less memory, about a third more time",
     )
     group.add_argument("--num_epochs", type=positive_int, default=num_epochs, help="passes over the training rows")
     group.add_argument("--max_steps", type=positive_int, help="stop after so many steps, schedule included")
