@@ -188,3 +188,13 @@ def add_training_arguments(parser, num_epochs):
     )
     group.add_argument("--save_steps", type=positive_int, default=100, help="save the resumable state this often")
     group.add_argument("--resume", action="store_true", help="continue the interrupted run of this command")
+
+
+def add_retain_ratio(group):
+    """For the scripts that unlearn: how many of the retain rows an epoch uses."""
+    group.add_argument(
+        "--retain_ratio",
+        type=positive_float,
+        metavar="R",
+        help="each epoch uses R retain rows per forget row, drawn anew every epoch (default: all retain rows)",
+    )

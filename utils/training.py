@@ -19,7 +19,7 @@ from utils.data import epoch_batches
 
 UNSAVED_ARGUMENTS = (  # change nothing in what is trained
     "resume", "overwrite", "output_path", "logits_path", "save_steps", "eval_batch_size", "max_eval_samples",
-    "parent_path",
+    "parent_path", "gradient_checkpointing",
 )  # fmt: skip
 
 
@@ -71,6 +71,7 @@ class Training:
             epoch,
             getattr(args, "forget_per_batch", 0),
             args.length_pool,
+            getattr(args, "retain_ratio", None),
         )
 
     def run(self):
