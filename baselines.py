@@ -39,6 +39,7 @@ def parse_args():
         default=0,
         help="forget rows in every batch of a method with a retain loss (0: random batches)",
     )
+    cli.add_retain_ratio(group)
     group.add_argument(
         "--stop_at_forget_accuracy", type=cli.share, metavar="A",
         help="stop once train_forget accuracy, measured every --eval_steps, is at most A (in [0, 1])",
@@ -121,6 +122,8 @@ def refuse_contradictions(parser, args):
             parser.error("--retain_weight needs a --retain_loss")
         if args.retain_loss == "none" and args.forget_per_batch:
             parser.error(f"--forget_per_batch needs retain rows; {name} has none without --retain_loss")
+        if args.retain_loss == "none" and args.retain_ratio:
+            parser.error(f"--retain_ratio needs retain rows; {name} has none without --retain_loss")
         args.retain_weight = args.retain_weight or method.retain_weight
     elif args.retain_loss or args.retain_weight:
         parser.error(f"{name} trains nothing; leave out --retain_loss and --retain_weight")

@@ -316,23 +316,28 @@ def collate(examples, pad_id, device):
     return Batch(*(t.to(device) for t in (input_ids, attention_mask, *flat, forget)))
 
 
-def epoch_batches(examples, batch_size, seed, epoch, forget_per_batch=0, length_pool=0):
+def epoch_batches(examples, batch_size, seed, epoch, forget_per_batch=0, length_pool=0, retain_ratio=None):
     """The row numbers of every batch of one epoch: a pure function of its arguments, so a resumed run sees the same.
 
     forget_per_batch = 0: all rows shuffled together, each once (the published sampling). n > 0: every batch has n
     forget rows (drawn in shuffled passes) and the epoch ends when each retain row was seen once. length_pool = k > 0:
     rows are sorted by length within pools of k batches, which saves padding; each row still counts once.
+    retain_ratio = r: the epoch's retain rows are r per forget row, drawn anew every epoch (all if there are fewer).
     """
     rng = np.random.default_rng([seed, epoch])
+    forget = [i for i, e in enumerate(examples) if e.forget]
+    retain = [i for i, e in enumerate(examples) if not e.forget]
+    if retain_ratio:
+        kept = min(len(retain), max(1, round(retain_ratio * len(forget))))
+        retain = sorted(rng.choice(retain, kept, replace=False))
     if forget_per_batch:
-        retain = rng.permutation([i for i, e in enumerate(examples) if not e.forget])
-        forget = [i for i, e in enumerate(examples) if e.forget]
+        retain = rng.permutation(retain)
         n_batches = -(-len(retain) // (batch_size - forget_per_batch))
         passes = -(-n_batches * forget_per_batch // len(forget))
         forget = np.concatenate([rng.permutation(forget) for _ in range(passes)])[: n_batches * forget_per_batch]
         parts = [(retain, batch_size - forget_per_batch), (forget, forget_per_batch)]
     else:
-        parts = [(rng.permutation(len(examples)), batch_size)]
+        parts = [(rng.permutation(sorted([*retain, *forget])), batch_size)]
     chunked = [_chunks(_sorted_in_pools(rows, size * length_pool, examples), size) for rows, size in parts]
     batches = [[int(i) for part in batch for i in part] for batch in zip(*chunked)]
     return [batches[i] for i in rng.permutation(len(batches))] if length_pool else batches

@@ -2,13 +2,16 @@
 
 import re
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors import SafetensorError
 from safetensors.torch import load_file
+from torch.utils.checkpoint import checkpoint
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from utils import in_context, processes
 from utils.checkpoints import Link, base_name, parent_path, read_manifest, recover, verify_parent
@@ -154,7 +157,32 @@ def load_base(link, args, quantization="none"):
         raise UserError(f"cannot load a causal language model from {link.name} ({_first_line(error)})")
     if info["missing_keys"]:  # transformers would fill them with random numbers
         raise UserError(f"{link.name} lacks the weight {min(info['missing_keys'])}; restore its files")
+    if getattr(args, "gradient_checkpointing", False):
+        checkpoint_layers(model)
     return model.eval().requires_grad_(False)
+
+
+def checkpoint_layers(model):
+    """Gradient checkpointing: every decoder layer of `model` keeps its inputs only and computes the rest again when the
+    gradient comes by (same numbers, random state included). Raises UserError where the architecture does not say which
+    its layers are.
+
+    transformers' own switch does not serve: it works in training mode only, which turns dropout on in a frozen model,
+    and it takes the cache away from a layer, so nothing could be shared between rows.
+    """
+    layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+    if not layers:
+        raise UserError(f"{model.config.model_type} cannot be checkpointed; leave out --gradient_checkpointing")
+    inner = {id(part) for layer in layers for part in layer.modules() if part is not layer}
+    for layer in layers:
+        if id(layer) not in inner:
+            layer.forward = partial(_checkpointed, layer.forward)
+
+
+def _checkpointed(forward, *args, **kwargs):
+    if not torch.is_grad_enabled():
+        return forward(*args, **kwargs)
+    return checkpoint(forward, *args, use_reentrant=False, **kwargs)
 
 
 def load(name, args, parent=None):
