@@ -10,7 +10,7 @@ from utils.report import pyplot
 GIB = 2**30
 SHORT = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
 COLUMNS = ("work", "path", "rows", "s/pass", "rows/s", "peak GiB", "of floor", "times faster", "memory")
-WIDTHS = (24, 16, 4, 8, 8, 8, 8, 12, 6)
+WIDTHS = (18, 20, 4, 8, 8, 8, 8, 12, 6)
 
 
 def label(record):
@@ -26,7 +26,7 @@ def rows(records, cell, header):
     for record in found:
         start = [record["name"], label(record), max(record["rows"])]
         if record["error"]:
-            lines.append(f"{_line(start)}failed: {record['error']}")
+            lines.append(f"{_line(start)}  failed: {record['error']}")
             continue
         faster, memory = ratio(found[-1], record) if record["path"] == "plain" and not found[-1]["error"] else ("", "")
         cells = [record["seconds_per_pass"], record["rows_per_second"], record["peak_bytes"] / GIB]
