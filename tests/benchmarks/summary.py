@@ -108,7 +108,9 @@ def sentences(result):
 
 def draw(result, path):
     """Milliseconds a row over text length, times faster by work, seconds a step over rows; reads without colour."""
-    figure, axes = pyplot.subplots(1, 3, figsize=(13, 3.8), gridspec_kw={"width_ratios": [1.1, 1.2, 1]})
+    bars = sum(entry["part"] != "lengths" for entry in result["ratios"])
+    size = 13, max(3.8, 1 + 0.4 * bars)
+    figure, axes = pyplot.subplots(1, 3, figsize=size, gridspec_kw={"width_ratios": [1.1, 1.2, 1]})
     _draw_lengths(axes[0], [r for r in _measured(result["records"]) if r["part"] == "lengths"])
     _draw_ratios(axes[1], result["ratios"])
     _draw_rows(axes[2], [r for r in _measured(result["records"]) if r["part"] == "rows"], result["linear_in_rows"])
