@@ -1,6 +1,7 @@
 # make demo  the main job on embedded data with a real small model, about 15 minutes on two cores
 # make compare  SPUL and every rival on the same rows, in one table; at most 90 minutes on two cores
 # make test  every test
+# make bench speed and memory against the plain path, about 20 minutes; BENCH_ARGS="--parts training" does a part
 # make lint  ruff
 # MODEL=... DATASET=... SEED=... make demo runs the same on another model, data set or seed;
 # MODEL=... DATASET=... SEEDS="..." METHODS="..." make compare likewise.
@@ -40,7 +41,7 @@ PROMPTING = $(if $(filter snippets,$(DATASET)),,--instruction="If the text names
 # A run that was killed goes on from its last saved state.
 resume = $(if $(wildcard $(1).training.safetensors),--resume) --overwrite
 
-.PHONY: demo compare test lint
+.PHONY: demo compare bench test lint
 .DELETE_ON_ERROR:
 
 demo: $(UNLEARNT)/manifest.json
@@ -61,7 +62,7 @@ compare: | $(READY) $(if $(filter data/models/smollm2,$(MODEL)),data/models/smol
 		--rows='$(SELECTED)' --fine_tune='$(FINE_TUNE) $(POOLED)' --spul='$(UNLEARN) --max_steps=$(STEPS) $(POOLED)' \
 		--rivals='$(RIVALS)' --forget_only='--num_epochs=5' \
 		--with_retain='--num_epochs=100 --forget_per_batch=8 --max_steps=16' \
-		--in_context='--max_length=512' --prompting='$(PROMPTING)' --grid 1e-5 5e-5 --max_eval_samples=150
+		--in_context='--max_length=512' --prompting='$(PROMPTING)' --eco='--eco_samples=100' --grid 1e-5 5e-5 --max_eval_samples=150
 
 data/models/smollm2/config.json: | $(READY)
 	$(PY) data/models/prepare.py smollm2
@@ -73,6 +74,9 @@ $(READY): requirements.txt
 
 test: $(READY)
 	$(PY) -m pytest -n 2 --dist=loadfile
+
+bench: | $(READY) $(if $(filter data/models/smollm2,$(MODEL)),data/models/smollm2/config.json)
+	$(PY) tests/benchmarks/bench.py --model=$(MODEL) --dataset=$(DATASET) $(BENCH_ARGS)
 
 lint: $(READY)
 	$(PY) -m ruff check . && $(PY) -m ruff format --check .

@@ -16,13 +16,16 @@ import time
 import torch
 
 from utils import cli
+from utils.corruption import FAMILIES
 from utils.methods import CONSTANTS, IN_CONTEXT, METHODS
+
+ECO_METRICS = ("accuracy", "f1", "precision", "recall", "label_accuracy", "out_of_label")
 
 
 def parse_args():
     parser = cli.ArgumentParser(__doc__)
     parser.add_argument("--model_checkpoints", required=True, help="what qlora.py wrote, or a plain model")
-    parser.add_argument("--unlearn_method", required=True, choices=[*METHODS, *IN_CONTEXT], help="the rival")
+    parser.add_argument("--unlearn_method", required=True, choices=[*METHODS, *IN_CONTEXT, "eco"], help="the rival")
     cli.add_model_arguments(parser)
     cli.add_training_arguments(parser, num_epochs=1)
     group = parser.add_argument_group("unlearning")
@@ -36,6 +39,7 @@ def parse_args():
         default=0,
         help="forget rows in every batch of a method with a retain loss (0: random batches)",
     )
+    cli.add_retain_ratio(group)
     group.add_argument(
         "--stop_at_forget_accuracy", type=cli.share, metavar="A",
         help="stop once train_forget accuracy, measured every --eval_steps, is at most A (in [0, 1])",
@@ -54,9 +58,49 @@ def parse_args():
     group.add_argument("--instruction", help="prompting: the instruction itself, instead of one made of the names")
     group.add_argument("--icul_flipped", type=cli.positive_int, default=1, help="icul: forget rows, labels flipped")
     group.add_argument("--icul_correct", type=cli.non_negative_int, default=2, help="icul: retain rows behind them")
+    add_eco_arguments(parser)
     args = parser.parse_args()
     refuse_contradictions(parser, args)
     return args
+
+
+def add_eco_arguments(parser):
+    """ECO's gate, corruption and search (arXiv 2406.07933); defaults are the authors' where they gave one."""
+    group = parser.add_argument_group("eco")
+    group.add_argument("--eco_classifier", default="tfidf", help="tfidf, features, or an encoder (hub id, folder)")
+    group.add_argument("--eco_classifier_epochs", type=cli.positive_int, default=30, help="of an encoder")
+    group.add_argument("--eco_classifier_lr", type=cli.positive_float, default=2e-5, help="of an encoder")
+    decision = group.add_mutually_exclusive_group()
+    decision.add_argument(
+        "--eco_threshold", type=cli.share, help="flag above this probability (default: by --eco_max_fpr)"
+    )
+    decision.add_argument(
+        "--eco_conformal",
+        type=cli.fraction,
+        metavar="A",
+        help="split conformal: flag retain rows with probability at most A",
+    )
+    decision.add_argument("--eco_max_fpr", type=cli.share, default=0.01, help="false positives on held-out retain rows")
+    group.add_argument(
+        "--eco_corruption", choices=FAMILIES, default="noise-first", metavar="FAMILY", help=", ".join(FAMILIES)
+    )
+    group.add_argument("--eco_dims", type=cli.positive_int, default=1, help="numbers of each embedding to corrupt")
+    group.add_argument(
+        "--eco_tokens", choices=["all", "entities"], default="all", help="all but the last, or names only"
+    )
+    group.add_argument("--eco_names", help="list of names (default: that of snippets): entities, evasion test")
+    group.add_argument("--eco_token_classifier", help="finds names for --eco_tokens=entities (hub id, folder)")
+    group.add_argument("--eco_strength", type=cli.non_negative_float, help="sigma; given, there is no search")
+    group.add_argument("--eco_metric", choices=ECO_METRICS, default="accuracy", help="what the search compares")
+    group.add_argument("--eco_target", default="auto", help="v_r: a number, a retrained checkpoint, or auto")
+    group.add_argument("--eco_samples", type=cli.positive_int, default=200, help="rows that the search evaluates")
+    group.add_argument("--eco_steps", type=cli.non_negative_int, default=10, help="zeroth-order steps")
+    group.add_argument(
+        "--eco_start", type=cli.positive_float, help="first sigma (default: the best of a coarse ladder)"
+    )
+    group.add_argument("--eco_eps", type=cli.fraction, default=0.999, help="eps as a share of the first sigma")
+    group.add_argument("--eco_lr", type=cli.positive_float, default=100.0, help="of the zeroth-order search")
+    group.add_argument("--eco_sigma_min", type=cli.positive_float, default=0.1, help="smallest sigma")
 
 
 def refuse_contradictions(parser, args):
@@ -78,13 +122,30 @@ def refuse_contradictions(parser, args):
             parser.error("--retain_weight needs a --retain_loss")
         if args.retain_loss == "none" and args.forget_per_batch:
             parser.error(f"--forget_per_batch needs retain rows; {name} has none without --retain_loss")
+        if args.retain_loss == "none" and args.retain_ratio:
+            parser.error(f"--retain_ratio needs retain rows; {name} has none without --retain_loss")
         args.retain_weight = args.retain_weight or method.retain_weight
     elif args.retain_loss or args.retain_weight:
         parser.error(f"{name} trains nothing; leave out --retain_loss and --retain_weight")
     if name == "prompting" and not (args.instruction or args.forget_names or args.dataset == "snippets"):
         parser.error("prompting needs --forget_names or --instruction (only snippets has a list of names)")
+    if name == "eco":
+        refuse_eco_contradictions(parser, args)
     if name != "prompting" and (args.instruction or args.forget_names):
         parser.error("--instruction and --forget_names go with --unlearn_method=prompting")
+
+
+def refuse_eco_contradictions(parser, args):
+    """Exit 2 on flags of ECO that would be ignored."""
+    from utils.corruption import has_strength
+
+    if not has_strength(args.eco_corruption) and args.eco_strength is not None:
+        parser.error(f"--eco_corruption={args.eco_corruption} has no strength; leave out --eco_strength")
+    names = args.eco_names or args.eco_token_classifier or args.dataset == "snippets"
+    if args.eco_tokens == "entities" and not names:
+        parser.error("--eco_tokens=entities needs --eco_names or --eco_token_classifier")
+    if args.eco_tokens == "all" and args.eco_token_classifier:
+        parser.error("--eco_token_classifier goes with --eco_tokens=entities")
 
 
 def main(args):
@@ -96,6 +157,8 @@ def main(args):
     frames = data.select_rows(
         data.load_splits(args.dataset), args.forget_size, args.max_train_samples, args.forget_share
     )
+    if args.unlearn_method == "eco":
+        return gate(args, output, frames)
     if args.unlearn_method in IN_CONTEXT:
         return instruct(args, output, frames)
     unlearn(args, output, frames)
@@ -207,6 +270,31 @@ def instruct(args, output, frames):
         if records:
             checkpoints.write_json(folder / "metrics.json", records)
         checkpoints.write_manifest(folder, output, "in-context", loaded.chain, args, used, records)
+    print(f"wrote {output}")
+
+
+def gate(args, output, frames):
+    """Train ECO's classifier, find its strength, and write the checkpoint."""
+    from utils import checkpoints, data, eco, metrics, models, processes, report
+
+    loaded = models.load(args.model_checkpoints, args, args.parent_path)
+    models.refuse_prompted(loaded)
+    metrics.check_lengths(loaded.model, loaded.tokenizer, frames, args)
+    loaded, settings = eco.learn(args, loaded, frames)
+    print(report.gate_table(settings))
+    records, start = None, time.time()
+    if args.max_eval_samples != 0:
+        scores, _ = metrics.evaluate(loaded, frames, data.label_words(frames), args, "eco")
+        records = [metrics.record("eco", output, loaded.base_name, args, scores, time.time() - start)]
+        print(report.table(records))
+    if not processes.is_main():
+        return
+    used = data.fingerprint({split: frames[split] for split in data.TRAIN_SPLITS})
+    with checkpoints.new_folder(output) as folder:
+        eco.save(loaded, settings, folder)
+        if records:
+            checkpoints.write_json(folder / "metrics.json", records)
+        checkpoints.write_manifest(folder, output, "eco", loaded.chain, args, used, records)
     print(f"wrote {output}")
 
 

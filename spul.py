@@ -42,6 +42,7 @@ def parse_args():
         default=0,
         help="forget rows in every batch (0: random batches)",
     )
+    cli.add_retain_ratio(group)
     group.add_argument("--logits_path", help="file of reference logits (default: saved_logits/<model>-<dataset>-<key>)")
     group.add_argument("--parent_path", help="where the base model of --model_checkpoints lies, if it was moved")
     args = parser.parse_args()

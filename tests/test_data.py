@@ -198,7 +198,7 @@ def test_a_last_batch_that_is_not_full_still_has_its_forget_rows():
     assert sorted(map(len, batches)) == [3, 8]
 
 
-@pytest.mark.parametrize("options", [{}, {"forget_per_batch": 2}, {"length_pool": 2}])
+@pytest.mark.parametrize("options", [{}, {"forget_per_batch": 2}, {"length_pool": 2}, {"retain_ratio": 1.5}])
 def test_batches_depend_on_seed_and_epoch_alone(options):
     examples = mixed(30, 10)
     first = data.epoch_batches(examples, 8, 1, 0, **options)
@@ -207,6 +207,31 @@ def test_batches_depend_on_seed_and_epoch_alone(options):
     assert data.epoch_batches(examples, 8, 1, 0, **options) == first
     assert data.epoch_batches(examples, 8, 1, 1, **options) != first
     assert data.epoch_batches(examples, 8, 2, 0, **options) != first
+
+
+@pytest.mark.parametrize("ratio, kept", [(0.05, 1), (1, 10), (1.25, 12), (2.9, 29), (7, 40)])
+@pytest.mark.parametrize("length_pool", [0, 2])
+def test_retain_ratio_counts_retain_rows_by_forget_rows(ratio, kept, length_pool):
+    batches = data.epoch_batches(mixed(40, 10), 8, 1, 0, length_pool=length_pool, retain_ratio=ratio)
+    rows = sorted(i for batch in batches for i in batch)
+    assert rows[-10:] == list(range(40, 50))  # every forget row
+    assert len(set(rows[:-10])) == len(rows) - 10 == kept
+    assert len(batches) == -(-(kept + 10) // 8)
+
+
+def test_retain_ratio_draws_other_rows_every_epoch():
+    """Over the epochs every retain row takes its turn."""
+    drawn = [data.epoch_batches(mixed(40, 10), 8, 1, epoch, retain_ratio=1) for epoch in range(40)]
+    seen = np.bincount([i for batches in drawn for batch in batches for i in batch if i < 40], minlength=40)
+    assert seen.sum() == 400 and seen.min() > 0 and seen.max() < 25  # each 10 times on average
+
+
+def test_retain_ratio_with_forget_rows_in_every_batch():
+    """The epoch ends when each of the drawn retain rows was seen once."""
+    batches = data.epoch_batches(mixed(40, 5), 8, 1, 0, forget_per_batch=3, retain_ratio=4)
+    assert [sum(i >= 40 for i in batch) for batch in batches] == [3] * 4
+    retain = [i for batch in batches for i in batch if i < 40]
+    assert len(set(retain)) == len(retain) == 20
 
 
 def test_a_length_pool_saves_padding_and_mixes_the_batches():

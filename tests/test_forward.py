@@ -1,15 +1,19 @@
 """The economical forward pass gives what the plain one gives, for logits and for the prompt's gradient."""
 
 import copy
+from dataclasses import replace
 
 import pytest
 import tiny
 import torch
 from accelerate import dispatch_model
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, MambaConfig
 
+from utils import losses, models
+from utils.cli import note_once
 from utils.data import Example, collate
 from utils.forward import completion_hidden, completion_logits, prompt_prefix
+from utils.prompt_encoders import VirtualTokens
 
 ARCHITECTURES = list(tiny.CONFIGS)
 TOKENS = 5  # virtual tokens
@@ -27,16 +31,16 @@ def llama():
     return tiny.build_model("llama")
 
 
-def rows(seed=0):
+def rows(seed=0, lengths=LENGTHS):
     generator = torch.Generator().manual_seed(seed)
     draw = lambda n: tuple(torch.randint(2, tiny.VOCABULARY, (n,), generator=generator).tolist())  # noqa: E731
-    return [Example(draw(prompt), draw(completion)) for prompt, completion in LENGTHS]
+    return [Example(draw(prompt), draw(completion)) for prompt, completion in lengths]
 
 
-def virtual_tokens(model):
+def virtual_tokens(model, p=TOKENS):
     torch.manual_seed(1)
     scale = model.get_input_embeddings().weight.std().item()
-    return (torch.randn(TOKENS, tiny.SIZES["hidden_size"]) * scale).requires_grad_()
+    return (torch.randn(p, tiny.SIZES["hidden_size"]) * scale).requires_grad_()
 
 
 def plain_logits(model, examples, prompt=None):
@@ -85,13 +89,99 @@ def test_sdpa_attention_gives_the_same(architecture):
     assert torch.allclose(logits, plain_logits(eager, rows(), prompt), atol=2e-5)
 
 
-def test_the_prompt_is_computed_once_where_attention_is_full(model):
-    keeps = model.config.model_type not in ("mistral", "gemma2")  # sliding windows in these
+def test_the_prompt_is_computed_once(model):
     prefix = prompt_prefix(model, virtual_tokens(model))
-    assert isinstance(prefix, list) == keeps
-    if keeps:
-        assert len(prefix) == tiny.SIZES["num_hidden_layers"]
-        assert all(keys.shape[2] == values.shape[2] == TOKENS for keys, values in prefix)
+    assert len(prefix) == tiny.SIZES["num_hidden_layers"]
+    assert all(keys.shape[2] == values.shape[2] == TOKENS for keys, values in prefix)
+
+
+@pytest.mark.parametrize("architecture, attention", [("mistral", "eager"), ("mistral", "sdpa"), ("gemma2", "eager")])
+def test_a_prompt_longer_than_the_sliding_window(architecture, attention):
+    """Most virtual tokens are out of sight for the later tokens of a row, and some for every token."""
+    eager, p = tiny.build_model(architecture), tiny.CONFIGS[architecture].sliding_window + 4
+    model = AutoModelForCausalLM.from_config(tiny.CONFIGS[architecture], attn_implementation=attention).float().eval()
+    model.load_state_dict(eager.state_dict())
+    prompt = virtual_tokens(model, p)
+    expected = plain_logits(eager, rows(), prompt)
+    wanted = gradient(prompt, expected)
+    logits = completion_logits(model, collate(rows(), 1, "cpu"), prompt_prefix(model, prompt))
+    assert torch.allclose(logits, expected, atol=2e-5)
+    assert torch.allclose(gradient(prompt, logits), wanted, atol=2e-5 * wanted.abs().max().item())
+
+
+def test_a_recurrent_model_takes_the_plain_path_and_says_so_once(capsys):
+    torch.manual_seed(0)
+    config = MambaConfig(hidden_size=128, num_hidden_layers=2, vocab_size=tiny.VOCABULARY)
+    model = AutoModelForCausalLM.from_config(config).float().eval()
+    prompt = virtual_tokens(model).detach()
+    note_once.cache_clear()
+    for _ in range(2):
+        prefix = prompt_prefix(model, prompt)
+    assert prefix is prompt
+    said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("note: ")]
+    assert said == [
+        "note: the prompt is computed once a row instead of once a batch: mamba has layers of the kind linear_attention"
+    ]
+    logits = completion_logits(model, collate(rows(), 1, "cpu"), prefix)
+    assert torch.allclose(logits, plain_logits(model, rows(), prompt), atol=2e-5)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_losses_and_encoder_gradients_equal_the_plain_path(architecture):
+    """Of SPUL's whole loss: padding or none, completions of one token and of several, checkpointing or none."""
+    model = tiny.build_model(architecture).requires_grad_(False)
+    torch.manual_seed(3)
+    encoder = VirtualTokens("mlp", TOKENS, tiny.SIZES["hidden_size"], 16)
+    batches = [rows(lengths=lengths) for lengths in (LENGTHS, [(19, 1)] * 4, [(12, 2)] * 4)]
+    batches = [[replace(row, forget=i % 2 == 0) for i, row in enumerate(batch)] for batch in batches]
+    plain = [encoder_gradient(encoder, batch, *plain_loss(model, encoder, batch)) for batch in batches]
+    for prepare in (lambda model: None, models.checkpoint_layers):
+        prepare(model)
+        for batch, wanted in zip(batches, plain):
+            ours = encoder_gradient(encoder, batch, *economical_loss(model, encoder, batch))
+            assert ours.keys() == wanted.keys()
+            for name, value in wanted.items():
+                assert torch.allclose(ours[name], value, rtol=0, atol=2e-5 * value.abs().max().item()), name
+
+
+def plain_loss(model, encoder, examples):
+    """(logits, reference logits) as the equations have them: one row at a time, no cache, no padding."""
+    return plain_logits(model, examples, encoder()), plain_logits(model, examples).detach()
+
+
+def economical_loss(model, encoder, examples):
+    batch = collate(examples, 1, "cpu")
+    hidden = completion_hidden(model, batch)
+    return completion_logits(model, batch, prompt_prefix(model, encoder()), hidden)
+
+
+def encoder_gradient(encoder, examples, logits, reference):
+    """The loss, its parts and the gradient of every parameter of the encoder, by name."""
+    batch = collate(examples, 1, "cpu")
+    forget = batch.forget[batch.rows]
+    kl = losses.token_kl(reference[~forget], logits[~forget])
+    loss, parts = losses.spul_loss(losses.token_nll(logits, batch.targets), kl, forget, 2, 2, 0.5, 0.5)
+    encoder.zero_grad()
+    loss.backward()
+    assert all(value > 0 for value in parts.values())
+    gradients = {name: parameter.grad.clone() for name, parameter in encoder.named_parameters()}
+    assert all(value.abs().max() > 0 for value in gradients.values())
+    return {"loss": loss.detach(), **{key: value.detach() for key, value in parts.items()}, **gradients}
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gpt2"])
+def test_checkpointing_keeps_less_for_the_backward_pass(architecture):
+    """Nothing of a decoder layer but its inputs: less than half."""
+    kept = []
+    for checkpointing in (False, True):
+        model = tiny.build_model(architecture).requires_grad_(False)
+        if checkpointing:
+            models.checkpoint_layers(model)
+        sizes = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: sizes.append(t.numel()) or t, lambda t: t):
+            completion_logits(model, collate(rows(), 1, "cpu"), prompt_prefix(model, virtual_tokens(model)))
+        kept.append(sum(sizes))
+    assert kept[1] < kept[0] / 2
 
 
 def test_a_prefix_serves_several_batches(llama):

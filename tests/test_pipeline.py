@@ -219,6 +219,24 @@ def test_nf4_quantises_every_linear_layer_but_the_head(tiny_model):
     assert not any(p.requires_grad for p in model.parameters())
 
 
+@pytest.mark.parametrize("quantization", ["none", "nf4"])
+def test_gradient_checkpointing_changes_no_number(tiny_model, small_data, tmp_path, quantization):
+    """Dropout in front of the adapters included: the recomputation draws the same random numbers."""
+    budget = f"--quantization={quantization}", "--max_steps=2", "--max_eval_samples=0", "--lr=1e-2"
+    done(scripts.qlora(tmp_path, tiny_model, small_data, *budget, "--output_path=plain"))
+    done(scripts.qlora(tmp_path, tiny_model, small_data, *budget, "--output_path=less", "--gradient_checkpointing"))
+    plain, less = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("plain", "less"))
+    assert all(torch.equal(less[name], value) for name, value in plain.items())
+    assert any(value.abs().max() > 0 for name, value in plain.items() if "lora_B" in name)
+
+
+def test_the_prompt_is_the_same_with_gradient_checkpointing(fine_tuned, small_data, tmp_path):
+    budget = "--max_steps=2", "--max_eval_samples=0", "--lr=1e-2", "--micro_batch_size=3"
+    done(scripts.spul(tmp_path, fine_tuned, small_data, *budget, "--output_path=plain"))
+    done(scripts.spul(tmp_path, fine_tuned, small_data, *budget, "--output_path=less", "--gradient_checkpointing"))
+    assert torch.equal(prompt_of(tmp_path / "less"), prompt_of(tmp_path / "plain"))
+
+
 def test_qlora_memorises_its_training_set(fine_tuned):
     (record,) = metrics_of(fine_tuned)
     check_record(record, data.SPLITS)

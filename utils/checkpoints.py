@@ -14,10 +14,10 @@ from pathlib import Path
 from utils.cli import UserError
 
 MANIFEST = "manifest.json"
-KINDS = ("lora", "full", "prompt", "in-context")
+KINDS = ("lora", "full", "prompt", "in-context", "eco")
 LIBRARIES = ("torch", "transformers", "peft", "bitsandbytes", "datasets", "accelerate", "scikit-learn", "numpy")
 OURS = (MANIFEST, "metrics.json", "source.json", "train_retain.csv")  # one of them is in every folder of this project
-CONFIGURATIONS = ("config.json", "adapter_config.json", "template.json")
+CONFIGURATIONS = ("config.json", "adapter_config.json", "template.json", "eco.json", "vocabulary.json")
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 import argparse
 import difflib
 import errno
+import functools
 import logging
 import os
 import sys
@@ -114,6 +115,12 @@ def run(parse_args, main):
         sys.exit(2)
 
 
+@functools.cache
+def note_once(sentence):
+    """Print `note: <sentence>` on stderr (stdout may be JSON), once a process."""
+    print(f"note: {sentence}", file=sys.stderr)
+
+
 def _quiet_libraries():
     """Keep the libraries' own notices and progress bars out of what a script prints; errors still come through."""
     warnings.simplefilter("ignore")
@@ -175,6 +182,11 @@ def add_training_arguments(parser, num_epochs):
     group.add_argument(
         "--micro_batch_size", type=positive_int, help="rows per forward pass, to save memory (default: the whole batch)"
     )
+    group.add_argument(
+        "--gradient_checkpointing",
+        action="store_true",
+        help="compute each layer's inner values again in the backward pass: less memory, about a third more time",
+    )
     group.add_argument("--num_epochs", type=positive_int, default=num_epochs, help="passes over the training rows")
     group.add_argument("--max_steps", type=positive_int, help="stop after so many steps, schedule included")
     group.add_argument("--weight_decay", type=non_negative_float, default=0.001, help="of AdamW")
@@ -203,4 +215,14 @@ def add_lora_arguments(parser, title):
         nargs="+",
         metavar="NAME",
         help="layers to adapt, or all-linear (default: PEFT's choice)",
+    )
+
+
+def add_retain_ratio(group):
+    """For the scripts that unlearn: how many of the retain rows an epoch uses."""
+    group.add_argument(
+        "--retain_ratio",
+        type=positive_float,
+        metavar="R",
+        help="each epoch uses R retain rows per forget row, drawn anew every epoch (default: all retain rows)",
     )

@@ -29,7 +29,7 @@ def parse_args():
     parser.add_argument("--model_name", required=True, help="hub id, model folder or .gguf file")
     parser.add_argument("--dataset", default="snippets", help="as for the scripts")
     parser.add_argument("--seeds", type=cli.non_negative_int, nargs="+", default=[42], help="one comparison for each")
-    known = ["spul", *METHODS, *IN_CONTEXT]
+    known = ["spul", *METHODS, *IN_CONTEXT, "eco"]
     parser.add_argument("--methods", nargs="+", choices=known, default=known, metavar="NAME", help="what to compare")
     parser.add_argument("--rows", type=shlex.split, default=[], help="flags of every script: which rows, how long")
     parser.add_argument("--fine_tune", type=shlex.split, default=[], help="further flags of qlora.py")
@@ -40,6 +40,7 @@ def parse_args():
     parser.add_argument(
         "--in_context", type=shlex.split, default=[], help="... for prompting and icul, and in evaluation"
     )
+    parser.add_argument("--eco", type=shlex.split, default=[], help="... for eco")
     parser.add_argument("--prompting", type=shlex.split, default=[], help="... for prompting alone")
     parser.add_argument("--grid", type=cli.positive_float, nargs="+", default=[1e-5, 3e-5, 1e-4], help="learning rates")
     parser.add_argument("--max_eval_samples", type=cli.positive_int, help="rows a split in the final evaluation")
@@ -75,6 +76,9 @@ def compare(work, args, seed):
             flags.append(f"--lr={searches[method]['lr']}")
         checkpoints[method] = work.run("baselines", f"{method}-{seed}", [tuned], flags)
     evaluated = {name: work.evaluate(name, path, seed) for name, path in checkpoints.items()}
+    if {"SPUL", "eco"} <= set(checkpoints):
+        router = [f"--router={checkpoints['eco']}"]
+        evaluated["SPUL + router"] = work.evaluate("SPUL + router", checkpoints["SPUL"], seed, router)
     records = [
         {**record, "seed": seed, **({"search": searches[name]} if name in searches else {})}
         for name, (record, _) in evaluated.items()
@@ -138,21 +142,23 @@ class Workplace:
             shutil.rmtree(path, ignore_errors=True)
         return json.loads(scores.read_text())
 
-    def evaluate(self, name, checkpoint, seed):
+    def evaluate(self, name, checkpoint, seed, flags=()):
         """(record, predictions) of one checkpoint on the four splits; the predictions as a DataFrame."""
         import pandas as pd
 
         command = ["inference_spul.py", "--model_checkpoints", checkpoint, f"--dataset={self.args.dataset}"]
-        command += [*self.args.rows, f"--seed={seed}"]
+        command += [*self.args.rows, f"--seed={seed}", *flags]
         if name in IN_CONTEXT:
             command += self.args.in_context
         if self.args.max_eval_samples:
             command.append(f"--max_eval_samples={self.args.max_eval_samples}")
-        path = self._place("evaluations", f"{name}-{seed}", command)
+        path = self._place("evaluations", f"{name.replace(' + ', '-')}-{seed}", command)
         if not (path / "metrics.json").exists():
             self._call([*command, f"--output_path={path}", "--overwrite"])
-        record = json.loads((path / "metrics.json").read_text())[0]
-        return {**record, "method": name}, pd.read_json(path / "predictions.jsonl", lines=True)
+        record = json.loads((path / "metrics.json").read_text())[-1]
+        predictions = pd.read_json(path / "predictions.jsonl", lines=True)
+        predictions = predictions[predictions["method"] == record["method"]].reset_index(drop=True)
+        return {**record, "method": name}, predictions
 
     def _command(self, script, parents):
         model = f"--model_name={self.args.model_name}" if script == "qlora" else f"--model_checkpoints={parents[0]}"
@@ -163,6 +169,8 @@ class Workplace:
         if script != "baselines":
             return {"qlora": self.args.fine_tune, "spul": self.args.spul}[script]
         method = flags[0].split("=")[1]
+        if method == "eco":
+            return self.args.eco
         if method in IN_CONTEXT:
             return [*self.args.in_context, *(self.args.prompting if method == "prompting" else [])]
         kind = self.args.forget_only if METHODS[method].retain_loss == "none" else self.args.with_retain

@@ -218,21 +218,24 @@ def draw_unlearning_labels(n, seed):
 
 @dataclass(frozen=True)
 class Example:
-    """One row as token ids: `prompt` (template with the text) and `completion` (the label word's tokens)."""
+    """One row as token ids: `prompt` (template with the text) and `completion` (the label word's tokens). `marked`: the
+    prompt positions that a corruption changes, if one is applied."""
 
     prompt: tuple
     completion: tuple
     forget: bool = False
+    marked: tuple = ()
 
     def __len__(self):
         return len(self.prompt) + len(self.completion) - 1  # the last completion token is predicted, never read
 
 
-def tokenize(tokenizer, texts, words, max_length, forget=False, template=None):
+def tokenize(tokenizer, texts, words, max_length, forget=False, template=None, marks=None):
     """One Example a row. Text is cut so that prompt + completion fit `max_length`; template and completion never are.
 
     template: None for the published one, else an object whose `around(texts)` gives what stands before and behind each
-    text. Raises UserError when template and completion alone do not fit.
+    text. marks: None, or one item a text: the (start, end) character spans whose tokens become `marked`, or None for
+    all prompt tokens but the last. Raises UserError when template and completion alone do not fit.
     """
     texts = list(texts)
     if not texts:
@@ -246,17 +249,27 @@ def tokenize(tokenizer, texts, words, max_length, forget=False, template=None):
     for i, (text, word, ids, offsets) in enumerate(zip(texts, words, encoded["input_ids"], encoded["offset_mapping"])):
         while offsets[-1][1] == 0:  # an end-of-text token that the tokenizer appends must not precede the answer
             ids, offsets = ids[:-1], offsets[:-1]
+        begin = len(frames[i][0])
         excess = len(ids) + longest - max_length
         if excess > 0:
-            begin = len(frames[i][0])
             end = begin + len(text)
             inside = [at for at, (start, stop) in enumerate(offsets) if begin <= start < stop <= end]
             if excess >= len(inside):
                 needed = len(ids) - len(inside) + longest + 1
                 raise UserError(f"--max_length={max_length} cannot hold template and label; use at least {needed}")
-            ids = ids[: inside[-1] + 1 - excess] + ids[inside[-1] + 1 :]
-        examples.append(Example(tuple(ids), completions[word], forget))
+            kept = slice(0, inside[-1] + 1 - excess), slice(inside[-1] + 1, None)
+            ids, offsets = (list(items[kept[0]]) + list(items[kept[1]]) for items in (ids, offsets))
+        marked = _marked(offsets, begin, marks[i]) if marks else ()
+        examples.append(Example(tuple(ids), completions[word], forget, marked))
     return examples
+
+
+def _marked(offsets, begin, spans):
+    """Positions of the tokens that overlap `spans` of the text, which starts at character `begin`."""
+    if spans is None:
+        return tuple(range(len(offsets) - 1))
+    shifted = [(begin + start, begin + end) for start, end in spans]
+    return tuple(at for at, (start, stop) in enumerate(offsets) if any(start < b and stop > a for a, b in shifted))
 
 
 def completion_ids(tokenizer, word):
@@ -303,23 +316,28 @@ def collate(examples, pad_id, device):
     return Batch(*(t.to(device) for t in (input_ids, attention_mask, *flat, forget)))
 
 
-def epoch_batches(examples, batch_size, seed, epoch, forget_per_batch=0, length_pool=0):
+def epoch_batches(examples, batch_size, seed, epoch, forget_per_batch=0, length_pool=0, retain_ratio=None):
     """The row numbers of every batch of one epoch: a pure function of its arguments, so a resumed run sees the same.
 
     forget_per_batch = 0: all rows shuffled together, each once (the published sampling). n > 0: every batch has n
     forget rows (drawn in shuffled passes) and the epoch ends when each retain row was seen once. length_pool = k > 0:
     rows are sorted by length within pools of k batches, which saves padding; each row still counts once.
+    retain_ratio = r: the epoch's retain rows are r per forget row, drawn anew every epoch (all if there are fewer).
     """
     rng = np.random.default_rng([seed, epoch])
+    forget = [i for i, e in enumerate(examples) if e.forget]
+    retain = [i for i, e in enumerate(examples) if not e.forget]
+    if retain_ratio:
+        kept = min(len(retain), max(1, round(retain_ratio * len(forget))))
+        retain = sorted(rng.choice(retain, kept, replace=False))
     if forget_per_batch:
-        retain = rng.permutation([i for i, e in enumerate(examples) if not e.forget])
-        forget = [i for i, e in enumerate(examples) if e.forget]
+        retain = rng.permutation(retain)
         n_batches = -(-len(retain) // (batch_size - forget_per_batch))
         passes = -(-n_batches * forget_per_batch // len(forget))
         forget = np.concatenate([rng.permutation(forget) for _ in range(passes)])[: n_batches * forget_per_batch]
         parts = [(retain, batch_size - forget_per_batch), (forget, forget_per_batch)]
     else:
-        parts = [(rng.permutation(len(examples)), batch_size)]
+        parts = [(rng.permutation(sorted([*retain, *forget])), batch_size)]
     chunked = [_chunks(_sorted_in_pools(rows, size * length_pool, examples), size) for rows, size in parts]
     batches = [[int(i) for part in batch for i in part] for batch in zip(*chunked)]
     return [batches[i] for i in rng.permutation(len(batches))] if length_pool else batches

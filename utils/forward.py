@@ -3,13 +3,17 @@
 Why both are exact. The head acts on each position alone, so gathering the N positions that predict a completion token
 before the head gives the same N rows of logits as computing all B x T and gathering afterwards. With causal attention
 the virtual tokens see only themselves, so their keys and values are the same for every row: computing them once and
-expanding over the batch gives the same numbers, and by the chain rule the same gradient (the sum over rows).
+expanding over the batch gives the same numbers, and by the chain rule the same gradient (the sum over rows). Sliding
+windows change nothing of that: they take keys away from what a position sees, by its distance, and all p keys of every
+layer are kept, so that the mask decides as it does without a cache.
 """
 
 from contextlib import contextmanager
 
 import torch
-from transformers import DynamicCache
+from transformers.cache_utils import Cache, DynamicLayer
+
+from utils.cli import note_once
 
 
 def completion_logits(model, batch, prompt=None, reference=None, reference_head=None):
@@ -35,19 +39,51 @@ def completion_hidden(model, batch):
 
 def prompt_prefix(model, prompt):
     """Keys and values of the virtual tokens `prompt` (p, d) per layer, for reuse over batches; `prompt` where a layer
-    cannot keep them (sliding windows, recurrent state)."""
-    if not _attends_fully(model.config, model.config.get_text_config()):
+    cannot keep them (chunked attention, recurrent state), with a note that says so once."""
+    obstacle = _obstacle(model.config, model.config.get_text_config())
+    if obstacle:
+        note_once(f"the prompt is computed once a row instead of once a batch: {obstacle}")
         return prompt
-    cache = model(inputs_embeds=_cast(model, prompt)[None], use_cache=True, logits_to_keep=1).past_key_values
+    cache = Cache(layer_class_to_replicate=_KeptLayer)
+    model(inputs_embeds=_cast(model, prompt)[None], past_key_values=cache, use_cache=True, logits_to_keep=1)
     return [(layer.keys, layer.values) for layer in cache.layers]
 
 
-def _attends_fully(config, text_config):
-    """Whether every layer is plain causal attention, whose cache is just keys and values of all positions."""
-    kinds = getattr(text_config, "layer_types", None)
-    if kinds is not None:
-        return all(kind == "full_attention" for kind in kinds)
-    return getattr(text_config, "sliding_window", None) is None and not getattr(config, "is_stateful", False)
+def _obstacle(config, text_config):
+    """Why a layer's cache is not just keys and values of all positions; None where every layer's is."""
+    kinds = getattr(text_config, "layer_types", None) or []
+    other = sorted(set(kinds) - {"full_attention", "sliding_attention"})
+    if other:
+        return f"{config.model_type} has layers of the kind {other[0]}"
+    if getattr(config, "is_stateful", False) or getattr(text_config, "num_kv_shared_layers", None):
+        return f"{config.model_type} keeps another state than keys and values per layer"
+    return None
+
+
+# Both layers of a cache do the same however often they are updated: with gradient checkpointing the backward pass runs
+# every decoder layer a second time.
+
+
+class _KeptLayer(DynamicLayer):
+    """One layer's keys and values of the pass that it is given to, all of them (a configuration's own cache drops those
+    that have left the sliding window)."""
+
+    def update(self, keys, values, *args, **kwargs):
+        self.keys, self.values, self.is_initialized = keys, values, True
+        return keys, values
+
+
+class _PrefixLayer(DynamicLayer):
+    """One layer's keys and values of the virtual tokens, (1, heads, p, width), in front of every row of a batch."""
+
+    def __init__(self, keys, values):
+        super().__init__()
+        self.keys, self.values, self.is_initialized = keys, values, True
+        self.dtype, self.device = keys.dtype, keys.device
+
+    def update(self, keys, values, *args, **kwargs):
+        pairs = (self.keys, keys), (self.values, values)
+        return tuple(torch.cat([kept.expand(len(new), -1, -1, -1), new], dim=-2) for kept, new in pairs)
 
 
 def _run(model, batch, prompt, seen):
@@ -61,9 +97,8 @@ def _run(model, batch, prompt, seen):
         mask = torch.nn.functional.pad(batch.attention_mask, (len(prompt), 0), value=1)
         inputs = torch.cat([virtual, embedded], dim=1)
         return model(inputs_embeds=inputs, attention_mask=mask, use_cache=False).logits
-    expanded = [(k.expand(size, -1, -1, -1), v.expand(size, -1, -1, -1)) for k, v in prompt]
     mask = torch.nn.functional.pad(batch.attention_mask, (prompt[0][0].shape[2], 0), value=1)
-    cache = DynamicCache(ddp_cache_data=expanded)
+    cache = Cache(layers=[_PrefixLayer(keys, values) for keys, values in prompt])
     return model(input_ids=batch.input_ids, attention_mask=mask, past_key_values=cache, use_cache=True).logits
 
 
@@ -108,7 +143,7 @@ def record_activations(layer):
     seen = {}
 
     def keep(_, inputs, output):
-        seen["activations"] = output[0] if isinstance(output, tuple) else output
+        seen["activations"] = output if isinstance(output, torch.Tensor) else output[0]
 
     handle = layer.register_forward_hook(keep)
     try:

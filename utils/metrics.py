@@ -1,5 +1,7 @@
 """Scores over the whole vocabulary, as in the paper (section 4.1), and the records every script writes."""
 
+import contextlib
+import dataclasses
 import resource
 import sys
 
@@ -16,8 +18,6 @@ from utils.data import SPLITS, UNLEARNING_LABELS, Example, collate, completion_i
 from utils.forward import completion_logits, prompt_prefix
 from utils.models import check_length, position_limit
 
-SHARES = ("accuracy", "f1", "precision", "recall", "out_of_label", "label_accuracy")
-
 
 @torch.inference_mode()
 def score_rows(loaded, frame, words, max_length, batch_size, progress=None):
@@ -26,18 +26,21 @@ def score_rows(loaded, frame, words, max_length, batch_size, progress=None):
 
     prediction: what the arg max over the vocabulary spells at the positions of the label's tokens; label_prediction:
     the most probable of `words`; label_probabilities: {word: f(word | text)}, scaled to sum to 1; loss: - log f(label |
-    text), nats. The order is that of `frame`. Several processes each score a part, and every one returns all rows.
+    text), nats. With a gate also flagged and gate_probability. The order is that of `frame`. Several processes each
+    score a part, and every one returns all rows.
     """
-    prefix = None if loaded.prompt is None else prompt_prefix(loaded.model, loaded.prompt)
     completions = [completion_ids(loaded.tokenizer, word) for word in words]
-    examples = tokenize(loaded.tokenizer, frame["text"], frame["label_text"], max_length, template=loaded.template)
+    examples = _tokenized(loaded, frame["text"], frame["label_text"], max_length)
+    flags, gated = _gated(loaded, frame["text"])
+    sides = _sides(loaded)
     results = {}
-    for batch_rows, n_rows in processes.deal(_by_length(examples, batch_size)):
+    for batch_rows, n_rows in processes.deal(_by_length(examples, batch_size, flags)):
         if not batch_rows:
             continue
+        side = sides[flags[batch_rows[0]]]
         chosen = [examples[i] for i in batch_rows]
-        logits = _by_row(loaded, chosen, prefix)
-        scores = _label_scores(loaded, chosen, completions, logits, prefix)
+        logits = _by_row(side, chosen)
+        scores = _label_scores(side, chosen, completions, logits)
         for i, example, own, row_scores in zip(batch_rows, chosen, logits, scores):
             targets = torch.tensor(example.completion, device=own.device)
             guess = own.argmax(-1)
@@ -49,6 +52,7 @@ def score_rows(loaded, frame, words, max_length, batch_size, progress=None):
                 "label_prediction": words[int(row_scores.argmax())],
                 "label_probabilities": dict(zip(words, row_scores.double().softmax(-1).tolist())),
                 "loss": torch.nn.functional.cross_entropy(own, targets, reduction="sum").item(),
+                **gated[i],
             }
         if progress is not None:
             progress.update(n_rows)
@@ -56,26 +60,62 @@ def score_rows(loaded, frame, words, max_length, batch_size, progress=None):
     return pd.DataFrame([everybody[i] for i in range(len(examples))])
 
 
-def _by_length(examples, batch_size):
-    """Row numbers in batches of similar length: least padding, and results are put back by row number."""
-    order = sorted(range(len(examples)), key=lambda i: len(examples[i]))
-    return [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
+def _tokenized(loaded, texts, words, max_length):
+    marks = loaded.marks.spans(list(texts)) if loaded.marks else None
+    return tokenize(loaded.tokenizer, texts, words, max_length, template=loaded.template, marks=marks)
 
 
-def _by_row(loaded, examples, prefix):
+def _gated(loaded, texts):
+    """([flag, ...], [{"flagged", "gate_probability"} or {}, ...]) of the texts; without a gate all are flagged."""
+    if loaded.gate is None:
+        return [True] * len(texts), [{}] * len(texts)
+    flags, probabilities = loaded.gate.decide(texts)
+    return flags.tolist(), [
+        {"flagged": bool(flag), "gate_probability": float(p)} for flag, p in zip(flags, probabilities)
+    ]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Side:
+    """How flagged rows are run, or the others: the model with its prompt and corruption, or the model alone."""
+
+    loaded: object
+    prefix: object
+    corruption: object
+
+
+def _sides(loaded):
+    """{flag: _Side}. A batch is all of one side, so that rows that are not flagged run as the plain model does."""
+    prefix = None if loaded.prompt is None else prompt_prefix(loaded.model, loaded.prompt)
+    return {True: _Side(loaded, prefix, loaded.corruption), False: _Side(loaded, None, None)}
+
+
+def _by_length(examples, batch_size, flags):
+    """Row numbers in batches of similar length and one flag: least padding; results are put back by row number."""
+    batches = []
+    for flag in (True, False):
+        order = sorted((i for i in range(len(examples)) if flags[i] == flag), key=lambda i: len(examples[i]))
+        batches += [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
+    return batches
+
+
+def _by_row(side, examples):
     """Logits at each example's completion tokens: a list of (m, |V|) tensors."""
-    batch = collate(examples, loaded.pad_id, loaded.model.device)
-    return completion_logits(loaded.model, batch, prefix).split([len(e.completion) for e in examples])
+    model = side.loaded.model
+    batch = collate(examples, side.loaded.pad_id, model.device)
+    corrupted = side.corruption.applied(model, examples) if side.corruption else contextlib.nullcontext()
+    with corrupted:
+        return completion_logits(model, batch, side.prefix).split([len(e.completion) for e in examples])
 
 
-def _label_scores(loaded, examples, completions, logits, prefix):
+def _label_scores(side, examples, completions, logits):
     """log f(word | text) for every word: a list of (n_words,) tensors. Words of one token need no further pass."""
     if all(len(ids) == 1 for ids in completions):
         first = torch.tensor([ids[0] for ids in completions], device=logits[0].device)
         return [row[0].log_softmax(-1)[first] for row in logits]
     columns = []
     for ids in completions:
-        rows = _by_row(loaded, [Example(e.prompt, ids) for e in examples], prefix)
+        rows = _by_row(side, [dataclasses.replace(e, completion=ids) for e in examples])
         targets = torch.tensor(ids, device=rows[0].device)
         columns.append(torch.stack([-torch.nn.functional.cross_entropy(r, targets, reduction="sum") for r in rows]))
     return list(torch.stack(columns, dim=1))
@@ -87,18 +127,20 @@ def answer(loaded, texts, words, max_length, batch_size):
 
     An answer runs for as many tokens as the longest known word has and ends early where it spells a known one.
     """
-    prefix = None if loaded.prompt is None else prompt_prefix(loaded.model, loaded.prompt)
     known = [*words, *UNLEARNING_LABELS]
     longest = max(len(completion_ids(loaded.tokenizer, word)) for word in known)
-    examples = tokenize(loaded.tokenizer, texts, [known[0]] * len(texts), max_length, template=loaded.template)
+    examples = _tokenized(loaded, texts, [known[0]] * len(texts), max_length)
+    flags, _ = _gated(loaded, texts)
+    sides = _sides(loaded)
     p = 0 if loaded.prompt is None else len(loaded.prompt)
     check_length(loaded.model, max(len(e.prompt) for e in examples) + longest - 1, p)
     answers = [None] * len(texts)
-    for batch_rows in _by_length(examples, batch_size):
+    for batch_rows in _by_length(examples, batch_size, flags):
         chosen, log_p, spelled = [examples[i] for i in batch_rows], 0.0, [()] * len(batch_rows)
         done = {}
         for _ in range(longest):
-            logits = torch.cat(_by_row(loaded, [Example(e.prompt + s, (0,)) for e, s in zip(chosen, spelled)], prefix))
+            longer = [Example(e.prompt + s, (0,), marked=e.marked) for e, s in zip(chosen, spelled)]
+            logits = torch.cat(_by_row(sides[flags[batch_rows[0]]], longer))
             best, tokens = logits.log_softmax(-1).max(-1)
             log_p = log_p + best
             spelled = [s + (int(t),) for s, t in zip(spelled, tokens)]
@@ -146,6 +188,9 @@ def evaluate(loaded, frames, words, args, description):
     splits = {split: scores(rows, words) for split, rows in scored.items()}
     for part, rows in _slices(scored).items():
         splits[part] = scores(rows, words)
+    if loaded.gate is not None:
+        for split, rows in scored.items():
+            splits[split]["flagged"] = float(rows["flagged"].mean())
     return splits, pd.concat(scored.values(), ignore_index=True)
 
 

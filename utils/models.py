@@ -2,13 +2,16 @@
 
 import re
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors import SafetensorError
 from safetensors.torch import load_file
+from torch.utils.checkpoint import checkpoint
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from utils import in_context, processes
 from utils.checkpoints import Link, base_name, parent_path, read_manifest, recover, verify_parent
@@ -20,13 +23,18 @@ HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
 @dataclass(frozen=True)
 class Loaded:
     """A model ready to run. `prompt`: its virtual tokens (p, d) float32, or None. `chain`: Links, base first.
-    `template`: what stands around every text (utils.in_context), None for the published template."""
+    `template`: what stands around every text (utils.in_context), None for the published template. `gate`: a
+    utils.gates.Gate; only the queries that it flags get the prompt or the corruption, None flags all. `corruption`:
+    what utils.corruption does to flagged queries, at the tokens that `marks` (utils.eco.Marks) names."""
 
     model: torch.nn.Module
     tokenizer: object
     prompt: torch.Tensor | None
     chain: list
     template: object = None
+    gate: object = None
+    corruption: object = None
+    marks: object = None
 
     @property
     def pad_id(self):
@@ -155,7 +163,32 @@ def load_base(link, args, quantization="none"):
         raise UserError(f"{link.name} lacks the weight {min(info['missing_keys'])}; restore its files")
     if device == "balanced" and any(p.device.type != "cuda" for p in model.parameters()):
         raise UserError(f"{link.name} does not fit the GPUs; use more of them or a smaller --dtype")
+    if getattr(args, "gradient_checkpointing", False):
+        checkpoint_layers(model)
     return model.eval().requires_grad_(False)
+
+
+def checkpoint_layers(model):
+    """Gradient checkpointing: every decoder layer of `model` keeps its inputs only and computes the rest again when the
+    gradient comes by (same numbers, random state included). Raises UserError where the architecture does not say which
+    its layers are.
+
+    transformers' own switch does not serve: it works in training mode only, which turns dropout on in a frozen model,
+    and it takes the cache away from a layer, so nothing could be shared between rows.
+    """
+    layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+    if not layers:
+        raise UserError(f"{model.config.model_type} cannot be checkpointed; leave out --gradient_checkpointing")
+    inner = {id(part) for layer in layers for part in layer.modules() if part is not layer}
+    for layer in layers:
+        if id(layer) not in inner:
+            layer.forward = partial(_checkpointed, layer.forward)
+
+
+def _checkpointed(forward, *args, **kwargs):
+    if not torch.is_grad_enabled():
+        return forward(*args, **kwargs)
+    return checkpoint(forward, *args, use_reentrant=False, **kwargs)
 
 
 def load(name, args, parent=None):
@@ -168,14 +201,19 @@ def load(name, args, parent=None):
             model = merge_lora(model, link)
         elif link.kind == "prompt":
             prompt = load_prompt(link).to(model.device)
-        else:
+        elif link.kind == "in-context":
             template = in_context.load(link)
-    return Loaded(model, tokenizer, prompt, chain, template)
+    loaded = Loaded(model, tokenizer, prompt, chain, template)
+    if chain[-1].kind == "eco":
+        from utils import eco  # it evaluates models, so it builds on this module
+
+        return eco.load(chain[-1], loaded, args)
+    return loaded
 
 
 def refuse_prompted(loaded):
     """Raise UserError if the last Link is a prompt: what trains or instructs a model takes the model itself."""
-    if loaded.prompt is not None or loaded.template is not None:
+    if loaded.prompt is not None or loaded.template is not None or loaded.gate is not None:
         raise UserError(f"{loaded.chain[-1].path} already is a prompt; --model_checkpoints takes what it was made on")
 
 

@@ -111,6 +111,44 @@ def draw_tradeoff(records, path):
     pyplot.close(figure)
 
 
+def gate_table(settings):
+    """What ECO's classifier does on the four splits, and when names are rewritten, as text."""
+    rates, held = settings["rates"], settings["calibration"]
+    lines = [["split", "flagged, %", "wrong, %"]]
+    lines += [
+        [split, f"{100 * rate['flagged']:.1f}", f"{100 * rate['wrong']:.1f}" if "wrong" in rate else ""]
+        for split, rate in rates.items()
+        if isinstance(rate, dict)
+    ]
+    text = [
+        f"classifier {settings['classifier']}, threshold {settings['threshold']:.4f} set on {held['retain']} retain "
+        f"and {held['forget']} forget rows held out; AUC {held['auc']:.3f} there, {rates['auc_train']:.3f} on train, "
+        f"{rates['auc_test']:.3f} on test",
+        _aligned(lines),
+    ]
+    if settings["evasion"]:
+        evasions = [["names rewritten", "flagged, % (train_forget)", "flagged, % (test_forget)"]]
+        for evasion, share in settings["evasion"].items():
+            shares = [f"{100 * share[s]:.1f}" if s in share else "" for s in ("train_forget", "test_forget")]
+            evasions.append([evasion, *shares])
+        text.append(_aligned(evasions))
+    return "\n".join(text)
+
+
+def draw_strength(curve, metric, target, chosen, path):
+    """The metric on train_forget against the strength of ECO's corruption; target and choice marked."""
+    figure, axes = pyplot.subplots(figsize=(5, 3.4))
+    axes.semilogx([point["strength"] for point in curve], [point["metric"] for point in curve], "o-", color="black")
+    axes.axhline(target, linestyle="--", color="gray", label="target")
+    axes.axvline(chosen, linestyle=":", color="gray", label="chosen")
+    axes.set(xlabel="strength of the corruption", ylabel=f"{metric} on train_forget", ylim=(-0.02, 1.02))
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False)
+    figure.tight_layout()
+    figure.savefig(path, dpi=150)
+    pyplot.close(figure)
+
+
 def meaning(records):
     """One sentence: what the last record changed against the fine-tuned one; None where there is no such pair."""
     before = next((entry for entry in records if entry["method"] in ("fine-tuned", "merged")), None)

@@ -22,7 +22,7 @@ from utils.metrics import peak_memory
 
 UNSAVED_ARGUMENTS = (  # change nothing in what is trained
     "resume", "overwrite", "output_path", "logits_path", "save_steps", "eval_batch_size", "max_eval_samples",
-    "parent_path",
+    "parent_path", "gradient_checkpointing",
 )  # fmt: skip
 
 
@@ -79,6 +79,7 @@ class Training:
             epoch,
             getattr(args, "forget_per_batch", 0),
             args.length_pool,
+            getattr(args, "retain_ratio", None),
         )
 
     def run(self):
