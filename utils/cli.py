@@ -155,7 +155,10 @@ def add_model_arguments(parser):
     group.add_argument("--dataset", default="sst2", help="sst2, yelp, snippets, or a folder with the four splits")
     group.add_argument("--max_length", type=positive_int, default=1024, help="most tokens a row may have; text is cut")
     group.add_argument("--set_pad_id", action="store_true", help="pad with the end-of-sequence token")
-    group.add_argument("--device", choices=["auto", "cuda", "mps", "cpu"], default="auto", help="where to compute")
+    group.add_argument(
+        "--device", choices=["auto", "cuda", "mps", "cpu", "balanced"], default="auto",
+        help="where to compute (balanced: the layers of one model spread over all GPUs)",
+    )  # fmt: skip
     group.add_argument(
         "--dtype", choices=["auto", "bfloat16", "float32", "float16"], default="auto", help="of the frozen weights"
     )

@@ -116,7 +116,9 @@ def _gather_before_head(model, batch, reference=None, reference_head=None):
     seen = {"offset": 0}
 
     def gather(_, inputs):
-        seen["hidden"] = inputs[0][batch.rows, batch.positions + seen["offset"]]
+        hidden = inputs[0]  # the head may be on another device than the batch
+        rows, positions = batch.rows.to(hidden.device), batch.positions.to(hidden.device)
+        seen["hidden"] = hidden[rows, positions + seen["offset"]]
         if reference is None or reference_head is not None:
             return (seen["hidden"],)
         return (torch.cat([seen["hidden"], reference.to(inputs[0])]),)

@@ -99,11 +99,14 @@ def pick_device(name):
 
     Raises UserError when the named device is not there.
     """
-    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    cuda = torch.cuda.is_available()
+    available = {"cuda": cuda, "mps": torch.backends.mps.is_available(), "cpu": True, "balanced": cuda}
     if name == "auto":
         name = next(device for device, there in available.items() if there)
     if not available[name]:
         raise UserError(f"--device={name} is not available on this machine; use --device=auto")
+    if name == "balanced" and processes.count() > 1:
+        raise UserError("--device=balanced gives all GPUs to one process; start it with python, not accelerate launch")
     return processes.own_gpu() if name == "cuda" and processes.count() > 1 else name
 
 
@@ -111,7 +114,7 @@ def pick_dtype(name, device):
     """`auto` -> bfloat16 where the device computes in it, else float32 (float16 overflows without loss scaling)."""
     if name != "auto":
         return getattr(torch, name)
-    if device.startswith("cuda"):
+    if device.startswith(("cuda", "balanced")):
         fast = torch.cuda.is_bf16_supported(including_emulation=False)
     else:
         onednn = device == "cpu" and torch.backends.mkldnn.is_available()
@@ -143,7 +146,8 @@ def load_base(link, args, quantization="none"):
         raise UserError(f"{link.name} is quantised already; add --quantization=none")
     device = pick_device(args.device)
     dtype = pick_dtype(args.dtype, device)
-    options = {"dtype": dtype, "device_map": {"": device}, "trust_remote_code": args.trust_remote_code}
+    placement = device if device == "balanced" else {"": device}
+    options = {"dtype": dtype, "device_map": placement, "trust_remote_code": args.trust_remote_code}
     if quantization == "nf4":
         options["quantization_config"] = BitsAndBytesConfig(
             load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype
@@ -157,6 +161,8 @@ def load_base(link, args, quantization="none"):
         raise UserError(f"cannot load a causal language model from {link.name} ({_first_line(error)})")
     if info["missing_keys"]:  # transformers would fill them with random numbers
         raise UserError(f"{link.name} lacks the weight {min(info['missing_keys'])}; restore its files")
+    if device == "balanced" and any(p.device.type != "cuda" for p in model.parameters()):
+        raise UserError(f"{link.name} does not fit the GPUs; use more of them or a smaller --dtype")
     if getattr(args, "gradient_checkpointing", False):
         checkpoint_layers(model)
     return model.eval().requires_grad_(False)

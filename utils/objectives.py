@@ -110,7 +110,8 @@ class Objective:
         batch = data.collate(chosen, self.loaded.pad_id, self.loaded.model.device)
         with record_activations(self.layer) as seen:
             completion_logits(self.loaded.model, batch)
-        real, activations = batch.attention_mask.bool(), seen["activations"]
+        real = batch.attention_mask.bool()
+        activations = seen["activations"].to(real.device)  # the layer may be on another one
         forget = batch.forget[:, None] & real
         weights = (1 / real.sum(1, keepdim=True)).expand(real.shape)  # the mean over a row's tokens
         steered = losses.rmu(activations[forget], self.target) * weights[forget]

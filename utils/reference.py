@@ -54,7 +54,7 @@ def activations_of(layer):
     def activations(loaded, batch):
         with record_activations(layer) as seen:
             completion_hidden(loaded.model, batch)
-        return seen["activations"][batch.attention_mask.bool()]
+        return seen["activations"].to(batch.rows.device)[batch.attention_mask.bool()]
 
     return activations
 
