@@ -79,12 +79,17 @@ def refuse_contradictions(parser, args):
         if args.retain_loss == "none" and args.forget_per_batch:
             parser.error(f"--forget_per_batch needs retain rows; {name} has none without --retain_loss")
         args.retain_weight = args.retain_weight or method.retain_weight
-    elif args.retain_loss or args.retain_weight:
-        parser.error(f"{name} trains nothing; leave out --retain_loss and --retain_weight")
+    else:
+        training = ("retain_loss", "retain_weight", "stop_at_forget_accuracy", "logits_path", *CONSTANTS)
+        ignored = [flag for flag in training if getattr(args, flag) is not None] + ["tune"] * (args.tune == "lora")
+        if ignored:
+            parser.error(f"{name} trains nothing; leave out --{ignored[0]}")
     if name == "prompting" and not (args.instruction or args.forget_names or args.dataset == "snippets"):
         parser.error("prompting needs --forget_names or --instruction (only snippets has a list of names)")
     if name != "prompting" and (args.instruction or args.forget_names):
         parser.error("--instruction and --forget_names go with --unlearn_method=prompting")
+    if args.instruction and args.forget_names:
+        parser.error("--instruction replaces the one made of --forget_names; leave out one of them")
 
 
 def main(args):

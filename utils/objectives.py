@@ -138,10 +138,12 @@ def frozen_head(model):
 
 
 def restrict_to_rmu_layers(model, args):
-    """Freeze all but the layers l - 2, l - 1 and l (RMU section 4), l = args.rmu_layer."""
+    """Freeze all but the layers l - 2, l - 1 and l (RMU section 4), l = args.rmu_layer. UserError if LoRA has none."""
     layers = models.decoder_layers(model)
     last = rmu_layer(args, len(layers))
     trained = {p for layer in layers[max(0, last - 2) : last + 1] for p in layer.parameters() if p.requires_grad}
+    if not trained:
+        raise UserError(f"LoRA has nothing on layer {last} or the two before it; choose other --lora_target_modules")
     for parameter in model.parameters():
         parameter.requires_grad_(parameter in trained)
 
