@@ -134,7 +134,9 @@ def unlearn(args, output, frames):
 
     def evaluate():
         with numerics:
-            return metrics.accuracies(loaded, frames, words, args)
+            result = metrics.accuracies(loaded, frames, words, args)
+        only_adapter_dropout(model)
+        return result
 
     run = training.Training(
         parameters=parameters,
@@ -147,7 +149,7 @@ def unlearn(args, output, frames):
         warmup=0.1,
         evaluate=evaluate,
     )
-    model.train()
+    only_adapter_dropout(model)
     log = run.run()
     model.eval()
     if args.tune == "full":
@@ -163,12 +165,21 @@ def prepare(model, args):
     model = models.add_lora(model, args) if args.tune == "lora" else model.float().requires_grad_(True)
     if args.unlearn_method == "rmu":
         objectives.restrict_to_rmu_layers(model, args)
-    return model
+    return model.eval()  # no dropout while the reference is computed
+
+
+def only_adapter_dropout(model):
+    """Switch on the dropout in front of a new adapter, and no other: with the model's own (GPT-2, OPT) a comparison
+    with the reference, which is computed without, would not start at 0."""
+    model.eval()
+    for name, module in model.named_modules():
+        if "lora_dropout" in name:
+            module.train()
 
 
 def save(args, output, loaded, frames, words, kind, log, run):
     """Evaluate what was trained and write its folder."""
-    from utils import checkpoints, metrics, models, report
+    from utils import checkpoints, metrics, report
 
     records, start = None, time.time()
     if args.max_eval_samples != 0:
