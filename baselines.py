@@ -189,7 +189,7 @@ def save(args, output, loaded, frames, words, kind, log, run):
         ]
         print(report.table(records))
     with checkpoints.new_folder(output) as folder:
-        models.save_model(loaded.model, folder)
+        loaded.model.save_pretrained(folder)
         loaded.tokenizer.save_pretrained(folder)
         report.write_curves(folder, log)
         if records:
