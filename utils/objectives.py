@@ -115,7 +115,7 @@ class Objective:
         weights = (1 / real.sum(1, keepdim=True)).expand(real.shape)  # the mean over a row's tokens
         steered = losses.rmu(activations[forget], self.target) * weights[forget]
         kept = real & ~batch.forget[:, None]
-        held = losses.rmu(activations[kept], self.reference.of(numbers)) * weights[kept]
+        held = losses.rmu(activations[kept], self.reference.of(numbers).to(activations.device)) * weights[kept]
         return self._total(
             {"L_f": losses.mean_over_rows(steered, n_forget), "L_r": losses.mean_over_rows(held, n_retain)}
         )

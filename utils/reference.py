@@ -1,6 +1,7 @@
 """What the frozen model itself computes on training rows, once, before any training: the reference of a loss."""
 
 import hashlib
+import itertools
 import json
 import os
 from pathlib import Path
@@ -17,7 +18,8 @@ from utils.losses import token_nll
 
 
 class Reference:
-    """One vector per token of some examples: `values` (N, d) lists them in order, `sizes` {example number: tokens}."""
+    """One vector per token of some examples: `values` (N, d) lists them in order, `sizes` {example number: tokens}.
+    They stay on the CPU: RMU's are the activations at every token of the data."""
 
     def __init__(self, values, sizes):
         self.values = values
@@ -30,7 +32,7 @@ class Reference:
         return row in self._spans
 
     def of(self, rows):
-        """The vectors (M, d) of those among the example numbers `rows` that have any, in that order."""
+        """The vectors (M, d) of those among the example numbers `rows` that have any, in that order, on the CPU."""
         spans = [self.values[slice(*self._spans[i])] for i in rows if i in self._spans]
         return torch.cat([self.values[:0], *spans])
 
@@ -90,21 +92,25 @@ def load_reference(loaded, examples, rows, frames, args, measure=hidden_states, 
     different = [name for name in key if found.get(name) != key[name]]
     if different:
         raise UserError(f"{path} was computed for another {different[0]}; delete it or pass another --logits_path")
-    return Reference(values.to(loaded.model.device), sizes)
+    return Reference(values, sizes)
 
 
 def _compute(loaded, examples, sizes, batch_size, measure):
     """The vectors (N, d) of the examples in `sizes`, in that order."""
     order = sorted(sizes, key=lambda i: len(examples[i]))
-    parts = {}
+    starts = dict(zip(sizes, itertools.accumulate(sizes.values(), initial=0)))
+    result = None
     with tqdm(total=len(order), desc="reference", unit="row", dynamic_ncols=True, mininterval=1) as progress:
         for start in range(0, len(order), batch_size):
             rows = order[start : start + batch_size]
             batch = collate([examples[i] for i in rows], loaded.pad_id, loaded.model.device)
             values = measure(loaded, batch).cpu()
-            parts |= dict(zip(rows, values.split([sizes[i] for i in rows])))
+            if result is None:
+                result = values.new_empty(sum(sizes.values()), values.shape[1])
+            for i, own in zip(rows, values.split([sizes[i] for i in rows])):
+                result[starts[i] : starts[i] + sizes[i]] = own
             progress.update(len(rows))
-    return torch.cat([parts[i] for i in sizes])
+    return result
 
 
 def _write(path, values, key):
