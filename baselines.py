@@ -134,6 +134,12 @@ def refuse_contradictions(parser, args):
         parser.error("prompting needs --forget_names or --instruction (only snippets has a list of names)")
     if name == "eco":
         refuse_eco_contradictions(parser, args)
+    else:
+        given = [
+            flag for flag in vars(args) if flag.startswith("eco_") and getattr(args, flag) != parser.get_default(flag)
+        ]
+        if given:
+            parser.error(f"--{given[0]} goes with --unlearn_method=eco")
     if name != "prompting" and (args.instruction or args.forget_names):
         parser.error("--instruction and --forget_names go with --unlearn_method=prompting")
     if args.instruction and args.forget_names:
