@@ -36,12 +36,13 @@ FULL_FILES = {
 LORA_FILES = FULL_FILES - {"config.json", "generation_config.json", "model.safetensors"} | {
     "adapter_config.json", "adapter_model.safetensors",
 }  # fmt: skip
+LONG = "--max_length=256"
 UNEVALUATED = "--max_eval_samples=0", "--output_path=out"
 
 
 @pytest.fixture(scope="module")
 def trained(fine_tuned, small_data, tmp_path_factory):
-    """The folder in which every method ran, each writing a folder of its own."""
+    """The folder in which every method ran, each writing a folder of its own. icul's context needs the length."""
     cwd = tmp_path_factory.mktemp("methods")
     for method in METHODS:
         more = "--lr=1e-3", "--max_steps=2", f"--output_path={method}"
@@ -51,7 +52,7 @@ def trained(fine_tuned, small_data, tmp_path_factory):
         done(baselines(cwd, fine_tuned, small_data, method, *more))
     for method in IN_CONTEXT:
         instruction = ("--instruction=Answer unknown.",) if method == "prompting" else ()
-        done(baselines(cwd, fine_tuned, small_data, method, *instruction, f"--output_path={method}"))
+        done(baselines(cwd, fine_tuned, small_data, method, LONG, *instruction, f"--output_path={method}"))
     return cwd
 
 
@@ -62,7 +63,15 @@ FOLDERS = *METHODS, *(f"{method}-lora" for method in LORA_METHODS), *IN_CONTEXT
 def evaluated(trained, small_data, fine_tuned):
     """What one run of inference_spul.py says about all of them: {folder: record}, {folder: predictions}."""
     cwd = trained
-    arguments = "--model_checkpoints", *FOLDERS, fine_tuned, f"--dataset={small_data}", *ROWS, "--output_path=table"
+    arguments = (
+        "--model_checkpoints",
+        *FOLDERS,
+        fine_tuned,
+        f"--dataset={small_data}",
+        *ROWS,
+        LONG,
+        "--output_path=table",
+    )
     done(call(cwd, "inference_spul", *arguments))
     predictions = [json.loads(line) for line in (cwd / "table" / "predictions.jsonl").read_text().splitlines()]
     by_folder = {}
@@ -87,9 +96,7 @@ def changes(folder, parent):
 @pytest.mark.parametrize("method", PUBLISHED_METHODS)
 def test_the_published_command(method, fine_tuned, small_data, tmp_path):
     """Verbatim but for data, model and batch size; two flags more for the budget."""
-    command = (
-        (PUBLISHED + method).replace("=sst2", f"={small_data}").replace("train_batch_size=32", "train_batch_size=8")
-    )
+    command = (PUBLISHED + method).replace("=sst2", f"={small_data}").replace("_batch_size=32", "_batch_size=8")
     command = command.replace("[local path to checkpoints]", str(fine_tuned))
     budget = "--max_steps=1", "--max_eval_samples=2"
     result = done(call(tmp_path, "baselines", *shlex.split(command), *budget))
