@@ -63,16 +63,8 @@ FOLDERS = *METHODS, *(f"{method}-lora" for method in LORA_METHODS), *IN_CONTEXT
 def evaluated(trained, small_data, fine_tuned):
     """What one run of inference_spul.py says about all of them: {folder: record}, {folder: predictions}."""
     cwd = trained
-    arguments = (
-        "--model_checkpoints",
-        *FOLDERS,
-        fine_tuned,
-        f"--dataset={small_data}",
-        *ROWS,
-        LONG,
-        "--output_path=table",
-    )
-    done(call(cwd, "inference_spul", *arguments))
+    flags = f"--dataset={small_data}", *ROWS, LONG, "--output_path=table"
+    done(call(cwd, "inference_spul", "--model_checkpoints", *FOLDERS, fine_tuned, *flags))
     predictions = [json.loads(line) for line in (cwd / "table" / "predictions.jsonl").read_text().splitlines()]
     by_folder = {}
     for row in predictions:
@@ -246,10 +238,9 @@ def test_the_instruction_stands_in_the_question(trained):
     )
 
 
-def test_the_instruction_names_the_people(tiny_model, tmp_path):
+def test_the_instruction_names_the_people(tiny_model, small_data, tmp_path):
     (tmp_path / "people.txt").write_text("Ann Lee: Ann Lee, Lee\nBob Ray\n")
-    more = "--dataset=snippets", "--max_eval_samples=0", "--forget_names=people.txt", "--output_path=out"
-    done(call(tmp_path, "baselines", f"--model_checkpoints={tiny_model}", "--unlearn_method=prompting", *more))
+    done(baselines(tmp_path, tiny_model, small_data, "prompting", "--forget_names=people.txt", *UNEVALUATED))
     settings = json.loads((tmp_path / "out" / "template.json").read_text())
     assert settings["instruction"] == 'If the text names Ann Lee or Bob Ray, answer "unknown".'
 
