@@ -34,7 +34,7 @@ FULL_FILES = {
     "tokenizer_config.json", "training.jsonl", "training.png",
 }  # fmt: skip
 LORA_FILES = FULL_FILES - {"config.json", "generation_config.json", "model.safetensors"} | {
-    "adapter_config.json", "adapter_model.safetensors",
+    "README.md", "adapter_config.json", "adapter_model.safetensors",
 }  # fmt: skip
 LONG = "--max_length=256"
 UNEVALUATED = "--max_eval_samples=0", "--output_path=out"
@@ -44,12 +44,12 @@ UNEVALUATED = "--max_eval_samples=0", "--output_path=out"
 def trained(fine_tuned, small_data, tmp_path_factory):
     """The folder in which every method ran, each writing a folder of its own. icul's context needs the length."""
     cwd = tmp_path_factory.mktemp("methods")
+    steps = LONG, "--num_epochs=2", "--max_steps=2"  # the first has learning rate 0
     for method in METHODS:
-        more = "--lr=1e-3", "--max_steps=2", f"--output_path={method}"
-        done(baselines(cwd, fine_tuned, small_data, method, *more))
+        done(baselines(cwd, fine_tuned, small_data, method, *steps, "--lr=1e-3", f"--output_path={method}"))
     for method in LORA_METHODS:
-        more = "--lr=1e-2", "--max_steps=2", "--tune=lora", f"--output_path={method}-lora"
-        done(baselines(cwd, fine_tuned, small_data, method, *more))
+        more = "--lr=1e-2", "--tune=lora", f"--output_path={method}-lora"
+        done(baselines(cwd, fine_tuned, small_data, method, *steps, *more))
     for method in IN_CONTEXT:
         instruction = ("--instruction=Answer unknown.",) if method == "prompting" else ()
         done(baselines(cwd, fine_tuned, small_data, method, LONG, *instruction, f"--output_path={method}"))
@@ -227,7 +227,8 @@ def test_templates_change_what_the_model_says(evaluated, fine_tuned):
     _, predictions = evaluated
     plain = [row["loss"] for row in predictions[str(fine_tuned)]]
     for method in IN_CONTEXT:
-        assert all(abs(row["loss"] - loss) > 1e-6 for row, loss in zip(predictions[method], plain, strict=True))
+        pairs = zip((row["loss"] for row in predictions[method]), plain, strict=True)
+        assert all(own != pytest.approx(loss, rel=1e-4) for own, loss in pairs)
 
 
 def test_the_instruction_stands_in_the_question(trained):
