@@ -34,7 +34,7 @@ FULL_FILES = {
     "tokenizer_config.json", "training.jsonl", "training.png",
 }  # fmt: skip
 LORA_FILES = FULL_FILES - {"config.json", "generation_config.json", "model.safetensors"} | {
-    "adapter_config.json", "adapter_model.safetensors",
+    "README.md", "adapter_config.json", "adapter_model.safetensors",
 }  # fmt: skip
 LONG = "--max_length=256"
 UNEVALUATED = "--max_eval_samples=0", "--output_path=out"
@@ -44,12 +44,12 @@ UNEVALUATED = "--max_eval_samples=0", "--output_path=out"
 def trained(fine_tuned, small_data, tmp_path_factory):
     """The folder in which every method ran, each writing a folder of its own. icul's context needs the length."""
     cwd = tmp_path_factory.mktemp("methods")
+    steps = LONG, "--num_epochs=2", "--max_steps=2"  # the first has learning rate 0
     for method in METHODS:
-        more = "--lr=1e-3", "--max_steps=2", f"--output_path={method}"
-        done(baselines(cwd, fine_tuned, small_data, method, *more))
+        done(baselines(cwd, fine_tuned, small_data, method, *steps, "--lr=1e-3", f"--output_path={method}"))
     for method in LORA_METHODS:
-        more = "--lr=1e-2", "--max_steps=2", "--tune=lora", f"--output_path={method}-lora"
-        done(baselines(cwd, fine_tuned, small_data, method, *more))
+        more = "--lr=1e-2", "--tune=lora", f"--output_path={method}-lora"
+        done(baselines(cwd, fine_tuned, small_data, method, *steps, *more))
     for method in IN_CONTEXT:
         instruction = ("--instruction=Answer unknown.",) if method == "prompting" else ()
         done(baselines(cwd, fine_tuned, small_data, method, LONG, *instruction, f"--output_path={method}"))
@@ -63,16 +63,8 @@ FOLDERS = *METHODS, *(f"{method}-lora" for method in LORA_METHODS), *IN_CONTEXT
 def evaluated(trained, small_data, fine_tuned):
     """What one run of inference_spul.py says about all of them: {folder: record}, {folder: predictions}."""
     cwd = trained
-    arguments = (
-        "--model_checkpoints",
-        *FOLDERS,
-        fine_tuned,
-        f"--dataset={small_data}",
-        *ROWS,
-        LONG,
-        "--output_path=table",
-    )
-    done(call(cwd, "inference_spul", *arguments))
+    flags = f"--dataset={small_data}", *ROWS, LONG, "--output_path=table"
+    done(call(cwd, "inference_spul", "--model_checkpoints", *FOLDERS, fine_tuned, *flags))
     predictions = [json.loads(line) for line in (cwd / "table" / "predictions.jsonl").read_text().splitlines()]
     by_folder = {}
     for row in predictions:
@@ -235,7 +227,8 @@ def test_templates_change_what_the_model_says(evaluated, fine_tuned):
     _, predictions = evaluated
     plain = [row["loss"] for row in predictions[str(fine_tuned)]]
     for method in IN_CONTEXT:
-        assert all(abs(row["loss"] - loss) > 1e-6 for row, loss in zip(predictions[method], plain, strict=True))
+        pairs = zip((row["loss"] for row in predictions[method]), plain, strict=True)
+        assert all(own != pytest.approx(loss, rel=1e-4) for own, loss in pairs)
 
 
 def test_the_instruction_stands_in_the_question(trained):
@@ -246,10 +239,9 @@ def test_the_instruction_stands_in_the_question(trained):
     )
 
 
-def test_the_instruction_names_the_people(tiny_model, tmp_path):
+def test_the_instruction_names_the_people(tiny_model, small_data, tmp_path):
     (tmp_path / "people.txt").write_text("Ann Lee: Ann Lee, Lee\nBob Ray\n")
-    more = "--dataset=snippets", "--max_eval_samples=0", "--forget_names=people.txt", "--output_path=out"
-    done(call(tmp_path, "baselines", f"--model_checkpoints={tiny_model}", "--unlearn_method=prompting", *more))
+    done(baselines(tmp_path, tiny_model, small_data, "prompting", "--forget_names=people.txt", *UNEVALUATED))
     settings = json.loads((tmp_path / "out" / "template.json").read_text())
     assert settings["instruction"] == 'If the text names Ann Lee or Bob Ray, answer "unknown".'
 
