@@ -16,10 +16,13 @@ import time
 import torch
 
 from utils import cli
-from utils.corruption import FAMILIES
+from utils.corruption import FAMILIES, ORDERS, has_strength
 from utils.methods import CONSTANTS, IN_CONTEXT, METHODS
 
 ECO_METRICS = ("accuracy", "f1", "precision", "recall", "label_accuracy", "out_of_label")
+ECO_SEARCH = (
+    "eco_metric", "eco_target", "eco_samples", "eco_steps", "eco_start", "eco_eps", "eco_lr", "eco_sigma_min",
+)  # fmt: skip
 
 
 def parse_args():
@@ -92,7 +95,9 @@ def add_eco_arguments(parser):
     group.add_argument("--eco_token_classifier", help="finds names for --eco_tokens=entities (hub id, folder)")
     group.add_argument("--eco_strength", type=cli.non_negative_float, help="sigma; given, there is no search")
     group.add_argument("--eco_metric", choices=ECO_METRICS, default="accuracy", help="what the search compares")
-    group.add_argument("--eco_target", default="auto", help="v_r: a number, a retrained checkpoint, or auto")
+    group.add_argument(
+        "--eco_target", type=eco_target, default="auto", help="v_r: a number, a retrained checkpoint, or auto"
+    )
     group.add_argument("--eco_samples", type=cli.positive_int, default=200, help="rows that the search evaluates")
     group.add_argument("--eco_steps", type=cli.non_negative_int, default=10, help="zeroth-order steps")
     group.add_argument(
@@ -101,6 +106,15 @@ def add_eco_arguments(parser):
     group.add_argument("--eco_eps", type=cli.fraction, default=0.999, help="eps as a share of the first sigma")
     group.add_argument("--eco_lr", type=cli.positive_float, default=100.0, help="of the zeroth-order search")
     group.add_argument("--eco_sigma_min", type=cli.positive_float, default=0.1, help="smallest sigma")
+
+
+def eco_target(text):
+    """A share of --eco_metric (float), `auto` or the path of a checkpoint, for argparse."""
+    try:
+        float(text)
+    except ValueError:
+        return text
+    return cli.share(text)
 
 
 def refuse_contradictions(parser, args):
@@ -134,24 +148,31 @@ def refuse_contradictions(parser, args):
         parser.error("prompting needs --forget_names or --instruction (only snippets has a list of names)")
     if name == "eco":
         refuse_eco_contradictions(parser, args)
-    else:
-        given = [
-            flag for flag in vars(args) if flag.startswith("eco_") and getattr(args, flag) != parser.get_default(flag)
-        ]
-        if given:
-            parser.error(f"--{given[0]} goes with --unlearn_method=eco")
+    elif flag := given(parser, args, [flag for flag in vars(args) if flag.startswith("eco_")]):
+        parser.error(f"--{flag} goes with --unlearn_method=eco")
     if name != "prompting" and (args.instruction or args.forget_names):
         parser.error("--instruction and --forget_names go with --unlearn_method=prompting")
     if args.instruction and args.forget_names:
         parser.error("--instruction replaces the one made of --forget_names; leave out one of them")
 
 
+def given(parser, args, flags):
+    """The first of `flags` that is not at its default, or None."""
+    return next((flag for flag in flags if getattr(args, flag) != parser.get_default(flag)), None)
+
+
 def refuse_eco_contradictions(parser, args):
     """Exit 2 on flags of ECO that would be ignored."""
-    from utils.corruption import has_strength
-
-    if not has_strength(args.eco_corruption) and args.eco_strength is not None:
-        parser.error(f"--eco_corruption={args.eco_corruption} has no strength; leave out --eco_strength")
+    family, searched = args.eco_corruption, args.eco_strength is None and has_strength(args.eco_corruption)
+    if not has_strength(family) and args.eco_strength is not None:
+        parser.error(f"--eco_corruption={family} has no strength; leave out --eco_strength")
+    if not searched and (flag := given(parser, args, ECO_SEARCH)):
+        parser.error(f"no strength is searched for; leave out --{flag}")
+    if family in ORDERS and given(parser, args, ["eco_dims"]):
+        parser.error(f"--eco_corruption={family} moves whole embeddings; leave out --eco_dims")
+    no_encoder = args.eco_classifier in ("tfidf", "features")
+    if no_encoder and (flag := given(parser, args, ["eco_classifier_epochs", "eco_classifier_lr"])):
+        parser.error(f"--{flag} goes with an encoder as --eco_classifier")
     names = args.eco_names or args.eco_token_classifier or args.dataset == "snippets"
     if args.eco_tokens == "entities" and not names:
         parser.error("--eco_tokens=entities needs --eco_names or --eco_token_classifier")

@@ -90,7 +90,8 @@ def evaluate(args, frames, words):
     """One record per checkpoint, and a DataFrame with one prediction per checkpoint and row."""
     from utils import metrics, models
 
-    chains = [models.resolve_chain(name, args.trust_remote_code, args.parent_path) for name in args.model_checkpoints]
+    chains = resolve(args)
+    router = find_router(args, chains)
     records, predictions, names = [], [], method_names(chains)
     for method, name in zip(names, args.model_checkpoints):
         loaded = models.load(name, args, args.parent_path)
@@ -103,8 +104,8 @@ def evaluate(args, frames, words):
             loaded.template,
         )
         variants = {method: loaded}
-        if args.router and loaded.prompt is not None:
-            variants[f"{method} + router"] = routed(loaded, args)
+        if router and loaded.prompt is not None:
+            variants[f"{method} + router"] = routed(loaded, router, args)
         for variant, model in variants.items():
             start = time.time()
             splits, rows = metrics.evaluate(model, frames, words, args, variant)
@@ -116,20 +117,45 @@ def evaluate(args, frames, words):
     return metrics.with_distances(records, predictions), pd.concat(predictions, ignore_index=True)
 
 
-def routed(loaded, args):
-    """`loaded` with its prompt only in front of the queries that the classifier of --router flags."""
-    from utils import gates, models
+def resolve(args):
+    """The chain of Links of every checkpoint."""
+    from utils import models
 
-    link = models.resolve_chain(args.router, args.trust_remote_code)[-1]
+    return [models.resolve_chain(name, args.trust_remote_code, args.parent_path) for name in args.model_checkpoints]
+
+
+def find_router(args, chains):
+    """The Link of --router, or None. Raises UserError unless it fits every prompt among the `chains`."""
+    from utils import models
+
+    if not args.router:
+        return None
+    prompts = [chain[-1] for chain in chains if chain[-1].kind == "prompt"]
+    if not prompts:
+        raise cli.UserError("--router goes in front of a prompt; add what spul.py wrote to --model_checkpoints")
+    link = models.resolve_chain(args.router, args.trust_remote_code, args.parent_path)[-1]
     if link.kind != "eco":
         raise cli.UserError(f"{args.router} is no ECO checkpoint; --router takes what baselines.py wrote with eco")
-    same = link.manifest["data_fingerprint"] == loaded.chain[-1].manifest["data_fingerprint"]
-    if not same and not args.force:
-        raise cli.UserError(
-            f"the classifier of {args.router} was trained on other data than {loaded.chain[-1].path}; train one on the "
-            "same rows, or take it nevertheless with --force"
-        )
-    return dataclasses.replace(loaded, gate=gates.load_gate(link, dataclasses.replace(loaded, prompt=None), args))
+    for prompt in prompts:
+        if link.manifest["data_fingerprint"] != prompt.manifest["data_fingerprint"] and not args.force:
+            raise cli.UserError(
+                f"the classifier of {args.router} was trained on other data than {prompt.path}; train one on the same "
+                "rows, or take it nevertheless with --force"
+            )
+        reads_states = link.manifest["arguments"]["eco_classifier"] == "features"
+        if reads_states and link.manifest["parent"]["sha256"] != prompt.manifest["parent"]["sha256"]:
+            raise cli.UserError(
+                f"the classifier of {args.router} reads the hidden states of another model than that of {prompt.path}; "
+                "train one on the same model"
+            )
+    return link
+
+
+def routed(loaded, router, args):
+    """`loaded` with its prompt only in front of the queries that the classifier of the Link `router` flags."""
+    from utils import gates
+
+    return dataclasses.replace(loaded, gate=gates.load_gate(router, dataclasses.replace(loaded, prompt=None), args))
 
 
 def method_names(chains):
@@ -149,14 +175,15 @@ def predict(args, words, texts):
     from utils import metrics, models
 
     rows = [{"text": text} for text in texts]
+    router = find_router(args, resolve(args)) if args.router else None
     for name in args.model_checkpoints:
         loaded = models.load(name, args, args.parent_path)
         plain = dataclasses.replace(loaded, prompt=None, gate=None, corruption=None, marks=None)
         variants = {"answer": loaded}
         if loaded.prompt is not None:
             variants = {"without prompt": plain, "with prompt": loaded}
-            if args.router:
-                variants["with router"] = routed(loaded, args)
+            if router:
+                variants["with router"] = routed(loaded, router, args)
         elif loaded.corruption is not None:
             variants = {"without ECO": plain, "with ECO": loaded}
         prefix = f"{Path(name).name}: " if len(args.model_checkpoints) > 1 else ""

@@ -106,7 +106,7 @@ def write_manifest(folder, final_path, kind, chain, args, data_fingerprint, metr
     local = parent.path.exists() and not is_hub_name(parent.name)
     path = os.path.relpath(parent.path.absolute(), Path(final_path).absolute()) if local else parent.name
     configurations = [folder / name for name in CONFIGURATIONS if (folder / name).exists()]
-    hashed = sorted([*folder.glob("*.safetensors"), *configurations])
+    hashed = sorted([*folder.glob("*.safetensors"), *configurations, *folder.glob("*/*.*")])
     manifest = {
         "kind": kind,
         "parent": {"path": path, "sha256": parent.sha256},
@@ -116,7 +116,7 @@ def write_manifest(folder, final_path, kind, chain, args, data_fingerprint, metr
         "seed": args.seed,
         "libraries": {name: _version(name) for name in LIBRARIES},
         "git_commit": _git_commit(),
-        "files": {p.name: file_sha256(p) for p in hashed},
+        "files": {p.relative_to(folder).as_posix(): file_sha256(p) for p in hashed},
         "training": training,
         "metrics": metrics,
     }

@@ -234,8 +234,9 @@ def tokenize(tokenizer, texts, words, max_length, forget=False, template=None, m
     """One Example a row. Text is cut so that prompt + completion fit `max_length`; template and completion never are.
 
     template: None for the published one, else an object whose `around(texts)` gives what stands before and behind each
-    text. marks: None, or one item a text: the (start, end) character spans whose tokens become `marked`, or None for
-    all prompt tokens but the last. Raises UserError when template and completion alone do not fit.
+    text. marks: None, or one item a text: the (start, end) character spans whose tokens become `marked`; where it is
+    None, or none of them is left after cutting, all prompt tokens but the last do. Raises UserError when template and
+    completion alone do not fit.
     """
     texts = list(texts)
     if not texts:
@@ -265,11 +266,11 @@ def tokenize(tokenizer, texts, words, max_length, forget=False, template=None, m
 
 
 def _marked(offsets, begin, spans):
-    """Positions of the tokens that overlap `spans` of the text, which starts at character `begin`."""
-    if spans is None:
-        return tuple(range(len(offsets) - 1))
-    shifted = [(begin + start, begin + end) for start, end in spans]
-    return tuple(at for at, (start, stop) in enumerate(offsets) if any(start < b and stop > a for a, b in shifted))
+    """Positions of the tokens that overlap `spans` of the text, which starts at character `begin`; all but the last
+    where there are no spans, or all of them were cut away."""
+    shifted = [(begin + start, begin + end) for start, end in spans or ()]
+    named = tuple(at for at, (start, stop) in enumerate(offsets) if any(start < b and stop > a for a, b in shifted))
+    return named or tuple(range(len(offsets) - 1))
 
 
 def completion_ids(tokenizer, word):

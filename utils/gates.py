@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,23 +12,39 @@ from safetensors.torch import load_file, save_file
 from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import roc_auc_score
+from tqdm import tqdm
 
+from utils import processes
 from utils.cli import UserError
 
 ROUNDING = 1e-9  # a threshold taken from scores lies just above them, whatever the order of a later sum
+LOADING_ERRORS = (OSError, ValueError, KeyError, RuntimeError, SafetensorError)
 WEIGHTS, VOCABULARY, ENCODER = "classifier.safetensors", "vocabulary.json", "classifier"
 
 
 class Gate:
-    """A classifier with its threshold: a query is flagged if its probability is above `threshold`."""
+    """A classifier with its threshold: a query is flagged if its probability is above `threshold`.
 
-    def __init__(self, classifier, threshold):
+    The main process classifies, every text once, and the others take its word: they must agree on what is flagged.
+    """
+
+    def __init__(self, classifier, threshold=None):
         self.classifier, self.threshold = classifier, threshold
+        self._known = {}
 
     def decide(self, texts):
         """(flags, probabilities), both (n,): bool, and in [0, 1]."""
-        probabilities = self.classifier.probabilities(list(texts))
+        probabilities = self.probabilities(texts)
         return probabilities > self.threshold, probabilities
+
+    def probabilities(self, texts):
+        """(n,) in [0, 1]."""
+        texts = list(texts)
+        new = [text for text in dict.fromkeys(texts) if text not in self._known]
+        if new:
+            values = self.classifier.probabilities(new) if processes.is_main() else None
+            self._known.update(zip(new, processes.from_main(values)))
+        return np.array([self._known[text] for text in texts])
 
 
 class Tfidf:
@@ -42,7 +59,10 @@ class Tfidf:
     def fit(cls, texts, labels, **_):
         """texts: n strings; labels (n,): 1 = to forget."""
         vectorizers = _vectorizers()
-        features = _stacked([v.fit_transform(texts) for v in vectorizers])
+        try:
+            features = _stacked([v.fit_transform(texts) for v in vectorizers])
+        except ValueError as error:  # nothing that counts as a term
+            raise UserError(f"tfidf finds no terms in the train texts ({error}); use more rows or another classifier")
         model = LogisticRegression(C=10.0, class_weight="balanced", max_iter=2000).fit(features, labels)
         return cls(vectorizers, model.coef_[0], float(model.intercept_[0]))
 
@@ -72,7 +92,8 @@ class Tfidf:
 
 
 class Features:
-    """`features`: balanced logistic regression on the frozen language model's own hidden states, mean over tokens."""
+    """`features`: balanced logistic regression on the frozen language model's own hidden states, mean over the prompt's
+    tokens."""
 
     kind = "features"
 
@@ -121,14 +142,18 @@ class Encoder:
 
         from utils import models
 
-        source = models.resolve_chain(args.eco_classifier, args.trust_remote_code)[0].path
+        name, source = args.eco_classifier, models.resolve_chain(args.eco_classifier, args.trust_remote_code)[0].path
         options = {"local_files_only": True, "trust_remote_code": args.trust_remote_code}
         torch.manual_seed(args.seed)
         try:
-            model = AutoModelForSequenceClassification.from_pretrained(source, num_labels=2, **options)
+            model = AutoModelForSequenceClassification.from_pretrained(
+                source, num_labels=2, ignore_mismatched_sizes=True, **options
+            )
             tokenizer = AutoTokenizer.from_pretrained(source, **options)
-        except (OSError, ValueError, KeyError) as error:
-            raise UserError(f"{args.eco_classifier} is no encoder to classify with ({error}); use tfidf or another")
+        except LOADING_ERRORS as error:
+            raise UserError(f"{name} is no encoder to classify with ({first_line(error)}); use tfidf or another")
+        if tokenizer.pad_token_id is None:
+            raise UserError(f"{name} is no encoder to classify with (it has no padding token); use tfidf or another")
         classifier = cls(model.float().to(loaded.model.device), tokenizer)
         classifier._train(texts, labels, args, validation)
         return classifier
@@ -139,7 +164,7 @@ class Encoder:
         share = np.bincount(labels, minlength=2) / len(labels)
         weights = torch.tensor(1 / (2 * share), dtype=torch.float32, device=model.device)
         best, kept = math.inf, None
-        for _ in range(args.eco_classifier_epochs):
+        for _ in tqdm(range(args.eco_classifier_epochs), desc="classifier", unit="epoch", dynamic_ncols=True):
             model.train()
             order = rng.permutation(len(texts))
             for start in range(0, len(order), 16):
@@ -151,21 +176,26 @@ class Encoder:
                 optimizer.step()
                 optimizer.zero_grad()
             model.eval()
-            p = torch.tensor(self.probabilities(validation[0])).clamp(1e-7, 1 - 1e-7)
+            p = torch.tensor(self.probabilities(validation[0], 32)).clamp(1e-7, 1 - 1e-7)
             truth = torch.tensor(validation[1], dtype=p.dtype)
             loss = torch.nn.functional.binary_cross_entropy(p, truth, weights.cpu().to(p)[truth.long()]).item()
             if loss < best:
                 best, kept = loss, {key: value.detach().clone() for key, value in model.state_dict().items()}
+        if kept is None:
+            raise UserError("the classifier's loss is not finite; use a smaller --eco_classifier_lr")
         model.load_state_dict(kept)
 
     def _logits(self, texts):
-        limit = min(512, self._tokenizer.model_max_length)
+        positions = getattr(self._model.config, "max_position_embeddings", 514) - 2  # RoBERTa's begin at 2
+        limit = min(512, positions, self._tokenizer.model_max_length)
         batch = self._tokenizer(texts, truncation=True, max_length=limit, padding=True, return_tensors="pt")
         return self._model(**batch.to(self._model.device)).logits
 
     @torch.no_grad()
-    def probabilities(self, texts):
-        parts = [self._logits(texts[i : i + 32]).softmax(-1)[:, 1].cpu() for i in range(0, len(texts), 32)]
+    def probabilities(self, texts, batch_size=1):
+        """(n,). One text a pass, so that no probability depends on the texts beside it."""
+        starts = range(0, len(texts), batch_size)
+        parts = [self._logits(texts[i : i + batch_size]).softmax(-1)[:, 1].cpu() for i in starts]
         return torch.cat(parts).double().numpy()
 
     def save(self, folder):
@@ -191,20 +221,21 @@ def load_gate(link, loaded, args):
         settings = json.loads((Path(link.path) / "eco.json").read_text())
         classifier = CLASSIFIERS[settings["classifier"]].load(Path(link.path), loaded=loaded, args=args)
         return Gate(classifier, settings["threshold"])
-    except (OSError, KeyError, ValueError, TypeError, IndexError, SafetensorError):
+    except (*LOADING_ERRORS, TypeError, IndexError):
         raise UserError(f"{link.path} has lost its classifier or it is damaged; train it again")
 
 
 def threshold_for_rate(scores, max_rate):
     """The lowest threshold that at most a share `max_rate` of the retain `scores` (n,) lies above."""
     ordered = np.sort(scores)[::-1]
-    return float(ordered[min(int(max_rate * len(ordered)), len(ordered) - 1)]) + ROUNDING
+    above = int(max_rate * len(ordered) + 1e-9)  # 0.29 * 100 is 28.999...
+    return float(ordered[min(above, len(ordered) - 1)]) + ROUNDING
 
 
 def conformal_threshold(scores, a):
     """Split conformal: the ceil((n + 1)(1 - a))-th smallest of n calibration scores. A new score from the same
     distribution lies above it with probability at most a. Raises UserError where n is too small for a."""
-    rank = math.ceil((len(scores) + 1) * (1 - a))
+    rank = max(1, math.ceil((len(scores) + 1) * (1 - a) - 1e-9))
     if rank > len(scores):
         raise UserError(
             f"--eco_conformal={a} needs at least {math.ceil(1 / a) - 1} retain rows for calibration, there are "
@@ -249,19 +280,23 @@ def _logistic(x):
 
 @torch.inference_mode()
 def _pooled(loaded, texts, args):
-    """Mean over tokens of the hidden states that go into the head, (n, d) float64, without prompt or corruption."""
+    """Mean over the prompt's tokens of the hidden states that go into the head, (n, d) float64, without virtual tokens
+    or corruption. One row a pass, so that no mean depends on the rows beside it."""
     from utils.data import UNLEARNING_LABELS, collate, tokenize
     from utils.forward import completion_hidden, record_activations
 
     examples = tokenize(loaded.tokenizer, texts, [UNLEARNING_LABELS[0]] * len(texts), args.max_length)
-    order, result = sorted(range(len(examples)), key=lambda i: len(examples[i])), [None] * len(examples)
-    backbone = loaded.model.get_decoder()
-    for start in range(0, len(order), args.eval_batch_size):
-        rows = order[start : start + args.eval_batch_size]
-        batch = collate([examples[i] for i in rows], loaded.pad_id, loaded.model.device)
+    backbone, result = loaded.model.get_decoder(), []
+    for example in examples:
+        batch = collate([replace(example, completion=example.completion[:1])], loaded.pad_id, loaded.model.device)
         with record_activations(backbone) as seen:
             completion_hidden(loaded.model, batch)
-        hidden, mask = seen["activations"].double(), batch.attention_mask[..., None].double()
-        for i, row in zip(rows, ((hidden * mask).sum(1) / mask.sum(1)).cpu().numpy()):
-            result[i] = row
+        result.append(seen["activations"][0].double().mean(0).cpu().numpy())
+    if not np.isfinite(result).all():
+        raise UserError("the model's hidden states are not finite; use --dtype=float32 or another --eco_classifier")
     return np.array(result)
+
+
+def first_line(error):
+    """What a library's error says first, for a sentence of one line."""
+    return str(error).strip().split("\n")[0] or type(error).__name__

@@ -30,8 +30,8 @@ def score_rows(loaded, frame, words, max_length, batch_size, progress=None):
     score a part, and every one returns all rows.
     """
     completions = [completion_ids(loaded.tokenizer, word) for word in words]
-    examples = _tokenized(loaded, frame["text"], frame["label_text"], max_length)
     flags, gated = _gated(loaded, frame["text"])
+    examples = _tokenized(loaded, frame["text"], frame["label_text"], max_length, flags)
     sides = _sides(loaded)
     results = {}
     for batch_rows, n_rows in processes.deal(_by_length(examples, batch_size, flags)):
@@ -60,8 +60,11 @@ def score_rows(loaded, frame, words, max_length, batch_size, progress=None):
     return pd.DataFrame([everybody[i] for i in range(len(examples))])
 
 
-def _tokenized(loaded, texts, words, max_length):
-    marks = loaded.marks.spans(list(texts)) if loaded.marks else None
+def _tokenized(loaded, texts, words, max_length, flags):
+    marks = None
+    if loaded.marks:  # found only where they count: finding names may take a model
+        found = iter(loaded.marks.spans([text for text, flag in zip(texts, flags) if flag]))
+        marks = [next(found) if flag else None for flag in flags]
     return tokenize(loaded.tokenizer, texts, words, max_length, template=loaded.template, marks=marks)
 
 
@@ -129,8 +132,8 @@ def answer(loaded, texts, words, max_length, batch_size):
     """
     known = [*words, *UNLEARNING_LABELS]
     longest = max(len(completion_ids(loaded.tokenizer, word)) for word in known)
-    examples = _tokenized(loaded, texts, [known[0]] * len(texts), max_length)
     flags, _ = _gated(loaded, texts)
+    examples = _tokenized(loaded, texts, [known[0]] * len(texts), max_length, flags)
     sides = _sides(loaded)
     p = 0 if loaded.prompt is None else len(loaded.prompt)
     check_length(loaded.model, max(len(e.prompt) for e in examples) + longest - 1, p)
