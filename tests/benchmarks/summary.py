@@ -10,7 +10,7 @@ from utils.report import pyplot
 GIB = 2**30
 SHORT = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
 COLUMNS = ("work", "path", "rows", "s/pass", "rows/s", "peak GiB", "of floor", "times faster", "memory")
-WIDTHS = (24, 16, 4, 8, 8, 8, 8, 12, 6)
+WIDTHS = (18, 20, 4, 8, 8, 8, 8, 12, 6)
 
 
 def label(record):
@@ -26,7 +26,7 @@ def rows(records, cell, header):
     for record in found:
         start = [record["name"], label(record), max(record["rows"])]
         if record["error"]:
-            lines.append(f"{_line(start)}failed: {record['error']}")
+            lines.append(f"{_line(start)}  failed: {record['error']}")
             continue
         faster, memory = ratio(found[-1], record) if record["path"] == "plain" and not found[-1]["error"] else ("", "")
         cells = [record["seconds_per_pass"], record["rows_per_second"], record["peak_bytes"] / GIB]
@@ -108,7 +108,9 @@ def sentences(result):
 
 def draw(result, path):
     """Milliseconds a row over text length, times faster by work, seconds a step over rows; reads without colour."""
-    figure, axes = pyplot.subplots(1, 3, figsize=(13, 3.8), gridspec_kw={"width_ratios": [1.1, 1.2, 1]})
+    bars = sum(entry["part"] != "lengths" for entry in result["ratios"])
+    size = 13, max(3.8, 1 + 0.4 * bars)
+    figure, axes = pyplot.subplots(1, 3, figsize=size, gridspec_kw={"width_ratios": [1.1, 1.2, 1]})
     _draw_lengths(axes[0], [r for r in _measured(result["records"]) if r["part"] == "lengths"])
     _draw_ratios(axes[1], result["ratios"])
     _draw_rows(axes[2], [r for r in _measured(result["records"]) if r["part"] == "rows"], result["linear_in_rows"])
