@@ -27,7 +27,7 @@ def call(cwd, n, script, *arguments, before=lambda rank: None):
         ends.append(end)
         workers.append(worker)
     try:
-        assert all(end.poll(120) for end in ends), "a process hangs"
+        assert all(end.poll(400) for end in ends), "a process hangs"
         return [end.recv() for end in ends]
     finally:
         for worker in workers:
