@@ -223,7 +223,9 @@ def _slices(scored):
     parts = {}
     for phase in ("train", "test"):
         retain, forget = scored[f"{phase}_retain"], scored[f"{phase}_forget"]
-        parts[f"{phase}_retain:length_matched"] = retain.iloc[match_lengths(retain["text"], forget["text"])]
+        matched = match_lengths(retain["text"], forget["text"])
+        if matched:
+            parts[f"{phase}_retain:length_matched"] = retain.iloc[matched]
         for rows in (retain, forget):
             if "names_other" in rows and rows["names_other"].astype(bool).any():
                 parts[f"{rows['split'].iloc[0]}:names_other"] = rows[rows["names_other"].astype(bool)]
@@ -264,16 +266,20 @@ def _probabilities(rows, split):
 
 def match_lengths(candidates, targets):
     """Positions in `candidates` whose numbers of words are closest to those of `targets`: each used at most once,
-    longest targets first, fewer than `targets` only where candidates run out."""
+    longest targets first. A target stays without a match where the closest is more than 2 words and a quarter away: a
+    few rows of the right length say more than many of another."""
     free = sorted(range(len(candidates)), key=lambda i: len(candidates.iloc[i].split()))
     lengths = [len(candidates.iloc[i].split()) for i in free]
     chosen = []
-    for length in sorted((len(text.split()) for text in targets), reverse=True)[: len(free)]:
+    for length in sorted((len(text.split()) for text in targets), reverse=True):
+        if not free:
+            break
         at = int(np.searchsorted(lengths, length))
         if at == len(lengths) or (at and length - lengths[at - 1] <= lengths[at] - length):
             at -= 1
-        lengths.pop(at)
-        chosen.append(free.pop(at))
+        if abs(lengths[at] - length) <= max(2, length / 4):
+            lengths.pop(at)
+            chosen.append(free.pop(at))
     return sorted(chosen)
 
 
