@@ -139,8 +139,11 @@ def refuse_contradictions(parser, args):
         if args.retain_loss == "none" and args.retain_ratio:
             parser.error(f"--retain_ratio needs retain rows; {name} has none without --retain_loss")
         args.retain_weight = args.retain_weight or method.retain_weight
-    elif args.retain_loss or args.retain_weight:
-        parser.error(f"{name} trains nothing; leave out --retain_loss and --retain_weight")
+    else:
+        training = ("retain_loss", "retain_weight", "stop_at_forget_accuracy", "logits_path", *CONSTANTS)
+        ignored = [flag for flag in training if getattr(args, flag) is not None] + ["tune"] * (args.tune == "lora")
+        if ignored:
+            parser.error(f"{name} trains nothing; leave out --{ignored[0]}")
     if name == "prompting" and not (args.instruction or args.forget_names or args.dataset == "snippets"):
         parser.error("prompting needs --forget_names or --instruction (only snippets has a list of names)")
     if name == "eco":
@@ -149,6 +152,8 @@ def refuse_contradictions(parser, args):
         parser.error(f"--{flag} goes with --unlearn_method=eco")
     if name != "prompting" and (args.instruction or args.forget_names):
         parser.error("--instruction and --forget_names go with --unlearn_method=prompting")
+    if args.instruction and args.forget_names:
+        parser.error("--instruction replaces the one made of --forget_names; leave out one of them")
 
 
 def given(parser, args, flags):
@@ -219,7 +224,9 @@ def unlearn(args, output, frames):
 
     def evaluate():
         with numerics:
-            return metrics.accuracies(loaded, frames, words, args)
+            result = metrics.accuracies(loaded, frames, words, args)
+        only_adapter_dropout(model)
+        return result
 
     run = training.Training(
         parameters=parameters,
@@ -232,7 +239,7 @@ def unlearn(args, output, frames):
         warmup=0.1,
         evaluate=evaluate,
     )
-    model.train()
+    only_adapter_dropout(model)
     log = run.run()
     model.eval()
     if args.tune == "full":
@@ -248,12 +255,21 @@ def prepare(model, args):
     model = models.add_lora(model, args) if args.tune == "lora" else model.float().requires_grad_(True)
     if args.unlearn_method == "rmu":
         objectives.restrict_to_rmu_layers(model, args)
-    return model
+    return model.eval()  # no dropout while the reference is computed
+
+
+def only_adapter_dropout(model):
+    """Switch on the dropout in front of a new adapter, and no other: with the model's own (GPT-2, OPT) a comparison
+    with the reference, which is computed without, would not start at 0."""
+    model.eval()
+    for name, module in model.named_modules():
+        if "lora_dropout" in name:
+            module.train()
 
 
 def save(args, output, loaded, frames, words, kind, log, run):
     """Evaluate what was trained and write its folder."""
-    from utils import checkpoints, metrics, models, processes, report
+    from utils import checkpoints, metrics, processes, report
 
     records, start = None, time.time()
     if args.max_eval_samples != 0:
@@ -265,7 +281,7 @@ def save(args, output, loaded, frames, words, kind, log, run):
     if not processes.is_main():
         return
     with checkpoints.new_folder(output) as folder:
-        models.save_model(loaded.model, folder)
+        loaded.model.save_pretrained(folder)
         loaded.tokenizer.save_pretrained(folder)
         report.write_curves(folder, log)
         if records:

@@ -48,14 +48,19 @@ class Demonstrations:
 
     def around(self, texts):
         """(what stands before, what stands behind) each text."""
-        likeness = (self._vectorizer.transform(texts) @ self._vectors.T).toarray()
-        nearest = np.argsort(-likeness, axis=1, kind="stable")[:, : self.settings["flipped"]]
         heads = []
-        for rows in nearest:
+        for rows in self._nearest(texts):
             shown = [*(self._forget[i] for i in rows), *self._retain]
             answered = "".join(f"{TEMPLATE_HEAD}{text}{TEMPLATE_TAIL} {word}\n\n" for text, word in shown)
             heads.append(answered + TEMPLATE_HEAD)
         return [(head, TEMPLATE_TAIL) for head in heads]
+
+    def _nearest(self, texts):
+        """For each text the numbers of the forget rows to show; texts by the hundred, their likeness to all forget rows
+        is a full matrix."""
+        for start in range(0, len(texts), 100):
+            likeness = (self._vectorizer.transform(texts[start : start + 100]) @ self._vectors.T).toarray()
+            yield from np.argsort(-likeness, axis=1, kind="stable")[:, : self.settings["flipped"]]
 
 
 def build(args, frames):

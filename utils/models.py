@@ -161,6 +161,9 @@ def load_base(link, args, quantization="none"):
         raise UserError(f"cannot load a causal language model from {link.name} ({_first_line(error)})")
     if info["missing_keys"]:  # transformers would fill them with random numbers
         raise UserError(f"{link.name} lacks the weight {min(info['missing_keys'])}; restore its files")
+    if link.path.is_file():  # from GGUF: loading has dequantised the weights, yet the model still claims otherwise
+        del model.config.quantization_config, model.hf_quantizer
+        model.is_quantized = False
     if device == "balanced" and any(p.device.type != "cuda" for p in model.parameters()):
         raise UserError(f"{link.name} does not fit the GPUs; use more of them or a smaller --dtype")
     if getattr(args, "gradient_checkpointing", False):
@@ -215,15 +218,6 @@ def refuse_prompted(loaded):
     """Raise UserError if the last Link is a prompt: what trains or instructs a model takes the model itself."""
     if loaded.prompt is not None or loaded.template is not None or loaded.gate is not None:
         raise UserError(f"{loaded.chain[-1].path} already is a prompt; --model_checkpoints takes what it was made on")
-
-
-def save_model(model, folder):
-    """Write the weights of `model`, or of its adapter, into `folder` as safetensors."""
-    if getattr(model, "hf_quantizer", None) is not None and hasattr(model.config, "quantization_config"):
-        # From GGUF: loading has dequantised the weights, yet the model still claims to be quantised.
-        del model.config.quantization_config, model.hf_quantizer
-        model.is_quantized = False
-    model.save_pretrained(folder)
 
 
 def decoder_layers(model):

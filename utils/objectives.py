@@ -116,7 +116,7 @@ class Objective:
         weights = (1 / real.sum(1, keepdim=True)).expand(real.shape)  # the mean over a row's tokens
         steered = losses.rmu(activations[forget], self.target) * weights[forget]
         kept = real & ~batch.forget[:, None]
-        held = losses.rmu(activations[kept], self.reference.of(numbers)) * weights[kept]
+        held = losses.rmu(activations[kept], self.reference.of(numbers).to(activations.device)) * weights[kept]
         return self._total(
             {"L_f": losses.mean_over_rows(steered, n_forget), "L_r": losses.mean_over_rows(held, n_retain)}
         )
@@ -139,10 +139,12 @@ def frozen_head(model):
 
 
 def restrict_to_rmu_layers(model, args):
-    """Freeze all but the layers l - 2, l - 1 and l (RMU section 4), l = args.rmu_layer."""
+    """Freeze all but the layers l - 2, l - 1 and l (RMU section 4), l = args.rmu_layer. UserError if LoRA has none."""
     layers = models.decoder_layers(model)
     last = rmu_layer(args, len(layers))
     trained = {p for layer in layers[max(0, last - 2) : last + 1] for p in layer.parameters() if p.requires_grad}
+    if not trained:
+        raise UserError(f"LoRA has nothing on layer {last} or the two before it; choose other --lora_target_modules")
     for parameter in model.parameters():
         parameter.requires_grad_(parameter in trained)
 

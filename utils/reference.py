@@ -1,6 +1,7 @@
 """What the frozen model itself computes on training rows, once, before any training: the reference of a loss."""
 
 import hashlib
+import itertools
 import json
 import os
 from pathlib import Path
@@ -18,7 +19,8 @@ from utils.losses import token_nll
 
 
 class Reference:
-    """One vector per token of some examples: `values` (N, d) lists them in order, `sizes` {example number: tokens}."""
+    """One vector per token of some examples: `values` (N, d) lists them in order, `sizes` {example number: tokens}.
+    They stay on the CPU: RMU's are the activations at every token of the data."""
 
     def __init__(self, values, sizes):
         self.values = values
@@ -31,7 +33,7 @@ class Reference:
         return row in self._spans
 
     def of(self, rows):
-        """The vectors (M, d) of those among the example numbers `rows` that have any, in that order."""
+        """The vectors (M, d) of those among the example numbers `rows` that have any, in that order, on the CPU."""
         spans = [self.values[slice(*self._spans[i])] for i in rows if i in self._spans]
         return torch.cat([self.values[:0], *spans])
 
@@ -94,13 +96,14 @@ def load_reference(loaded, examples, rows, frames, args, measure=hidden_states, 
     different = [name for name in key if found.get(name) != key[name]]
     if different:
         raise UserError(f"{path} was computed for another {different[0]}; delete it or pass another --logits_path")
-    return Reference(values.to(loaded.model.device), sizes)
+    return Reference(values, sizes)
 
 
 def _compute(loaded, examples, sizes, batch_size, measure):
     """The vectors (N, d) of the examples in `sizes`, in that order."""
     order = sorted(sizes, key=lambda i: len(examples[i]))
-    parts = {}
+    starts = dict(zip(sizes, itertools.accumulate(sizes.values(), initial=0)))
+    result = None
     with tqdm(total=len(order), desc="reference", unit="row", dynamic_ncols=True, mininterval=1) as progress:
         batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
         for rows, n_rows in processes.deal(batches):
@@ -109,10 +112,12 @@ def _compute(loaded, examples, sizes, batch_size, measure):
                 batch = collate([examples[i] for i in rows], loaded.pad_id, loaded.model.device)
                 values = measure(loaded, batch).cpu()
                 own = dict(zip(rows, values.split([sizes[i] for i in rows])))
-            for part in processes.gather(own):
-                parts |= part
+            for i, vectors in (item for part in processes.gather(own) for item in part.items()):
+                if result is None:
+                    result = vectors.new_empty(sum(sizes.values()), vectors.shape[1])
+                result[starts[i] : starts[i] + sizes[i]] = vectors
             progress.update(n_rows)
-    return torch.cat([parts[i] for i in sizes])
+    return result
 
 
 def _write(path, values, key):

@@ -103,7 +103,7 @@ class Bench:
             "model": str(Path(args.model).resolve()) if Path(args.model).exists() else args.model,
             "data": str(work.parent),
             "work": str(work),
-            "device": self.device,
+            "device": args.device,
             "seed": args.seed,
             "batch_size": args.batch_size,
             "max_length": cell.length or 1024,
@@ -269,7 +269,7 @@ def _count_weights(link):
 
 
 def _processor(device):
-    if device == "cuda":
+    if device.startswith("cuda"):
         return torch.cuda.get_device_name()
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
