@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -235,21 +236,34 @@ def tokenize(tokenizer, texts, words, max_length, forget=False):
     """
     completions = {word: completion_ids(tokenizer, word) for word in set(words)}
     longest = max(map(len, completions.values()))
-    encoded = tokenizer([TEMPLATE_HEAD + text + TEMPLATE_TAIL for text in texts], return_offsets_mapping=True)
-    examples = []
-    for text, word, ids, offsets in zip(texts, words, encoded["input_ids"], encoded["offset_mapping"]):
-        while offsets[-1][1] == 0:  # an end-of-text token that the tokenizer appends must not precede the answer
-            ids, offsets = ids[:-1], offsets[:-1]
-        excess = len(ids) + longest - max_length
-        if excess > 0:
-            end = len(TEMPLATE_HEAD) + len(text)
-            inside = [i for i, (start, stop) in enumerate(offsets) if len(TEMPLATE_HEAD) <= start < stop <= end]
-            if excess >= len(inside):
-                needed = len(ids) - len(inside) + longest + 1
-                raise UserError(f"--max_length={max_length} cannot hold template and label; use at least {needed}")
-            ids = ids[: inside[-1] + 1 - excess] + ids[inside[-1] + 1 :]
-        examples.append(Example(tuple(ids), completions[word], forget))
-    return examples
+    prompts = _prompts(tokenizer, max_length - longest)
+    new = list(dict.fromkeys(text for text in texts if text not in prompts))
+    if new:
+        encoded = tokenizer([TEMPLATE_HEAD + text + TEMPLATE_TAIL for text in new], return_offsets_mapping=True)
+        for text, ids, offsets in zip(new, encoded["input_ids"], encoded["offset_mapping"]):
+            prompts[text] = _cut(text, ids, offsets, max_length, longest)
+    return [Example(prompts[text], completions[word], forget) for text, word in zip(texts, words)]
+
+
+@lru_cache(maxsize=4)
+def _prompts(tokenizer, room):
+    """{text: token ids of its prompt} of what was tokenised with at most `room` tokens: evaluation asks again."""
+    return {}
+
+
+def _cut(text, ids, offsets, max_length, longest):
+    """The token ids of a templated `text`, cut inside the text so that `longest` more tokens fit `max_length`."""
+    while offsets[-1][1] == 0:  # an end-of-text token that the tokenizer appends must not precede the answer
+        ids, offsets = ids[:-1], offsets[:-1]
+    excess = len(ids) + longest - max_length
+    if excess > 0:
+        end = len(TEMPLATE_HEAD) + len(text)
+        inside = [i for i, (start, stop) in enumerate(offsets) if len(TEMPLATE_HEAD) <= start < stop <= end]
+        if excess >= len(inside):
+            needed = len(ids) - len(inside) + longest + 1
+            raise UserError(f"--max_length={max_length} cannot hold template and label; use at least {needed}")
+        ids = ids[: inside[-1] + 1 - excess] + ids[inside[-1] + 1 :]
+    return tuple(ids)
 
 
 def completion_ids(tokenizer, word):
