@@ -142,6 +142,7 @@ def refuse_contradictions(parser, args):
     else:
         training = ("retain_loss", "retain_weight", "stop_at_forget_accuracy", "logits_path", *CONSTANTS)
         ignored = [flag for flag in training if getattr(args, flag) is not None] + ["tune"] * (args.tune == "lora")
+        ignored += ["dry_run"] * bool(args.dry_run)
         if ignored:
             parser.error(f"{name} trains nothing; leave out --{ignored[0]}")
     if name == "prompting" and not (args.instruction or args.forget_names or args.dataset == "snippets"):
@@ -181,7 +182,7 @@ def refuse_eco_contradictions(parser, args):
 
 
 def main(args):
-    from utils import data, models, training
+    from utils import data, models, planning, training
 
     name = models.short_name(args.model_checkpoints)
     stem = f"{args.unlearn_method}_{name}_{data.dataset_name(args.dataset)}-{args.forget_size}"
@@ -189,6 +190,10 @@ def main(args):
     frames = data.select_rows(
         data.load_splits(args.dataset), args.forget_size, args.max_train_samples, args.forget_share
     )
+    if args.dry_run:
+        planning.print_plan("lora" if args.tune == "lora" else "full", args, args.model_checkpoints, frames)
+    if args.dry_run == "plan":
+        return
     if args.unlearn_method == "eco":
         return gate(args, output, frames)
     if args.unlearn_method in IN_CONTEXT:
@@ -198,7 +203,7 @@ def main(args):
 
 def unlearn(args, output, frames):
     """Train the model (or a LoRA adapter on it) with the chosen method and write the checkpoint."""
-    from utils import data, metrics, models, objectives, training
+    from utils import data, metrics, models, objectives, planning, reference, training
 
     method, words = METHODS[args.unlearn_method], data.label_words(frames)
     loaded = models.load(args.model_checkpoints, args, args.parent_path)
@@ -213,8 +218,9 @@ def unlearn(args, output, frames):
     used = {split: frames[split] for split in data.TRAIN_SPLITS}
     rows = objectives.Rows(loaded.tokenizer, used, method, args)
     models.check_length(model, max(map(len, rows.all)), 0)
+    load = planning.blank_reference if args.dry_run else reference.load_reference
     with numerics:
-        objective = objectives.Objective(method, loaded, rows, used, args, f"{args.tune} {dtype}")
+        objective = objectives.Objective(method, loaded, rows, used, args, f"{args.tune} {dtype}", load)
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
     print(f"training {sum(p.numel() for p in parameters.values()):,} parameters on {len(rows.trained):,} rows")
 
@@ -240,6 +246,8 @@ def unlearn(args, output, frames):
         evaluate=evaluate,
     )
     only_adapter_dropout(model)
+    if args.dry_run:
+        return planning.print_probe(run, loaded, frames, words, reference=objective.reference is not None)
     log = run.run()
     model.eval()
     if args.tune == "full":

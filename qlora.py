@@ -30,7 +30,7 @@ def parse_args():
 
 
 def main(args):
-    from utils import checkpoints, data, losses, metrics, models, processes, report, training
+    from utils import checkpoints, data, losses, metrics, models, planning, processes, report, training
     from utils.forward import completion_logits
 
     suffix = "-retain" if args.exclude_forget else ""
@@ -40,6 +40,10 @@ def main(args):
 
     frames = data.select_rows(data.load_splits(args.dataset), 1.0, args.max_train_samples, args.forget_share)
     words = data.label_words(frames)
+    if args.dry_run:
+        planning.print_plan("lora", args, args.model_name, frames)
+    if args.dry_run == "plan":
+        return
     chain = models.resolve_chain(args.model_name, args.trust_remote_code)
     if len(chain) > 1:
         raise cli.UserError(f"{args.model_name} is a checkpoint of this project; --model_name takes a plain model")
@@ -80,6 +84,8 @@ def main(args):
         evaluate=lambda: metrics.accuracies(loaded, frames, words, args),
     )
     model.train()
+    if args.dry_run:
+        return planning.print_probe(run, loaded, frames, words)
     log = run.run()
     model.eval()
 

@@ -52,7 +52,7 @@ def parse_args():
 
 
 def main(args):
-    from utils import checkpoints, data, losses, metrics, models, processes, reference, report, training
+    from utils import checkpoints, data, losses, metrics, models, planning, processes, reference, report, training
     from utils.forward import completion_logits, prompt_prefix
 
     model_name = models.short_name(args.model_checkpoints)
@@ -61,12 +61,16 @@ def main(args):
         data.load_splits(args.dataset), args.forget_size, args.max_train_samples, args.forget_share
     )
     words = data.label_words(frames)
+    if args.dry_run:
+        planning.print_plan("prompt", args, args.model_checkpoints, frames)
+    if args.dry_run == "plan":
+        return
 
     loaded = models.load(args.model_checkpoints, args, args.parent_path)
     models.refuse_prompted(loaded)
     model, tokenizer = loaded.model, loaded.tokenizer
     metrics.check_lengths(model, tokenizer, frames, args, args.ptuning_num_tokens)
-    records = report_merge(loaded, frames, words, args)
+    records = [] if args.dry_run else report_merge(loaded, frames, words, args)
 
     trained_on = (loaded.chain[-1].manifest or {}).get("data_fingerprint")
     used = data.fingerprint({split: frames[split] for split in data.TRAIN_SPLITS})
@@ -80,7 +84,8 @@ def main(args):
 
     unprompted = None
     if args.beta:
-        unprompted = reference.load_reference(loaded, examples, range(len(retain)), {"train_retain": retain}, args)
+        make = planning.blank_reference if args.dry_run else reference.load_reference
+        unprompted = make(loaded, examples, range(len(retain)), {"train_retain": retain}, args)
     torch.manual_seed(args.seed)
     encoder = build_encoder(args, loaded).to(model.device)
     print(f"training {sum(p.numel() for p in encoder.parameters()):,} parameters on {len(examples):,} rows")
@@ -111,6 +116,8 @@ def main(args):
         warmup=0.1,
         evaluate=lambda: metrics.accuracies(prompted(), frames, words, args),
     )
+    if args.dry_run:
+        return planning.print_probe(run, prompted(), frames, words, evaluations=2, reference=bool(args.beta))
     log = run.run()
 
     if args.max_eval_samples != 0:

@@ -16,7 +16,9 @@ from utils import checkpoints, data, models
 from utils.cli import UserError
 from utils.forward import completion_logits, prompt_prefix
 
-ARGUMENTS = Namespace(device="cpu", dtype="float32", set_pad_id=False, trust_remote_code=False)
+ARGUMENTS = Namespace(
+    device="cpu", dtype="float32", attn_implementation="auto", set_pad_id=False, trust_remote_code=False
+)
 
 
 @pytest.mark.parametrize("encoder", ["mlp", "lstm", "embedding"])

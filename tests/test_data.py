@@ -1,6 +1,7 @@
 """Splits, template, tokenising and batches: the protocol of the paper, and every input that load_splits refuses."""
 
 import os
+from unittest import mock
 
 import datasets
 import numpy as np
@@ -115,6 +116,19 @@ def test_text_that_just_fits_is_whole(tokenizer):
     size = len(whole.prompt) + len(whole.completion)
     assert tokenize(tokenizer, "a fine film with a fine cast", max_length=size) == whole
     assert len(tokenize(tokenizer, "a fine film with a fine cast", max_length=size - 1).prompt) == len(whole.prompt) - 1
+
+
+def test_a_text_is_tokenised_once():
+    """By tokenizer, text and room for it; what the second call gives is what the first would have given."""
+    first, again = tiny.build_tokenizer(), tiny.build_tokenizer()
+    texts, words = ["a fine film", LONG, "a dull film"], ["positive", "negative", "neutral"]
+    expected = data.tokenize(again, texts, words, 60, forget=True)
+    data.tokenize(first, texts[:2], words[1:], 60)
+    with mock.patch.object(type(first), "__call__", autospec=True, side_effect=type(first).__call__) as called:
+        assert data.tokenize(first, texts, words, 60, forget=True) == expected
+        asked = [call.args[1] for call in called.call_args_list if isinstance(call.args[1], list)]
+        assert asked == [[full_text("a dull film")]]
+        assert len(data.tokenize(first, texts, words, 70)[1]) == len(expected[1]) + 10
 
 
 def test_too_small_a_max_length_is_refused_and_the_stated_one_works(tokenizer):

@@ -9,7 +9,9 @@ import torch
 from utils import models
 from utils.cli import UserError
 
-ARGUMENTS = Namespace(device="cpu", dtype="float32", set_pad_id=False, trust_remote_code=False)
+ARGUMENTS = Namespace(
+    device="cpu", dtype="float32", attn_implementation="auto", set_pad_id=False, trust_remote_code=False
+)
 LORA = Namespace(lora_rank=4, lora_alpha=8.0, lora_dropout=0.0, lora_bias="none", lora_target_modules=None)
 
 
@@ -115,3 +117,39 @@ def test_short_names(tiny_model, monkeypatch):
     monkeypatch.chdir(tiny_model)
     names = {"meta-llama/Llama-2-7b-hf": "Llama-2-7b-hf", f"{tiny_model}/": "tiny-llama", ".": "tiny-llama"}
     assert {name: models.short_name(name) for name in [*names, "a/model.gguf"]} == names | {"a/model.gguf": "model"}
+
+
+def attention_of(model, width, p=0):
+    """What the model computes a batch of that width with."""
+    from utils.data import Example, collate
+    from utils.forward import completion_logits, prompt_prefix
+
+    prefix = prompt_prefix(model, torch.zeros(p, 128)) if p else None
+    completion_logits(model, collate([Example(tuple(range(2, 2 + width)), (3,))], 1, "cpu"), prefix)
+    return model.config._attn_implementation
+
+
+def test_attention_is_chosen_by_the_width_of_a_batch_on_a_cpu(tiny_model):
+    """Virtual tokens count."""
+    model = models.load_base(models.resolve_chain(str(tiny_model))[0], ARGUMENTS)
+    limit = models.EAGER_UP_TO
+    assert [attention_of(model, width) for width in (8, limit, limit + 1, 8)] == ["eager", "eager", "sdpa", "eager"]
+    assert [attention_of(model, limit - 4, p) for p in (4, 5)] == ["eager", "sdpa"]
+
+
+@pytest.mark.parametrize("choice", ["eager", "sdpa"])
+def test_attention_as_asked_for(tiny_model, choice):
+    link = models.resolve_chain(str(tiny_model))[0]
+    model = models.load_base(link, Namespace(**vars(ARGUMENTS) | {"attn_implementation": choice}))
+    assert [attention_of(model, width) for width in (8, models.EAGER_UP_TO + 1)] == [choice, choice]
+
+
+def test_attention_that_is_not_there_is_refused(tiny_model, tmp_path):
+    gemma = tiny.save(tmp_path / "gemma2", "gemma2")
+    for folder, choice, sentence in (
+        (tiny_model, "flash_attention_2", "needs a GPU"),
+        (gemma, "sdpa", "gemma2 has no sdpa attention"),
+    ):
+        link = models.resolve_chain(str(folder))[0]
+        with pytest.raises(UserError, match=sentence):
+            models.load_base(link, Namespace(**vars(ARGUMENTS) | {"attn_implementation": choice}))

@@ -35,7 +35,9 @@ ADAPTER_FILES = {
     "adapter_config.json", "adapter_model.safetensors", "manifest.json", "metrics.json", "tokenizer.json",
     "tokenizer_config.json", "training.jsonl", "training.png",
 }  # fmt: skip
-RUN_ARGUMENTS = Namespace(device="cpu", dtype="float32", set_pad_id=False, trust_remote_code=False)
+RUN_ARGUMENTS = Namespace(
+    device="cpu", dtype="float32", attn_implementation="auto", set_pad_id=False, trust_remote_code=False
+)
 
 
 def published(cwd, script, model, *budget):

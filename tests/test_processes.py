@@ -77,7 +77,7 @@ def test_two_processes_train_and_score_as_one(alone, tmp_path):
 @pytest.mark.parametrize("alone", ["a forget row on one of them"], indirect=True)
 def test_an_error_of_one_process_ends_all_with_its_sentence_and_the_run_can_be_resumed(alone, tmp_path):
     arguments, cwd = alone
-    step = Training._step
+    step = Training.accumulate
 
     def fail_in_step_3(rank):
         calls = iter(range(1, 99))
@@ -87,7 +87,7 @@ def test_an_error_of_one_process_ends_all_with_its_sentence_and_the_run_can_be_r
                 raise UserError("the second process has had enough")
             return step(self, rows)
 
-        Training._step = failing
+        Training.accumulate = failing
 
     results = several.call(tmp_path, 2, *arguments, "--save_steps=2", before=fail_in_step_3)
     assert [result.code for result in results] == [2, 2]

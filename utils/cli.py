@@ -162,6 +162,12 @@ def add_model_arguments(parser):
     group.add_argument(
         "--dtype", choices=["auto", "bfloat16", "float32", "float16"], default="auto", help="of the frozen weights"
     )
+    group.add_argument(
+        "--attn_implementation",
+        choices=["auto", "eager", "sdpa", "flash_attention_2"],
+        default="auto",
+        help="auto: SDPA where the model has it, but eager for short rows on a CPU",
+    )
     group.add_argument("--trust_remote_code", action="store_true", help="run code that comes with the model")
     group.add_argument("--eval_batch_size", type=positive_int, default=32, help="rows at a time in evaluation")
     group.add_argument(
@@ -200,6 +206,13 @@ def add_training_arguments(parser, num_epochs):
         "--curve_samples", type=positive_int, default=200, help="rows a split that --eval_steps evaluates"
     )
     group.add_argument("--save_steps", type=positive_int, default=100, help="save the resumable state this often")
+    group.add_argument(
+        "--dry_run",
+        nargs="?",
+        const="plan",
+        choices=["plan", "probe"],
+        help="only say what the run will take (plan: without loading weights; probe: load them and time some steps)",
+    )
     group.add_argument("--resume", action="store_true", help="continue the interrupted run of this command")
 
 

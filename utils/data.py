@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -244,25 +245,44 @@ def tokenize(tokenizer, texts, words, max_length, forget=False, template=None, m
     frames = template.around(texts) if template else [(TEMPLATE_HEAD, TEMPLATE_TAIL)] * len(texts)
     completions = {word: completion_ids(tokenizer, word) for word in set(words)}
     longest = max(map(len, completions.values()))
-    filled = [head + text + tail for text, (head, tail) in zip(texts, frames)]
-    encoded = tokenizer(filled, return_offsets_mapping=True)
+    room = max_length - longest
+    cut = _prompts(tokenizer, room)
+    rows = [(head, text, tail) for text, (head, tail) in zip(texts, frames)]
+    new = list(dict.fromkeys(row for row in rows if row not in cut))
+    if new:
+        encoded = tokenizer(["".join(row) for row in new], return_offsets_mapping=True)
+        for row, ids, offsets in zip(new, encoded["input_ids"], encoded["offset_mapping"]):
+            cut[row] = _cut(row, ids, offsets, max_length, longest)
     examples = []
-    for i, (text, word, ids, offsets) in enumerate(zip(texts, words, encoded["input_ids"], encoded["offset_mapping"])):
-        while offsets[-1][1] == 0:  # an end-of-text token that the tokenizer appends must not precede the answer
-            ids, offsets = ids[:-1], offsets[:-1]
-        begin = len(frames[i][0])
-        excess = len(ids) + longest - max_length
-        if excess > 0:
-            end = begin + len(text)
-            inside = [at for at, (start, stop) in enumerate(offsets) if begin <= start < stop <= end]
-            if excess >= len(inside):
-                needed = len(ids) - len(inside) + longest + 1
-                raise UserError(f"--max_length={max_length} cannot hold template and label; use at least {needed}")
-            kept = slice(0, inside[-1] + 1 - excess), slice(inside[-1] + 1, None)
-            ids, offsets = (list(items[kept[0]]) + list(items[kept[1]]) for items in (ids, offsets))
-        marked = _marked(offsets, begin, marks[i]) if marks else ()
-        examples.append(Example(tuple(ids), completions[word], forget, marked))
+    for i, (row, word) in enumerate(zip(rows, words)):
+        ids, offsets = cut[row]
+        marked = _marked(offsets, len(row[0]), marks[i]) if marks else ()
+        examples.append(Example(ids, completions[word], forget, marked))
     return examples
+
+
+@lru_cache(maxsize=4)
+def _prompts(tokenizer, room):
+    """{(head, text, tail): token ids and offsets} of what was tokenised with at most `room` tokens: evaluation asks for
+    the same rows again."""
+    return {}
+
+
+def _cut(row, ids, offsets, max_length, longest):
+    """Token ids and character offsets of head + text + tail, cut inside the text so that `longest` more tokens fit."""
+    while offsets[-1][1] == 0:  # an end-of-text token that the tokenizer appends must not precede the answer
+        ids, offsets = ids[:-1], offsets[:-1]
+    excess = len(ids) + longest - max_length
+    if excess > 0:
+        begin = len(row[0])
+        end = begin + len(row[1])
+        inside = [at for at, (start, stop) in enumerate(offsets) if begin <= start < stop <= end]
+        if excess >= len(inside):
+            needed = len(ids) - len(inside) + longest + 1
+            raise UserError(f"--max_length={max_length} cannot hold template and label; use at least {needed}")
+        kept = slice(0, inside[-1] + 1 - excess), slice(inside[-1] + 1, None)
+        ids, offsets = (list(items[kept[0]]) + list(items[kept[1]]) for items in (ids, offsets))
+    return tuple(ids), tuple(offsets)
 
 
 def _marked(offsets, begin, spans):

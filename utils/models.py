@@ -12,11 +12,13 @@ from safetensors.torch import load_file
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.utils import is_flash_attn_2_available
 
 from utils import in_context, processes
 from utils.checkpoints import Link, base_name, parent_path, read_manifest, recover, verify_parent
 from utils.cli import UserError
 
+EAGER_UP_TO = 256  # tokens, virtual ones included; README, "Speed and memory"
 HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
 
 
@@ -45,20 +47,23 @@ class Loaded:
         return base_name(self.chain)
 
 
-def resolve_chain(name, trust_remote_code=False, parent=None):
+def resolve_chain(name, trust_remote_code=False, parent=None, weights=True):
     """The Links from the base model to `name`, base first, every parent verified by hash.
 
     `name`: a checkpoint folder, a model folder, a .gguf file or a hub id. `parent`: where the parent of `name` lies,
-    if it was moved. Raises UserError on anything missing, damaged or not the recorded parent.
+    if it was moved. weights=False: nothing is verified, and of a hub id no weights are fetched. Raises UserError on
+    anything missing, damaged or not the recorded parent.
     """
-    path = _local_path(name, trust_remote_code)
+    path = _local_path(name, trust_remote_code, weights)
     manifest = None if path.is_file() else read_manifest(path)
     link = Link(path, str(name), manifest)
-    link.sha256  # noqa: B018  (taken now, so that it is that of what gets loaded)
+    if weights:
+        link.sha256  # noqa: B018  (taken now, so that it is that of what gets loaded)
     if manifest is None or manifest["kind"] == "full":  # holds all its weights: its parent is not needed
         return [link]
-    chain = resolve_chain(parent_path(path, manifest, parent), trust_remote_code)
-    verify_parent(chain[-1], link)
+    chain = resolve_chain(parent_path(path, manifest, parent), trust_remote_code, weights=weights)
+    if weights:
+        verify_parent(chain[-1], link)
     return [*chain, link]
 
 
@@ -68,7 +73,7 @@ def short_name(name):
     return path.stem if path.suffix == ".gguf" else path.resolve().name if path.exists() else path.name
 
 
-def _local_path(name, trust_remote_code):
+def _local_path(name, trust_remote_code, weights):
     recover(name)
     path = Path(name)
     if path.is_dir() or (path.is_file() and path.suffix == ".gguf"):
@@ -77,16 +82,18 @@ def _local_path(name, trust_remote_code):
         raise UserError(f"{name} is a file but no .gguf model; pass a folder, a .gguf file or a hub id")
     if not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", str(name)):
         raise UserError(f"{name} does not exist; pass an existing folder, a .gguf file or a hub id")
-    return _from_hub(str(name), trust_remote_code)
+    return _from_hub(str(name), trust_remote_code, weights)
 
 
-def _from_hub(name, trust_remote_code):
+def _from_hub(name, trust_remote_code, weights):
     from huggingface_hub import snapshot_download
 
     patterns = HUB_FILES + ["*.py"] * trust_remote_code
+    if not weights:
+        patterns.remove("*.safetensors")
     try:
         folder = Path(snapshot_download(name, allow_patterns=patterns))
-        if not list(folder.glob("*.safetensors")):  # older repositories hold only .bin, which transformers reads safely
+        if weights and not list(folder.glob("*.safetensors")):  # older ones hold only .bin, which is read safely
             folder = Path(snapshot_download(name, allow_patterns=[*patterns, "*.bin"]))
     except Exception as error:  # the hub client raises a dozen types: offline, not found, gated, broken
         reason = str(error).strip().split("\n")[0]
@@ -127,7 +134,7 @@ def load_tokenizer(chain, set_pad_id, trust_remote_code=False):
     when `set_pad_id` or when it has none; masks go by length, so the choice changes no result."""
     has_files = (link for link in reversed(chain) if link.path.is_file() or list(link.path.glob("tokenizer*")))
     link = next(has_files, chain[0])
-    source = _source(link.path)
+    source = loading_arguments(link.path)
     try:
         tokenizer = AutoTokenizer.from_pretrained(**source, trust_remote_code=trust_remote_code, use_fast=True)
     except (OSError, ValueError, KeyError) as error:
@@ -152,11 +159,11 @@ def load_base(link, args, quantization="none"):
         options["quantization_config"] = BitsAndBytesConfig(
             load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype
         )
-    # Measured on two cores with rows of about 100 tokens: eager attention 3.9 s a step, SDPA 4.8 s.
-    if device == "cpu":
-        options["attn_implementation"] = "eager"
+    refuse_attention(args.attn_implementation, device, dtype)
     try:
-        model, info = AutoModelForCausalLM.from_pretrained(**_source(link.path), **options, output_loading_info=True)
+        model, info = AutoModelForCausalLM.from_pretrained(
+            **loading_arguments(link.path), **options, output_loading_info=True
+        )
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise UserError(f"cannot load a causal language model from {link.name} ({_first_line(error)})")
     if info["missing_keys"]:  # transformers would fill them with random numbers
@@ -166,9 +173,44 @@ def load_base(link, args, quantization="none"):
         model.is_quantized = False
     if device == "balanced" and any(p.device.type != "cuda" for p in model.parameters()):
         raise UserError(f"{link.name} does not fit the GPUs; use more of them or a smaller --dtype")
+    set_attention(model, args.attn_implementation, device)
     if getattr(args, "gradient_checkpointing", False):
         checkpoint_layers(model)
     return model.eval().requires_grad_(False)
+
+
+def refuse_attention(choice, device, dtype):
+    """Raise UserError where `--attn_implementation` cannot work, before anything is loaded."""
+    if choice != "flash_attention_2":
+        return
+    if device != "cuda" or dtype == torch.float32 or not is_flash_attn_2_available():
+        raise UserError(
+            "--attn_implementation=flash_attention_2 needs a GPU, --dtype=bfloat16 or float16 and the package "
+            "flash-attn; use auto"
+        )
+
+
+def set_attention(model, choice, device):
+    """Let `model` compute attention by `choice` (--attn_implementation).
+
+    auto: SDPA where the architecture has it; on a CPU eager attention for short batches, which is faster there. Raises
+    UserError where the architecture does not have the one asked for.
+    """
+    if choice == "auto":
+        if device == "cpu" and model.config._attn_implementation == "sdpa":
+            model.base_model.register_forward_pre_hook(_attention_by_width, with_kwargs=True)
+        return
+    try:
+        model.set_attn_implementation(choice)
+    except (ValueError, ImportError) as error:
+        raise UserError(f"{model.config.model_type} has no {choice} attention ({_first_line(error)}); use auto")
+
+
+def _attention_by_width(decoder, args, kwargs):
+    tokens = next(t for t in (*args, kwargs.get("input_ids"), kwargs.get("inputs_embeds")) if t is not None)
+    kept = kwargs.get("past_key_values")
+    width = tokens.shape[1] + (0 if kept is None else kept.get_seq_length())
+    decoder.set_attn_implementation("eager" if width <= EAGER_UP_TO else "sdpa")
 
 
 def checkpoint_layers(model):
@@ -272,7 +314,12 @@ def add_lora(model, args):
 
 def check_length(model, n_tokens, p):
     """Raise UserError if rows of `n_tokens` behind `p` virtual tokens do not fit the model's position range."""
-    limit = position_limit(model)
+    check_positions(model.config, n_tokens, p)
+
+
+def check_positions(config, n_tokens, p):
+    """`check_length` by the configuration alone."""
+    limit = getattr(config.get_text_config(), "max_position_embeddings", None)
     if limit and n_tokens + p > limit:
         raise UserError(
             f"the longest row has {n_tokens} tokens and the prompt {p}, but the model has {limit} positions; "
@@ -285,7 +332,7 @@ def position_limit(model):
     return getattr(model.config.get_text_config(), "max_position_embeddings", None)
 
 
-def _source(path):
+def loading_arguments(path):
     """The arguments by which `from_pretrained` finds a folder or a GGUF file; nothing is fetched for either."""
     if path.is_file():
         return {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name, "local_files_only": True}

@@ -42,16 +42,16 @@ class Objective:
     frozen copy of that head makes logits of them. There is never a second model.
     """
 
-    def __init__(self, method, loaded, rows, frames, args, numerics):
+    def __init__(self, method, loaded, rows, frames, args, numerics, load=reference.load_reference):
         self.method, self.loaded, self.rows, self.args = method, loaded, rows, args
         given = {flag: getattr(args, flag) for flag in method.constants}
         self.constants = [method.constants[flag] if given[flag] is None else given[flag] for flag in method.constants]
         self.reference = self.head = None
         if method.forget is None:
-            self._prepare_rmu(frames, numerics)
+            self._prepare_rmu(frames, numerics, load)
         elif referred := rows.referred(method, args):
             settings = [args.unlearn_method, args.retain_loss, numerics]
-            self.reference = reference.load_reference(loaded, rows.all, referred, frames, args, settings=settings)
+            self.reference = load(loaded, rows.all, referred, frames, args, settings=settings)
             self.head = frozen_head(loaded.model)
 
     def __call__(self, numbers, n_forget, n_retain):
@@ -93,7 +93,7 @@ class Objective:
         filled[known] = before.detach()
         return logits, filled
 
-    def _prepare_rmu(self, frames, numerics):
+    def _prepare_rmu(self, frames, numerics, load):
         args, model = self.args, self.loaded.model
         layers = models.decoder_layers(model)
         self.layer = layers[rmu_layer(args, len(layers))]
@@ -101,7 +101,7 @@ class Objective:
         self.target = (self.constants[1] * direction / direction.norm()).to(model.device)
         retain = [i for i, example in enumerate(self.rows.trained) if not example.forget]
         measure, settings = reference.activations_of(self.layer), [rmu_layer(args, len(layers)), numerics]
-        self.reference = reference.load_reference(
+        self.reference = load(
             self.loaded, self.rows.trained, retain, {"train_retain": frames["train_retain"]}, args, measure, settings
         )
 

@@ -61,6 +61,12 @@ def activations_of(layer):
     return activations
 
 
+def token_counts(examples, rows, measure):
+    """{example number: vectors that `measure` gives for it}, for the numbers `rows`."""
+    every = measure.__name__ == "activations"
+    return {i: len(examples[i]) if every else len(examples[i].completion) for i in rows}
+
+
 def load_reference(loaded, examples, rows, frames, args, measure=hidden_states, settings=None):
     """The Reference of the examples number `rows` under `measure`, from its file, computed first if there is none.
 
@@ -78,8 +84,7 @@ def load_reference(loaded, examples, rows, frames, args, measure=hidden_states, 
     digest = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:12]
     name = f"{loaded.chain[-1].path.name}-{dataset_name(args.dataset)}-{digest}.safetensors"
     path = Path(args.logits_path or f"saved_logits/{name}")
-    per_token = measure.__name__ == "activations"
-    sizes = {i: len(examples[i]) if per_token else len(examples[i].completion) for i in rows}
+    sizes = token_counts(examples, rows, measure)
     if not processes.from_main(path.exists()):
         values = _compute(loaded, examples, sizes, args.eval_batch_size, measure)
         if processes.is_main():

@@ -22,7 +22,7 @@ from utils.metrics import peak_memory
 
 UNSAVED_ARGUMENTS = (  # change nothing in what is trained
     "resume", "overwrite", "output_path", "logits_path", "save_steps", "eval_batch_size", "max_eval_samples",
-    "parent_path", "gradient_checkpointing",
+    "parent_path", "gradient_checkpointing", "dry_run",
 )  # fmt: skip
 
 
@@ -62,13 +62,17 @@ class Training:
         steps = self.args.num_epochs * len(self._batches(0))
         return min(steps, self.args.max_steps) if self.args.max_steps else steps
 
-    def _steps_from(self, done):
+    def steps_from(self, done):
         """(step, row numbers of its batch) for every step after `done`."""
         per_epoch, total = len(self._batches(0)), self.total_steps()
         for epoch in range(done // per_epoch, self.args.num_epochs):
             for i, rows in enumerate(self._batches(epoch)):
                 if done <= epoch * per_epoch + i < total:
                     yield epoch * per_epoch + i + 1, rows
+
+    def _upcoming(self, done):
+        """What `run` goes through; a benchmark puts its clock and its batches here."""
+        yield from self.steps_from(done)
 
     def _batches(self, epoch):
         args = self.args
@@ -94,15 +98,16 @@ class Training:
         schedule = get_cosine_schedule_with_warmup(optimizer, math.ceil(self.warmup * total), total)
         log = self._load(optimizer, schedule) if args.resume else []
         done = max((line["step"] for line in log), default=0)
-        bar = tqdm(total=total, initial=done, desc="training", unit="step", dynamic_ncols=True, mininterval=1)
+        seen, ahead = (sum(len(rows) for _, rows in self.steps_from(start)) for start in (0, done))
+        bar = tqdm(total=seen, initial=seen - ahead, desc="training", unit="row", dynamic_ncols=True, mininterval=1)
         rows = None
         seconds = []
-        for step, rows in self._steps_from(done):
+        for step, rows in self._upcoming(done):
             if self._may_stop(log):
                 break
             start = time.perf_counter()
             processes.draw_apart(args.seed, step)
-            line = {"step": step, "lr": schedule.get_last_lr()[0], **self._step(rows)}
+            line = {"step": step, "lr": schedule.get_last_lr()[0], **self.accumulate(rows)}
             self._refuse_non_finite(line)
             line["gradient_norm"] = float(torch.nn.utils.clip_grad_norm_(values, args.max_grad_norm))
             self._refuse_non_finite(line)
@@ -111,10 +116,9 @@ class Training:
             optimizer.zero_grad()
             seconds.append(time.perf_counter() - start)
             log.append(line)
-            bar.set_postfix(
-                {key: f"{value:.3f}" for key, value in line.items() if key[:2] in ("L_", "lo")}, refresh=False
-            )
-            bar.update()
+            parts = {key: f"{value:.3f}" for key, value in line.items() if key[:2] in ("L_", "lo")}
+            bar.set_postfix({"step": f"{step}/{total}", **parts}, refresh=False)
+            bar.update(len(rows))
             if self.evaluate and args.eval_steps and step % args.eval_steps == 0:
                 log.append({"step": step, "accuracy": self.evaluate()})
                 shares = ", ".join(f"{split} {100 * share:.1f}" for split, share in log[-1]["accuracy"].items())
@@ -141,7 +145,7 @@ class Training:
         last = log[-1] if log else {}
         return target is not None and "accuracy" in last and last["accuracy"]["train_forget"] <= target
 
-    def _step(self, rows):
+    def accumulate(self, rows):
         """Accumulate the gradient of one step over its micro-batches, those of all processes; returns the summed loss
         and parts as floats."""
         n_forget = sum(self.examples[i].forget for i in rows)

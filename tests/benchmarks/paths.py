@@ -68,7 +68,7 @@ def _synchronise():
 
 def our_training(spec, clock):
     """The script itself (spul.py, baselines.py) on the spec's batches; a pass is a step, optimiser and log included."""
-    step = Training._step
+    step = Training.accumulate
 
     def steps(self, done):
         for i, rows in enumerate(spec["batches"]):
@@ -80,7 +80,7 @@ def our_training(spec, clock):
         clock.loss = sums["loss"]
         return sums
 
-    Training._steps_from, Training._step = steps, noted_step
+    Training._upcoming, Training.accumulate = steps, noted_step
     _run_script(spec)
 
 

@@ -1,0 +1,159 @@
+"""--dry_run: what it counts is what the run does, its memory is what the equation says, and it leaves no trace."""
+
+import re
+from argparse import Namespace
+
+import pytest
+import scripts
+import tiny
+import torch
+from scripts import done, refused, tree
+
+from utils import planning
+
+ARGUMENTS = Namespace(
+    device="cpu",
+    dtype="float32",
+    trust_remote_code=False,
+    attn_implementation="auto",
+    gradient_checkpointing=False,
+    quantization="none",
+    prompt_encoder="mlp",
+    ptuning_num_tokens=4,
+    ptuning_hidden_size=16,
+    beta=0.5,
+    lora_rank=4,
+    lora_alpha=8,
+    lora_dropout=0.0,
+    lora_bias="none",
+    lora_target_modules=["q_proj"],
+)
+SHAPES = (8, 40, 1), (8, 40, 1)  # rows, tokens, completion tokens
+
+
+def sizes(kind, config=tiny.CONFIGS["llama"], shapes=SHAPES, **changes):
+    return planning.memory(config, kind, Namespace(**vars(ARGUMENTS) | changes), *shapes)
+
+
+def numbers(text, line):
+    """The numbers in the plan's line of that name."""
+    (found,) = re.findall(rf"^{line} +(.*)", text, re.MULTILINE)
+    return [float(number.replace(",", "")) for number in re.findall(r"[\d,]*\d(?:\.\d+)?", found)]
+
+
+@pytest.mark.parametrize("run, kind", [(scripts.spul, "prompt"), (scripts.qlora, "lora")])
+@pytest.mark.parametrize("depth", ["plan", "probe"])
+def test_a_dry_run_leaves_no_trace(run, kind, depth, tiny_model, small_data, tmp_path):
+    before = tree(tiny_model.parent)
+    said = done(run(tmp_path, tiny_model, small_data, "--num_epochs=2", f"--dry_run={depth}")).stdout
+    assert tree(tmp_path) == {} and tree(tiny_model.parent) == before
+    assert numbers(said, "rows") == [24, 16, 8]
+    assert numbers(said, "steps") == [6, 8, 48]  # 24 rows in batches of 8, twice
+    assert ("time" in said) == (depth == "probe")
+
+
+def test_a_plan_reads_no_weights(tiny_model, small_data, tmp_path):
+    """Not even those of a checkpoint's parent, which are not hashed either."""
+    model = tiny.save(tmp_path / "model")
+    for run in (scripts.qlora, scripts.spul):
+        (model / "model.safetensors").write_bytes(b"no weights")
+        assert "dry run" in done(run(tmp_path, model, small_data, "--dry_run")).stdout
+        (model / "model.safetensors").unlink()
+        assert "dry run" in done(run(tmp_path, model, small_data, "--dry_run")).stdout
+
+
+def test_tokens_and_padding_are_those_of_the_batches(tiny_model, small_data, tmp_path):
+    """Counted by hand from the batches; pools of similar lengths have less padding."""
+    tokens = [
+        numbers(
+            done(scripts.qlora(tmp_path, tiny_model, small_data, "--dry_run", f"--length_pool={pool}")).stdout, "tokens"
+        )
+        for pool in (0, 3)
+    ]
+    assert tokens[0][0] == tokens[1][0] and tokens[0][1] > tokens[1][1]
+    from utils import data, models
+
+    frames = data.load_splits(str(small_data))
+    tokenizer = models.load_tokenizer(models.resolve_chain(str(tiny_model)), False)
+    rows = [data.tokenize(tokenizer, frames[s]["text"], frames[s]["label_text"], 96) for s in data.TRAIN_SPLITS]
+    lengths = [len(row) for split in rows for row in split]
+    batches = data.epoch_batches([row for split in rows for row in split], 8, 42, 0)
+    padding = sum(max(lengths[i] for i in batch) - lengths[j] for batch in batches for j in batch)
+    assert tokens[0][:2] == [sum(lengths), padding] and tokens[0][3] == max(lengths)
+
+
+def test_weights_and_trained_parameters_by_hand():
+    """d = 128, 4 layers; k and v have half the width. LoRA on q: r (d + d) a layer."""
+    layer = 2 * 128 * 128 + 2 * 128 * 64 + 3 * 128 * 256 + 2 * 128
+    every = 2 * 2000 * 128 + 4 * layer + 128
+    prompt, lora, full = (sizes(kind) for kind in ("prompt", "lora", "full"))
+    assert prompt["all parameters"] == lora["all parameters"] == full["all parameters"] == every
+    assert prompt["weights"] == lora["weights"] == 4 * every and full["weights"] == 0
+    assert prompt["parameters"] == 4 * 128 + (128 * 16 + 16) + (16 * 16 + 16) + (16 * 128 + 128)
+    assert lora["parameters"] == 4 * 4 * 256 and full["parameters"] == every
+    assert full["trained"] == 12 * every  # parameter and two moments; the gradient is in the step
+    assert full["step"] > 4 * every
+    assert sizes("prompt", dtype="bfloat16")["weights"] == 2 * every
+    linear = 4 * (layer - 2 * 128)
+    assert sizes("lora", quantization="nf4")["weights"] == int(linear * (0.5 + 1 / 16)) + 4 * (every - linear)
+
+
+def test_the_step_is_what_a_real_step_allocates():
+    """The same count on a real model with real numbers."""
+    from utils.data import Example, collate
+    from utils.forward import completion_logits, prompt_prefix
+    from utils.prompt_encoders import VirtualTokens
+
+    model = tiny.build_model("llama").requires_grad_(False)
+    encoder = VirtualTokens("mlp", 4, 128, 16)
+    batch = collate([Example(tuple(range(2, 42)), (5,))] * 8, 1, "cpu")
+    for parameter in encoder.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+
+    def step():
+        logits = completion_logits(model, batch, prompt_prefix(model, encoder()))
+        torch.nn.functional.cross_entropy(logits, batch.targets, reduction="sum").backward()
+
+    counted = planning._alive_at_most(step)
+    estimated = sizes("prompt", beta=0, attn_implementation="eager")["step"]
+    assert estimated == pytest.approx(counted, rel=0.05)
+
+
+def test_what_makes_a_step_larger_or_smaller():
+    step = sizes("prompt")["step"]
+    assert sizes("prompt", shapes=((16, 40, 1), SHAPES[1]))["step"] == pytest.approx(2 * step, rel=0.1)
+    assert sizes("prompt", gradient_checkpointing=True)["step"] < step / 2
+    assert sizes("lora")["step"] > 0
+    long = ((8, 400, 1), SHAPES[1])
+    eager = sizes("prompt", shapes=long, attn_implementation="eager")["step"]
+    assert sizes("prompt", shapes=long, attn_implementation="sdpa")["step"] < 0.7 * eager
+
+
+def test_the_peak_is_the_sum_of_its_parts():
+    known = {"process": 100, "weights": 20, "trained": 3, "reference": 1, "heap": 2, "step": 50, "evaluation": 40}
+    assert planning.peak(known) == 224
+    assert planning.peak(known | {"evaluation": 60}) == 244
+    assert planning.peak(known | {"step": None}) is None
+
+
+def test_a_dry_run_refuses_what_the_run_would(tiny_model, small_data, tmp_path):
+    for more, sentence in (
+        (["--dry_run=full"], "argument --dry_run: invalid choice"),
+        (["--dry_run", "--max_length=30"], "--max_length=30 cannot hold template and label"),
+        (["--dry_run", "--ptuning_num_tokens=510"], "the longest row has"),
+    ):
+        arguments = f"--model_checkpoints={tiny_model}", f"--dataset={small_data}", *scripts.SPUL, *more
+        refused(tmp_path, sentence, "spul", *arguments)
+
+
+def test_the_most_that_is_alive_at_once():
+    """1,000 floats, then 2,000 while the first are still held, then 500 more when they are gone."""
+
+    def work():
+        first = torch.zeros(1000)
+        second = torch.zeros(2000)
+        del first
+        third = torch.zeros(500)
+        return second, third
+
+    assert planning._alive_at_most(work) == 4 * 3000
