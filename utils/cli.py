@@ -107,12 +107,15 @@ def run(parse_args, main):
     except KeyboardInterrupt:
         sys.exit(130)
     except Exception as error:
-        if processes.failed_first():
-            message = str(error) if isinstance(error, UserError) else _resource_message(error)
-            if message is None:
-                raise
-            print(f"{os.path.basename(sys.argv[0])}: error: {message}", file=sys.stderr)
-        sys.exit(2)
+        message = str(error) if isinstance(error, UserError) else _resource_message(error)
+        first = processes.failed_first()
+        if message is None and first:
+            raise
+    else:
+        return
+    if first:  # printed out here, where an interrupted progress bar has ended its line
+        print(f"{os.path.basename(sys.argv[0])}: error: {message}", file=sys.stderr)
+    sys.exit(2)
 
 
 @functools.cache

@@ -295,6 +295,7 @@ def _loaded(spec):
         set_pad_id=False,
         device=spec["device"],
         dtype=spec["dtype"],
+        attn_implementation="auto",
         trust_remote_code=False,
         eval_batch_size=spec["batch_size"],
         seed=spec["seed"],
