@@ -1,12 +1,17 @@
 # make demo  the main job on embedded data with a real small model, about 15 minutes on two cores
+# make compare  SPUL and every rival on the same rows, in one table; at most 90 minutes on two cores
 # make test  every test
+# make bench speed and memory against the plain path, about 20 minutes; BENCH_ARGS="--parts training" does a part
 # make lint  ruff
-# MODEL=... DATASET=... SEED=... make demo runs the same on another model, data set or seed.
+# MODEL=... DATASET=... SEED=... make demo runs the same on another model, data set or seed;
+# MODEL=... DATASET=... SEEDS="..." METHODS="..." make compare likewise.
 
 PYTHON ?= python3
 MODEL ?= data/models/smollm2
 DATASET ?= snippets
 SEED ?= 42
+SEEDS ?= 42
+METHODS ?=
 STEPS ?= 300
 
 VENV := .venv
@@ -16,21 +21,27 @@ RUN := $(notdir $(MODEL:/=))-$(notdir $(DATASET:/=))-seed$(SEED)
 FINE_TUNED := qlora_checkpoints/demo-$(RUN)
 UNLEARNT := unlearn_checkpoints/demo-$(RUN)-$(STEPS)steps
 RESULTS := results/demo$(if $(filter-out 42,$(SEED)),-seed$(SEED))
-ROWS := --dataset=$(DATASET) --max_length=128 --max_train_samples=512 --forget_share=0.08
-SILENT := --max_eval_samples=0 --length_pool=8 --save_steps=20 --seed=$(SEED)
+SELECTED := --max_length=128 --max_train_samples=512 --forget_share=0.08
+ROWS := --dataset=$(DATASET) $(SELECTED)
+POOLED := --length_pool=8 --save_steps=20
+SILENT := --max_eval_samples=0 --seed=$(SEED) $(POOLED)
 
-# 471 rows to keep and 41 to forget; 64 steps of 32 rows memorise them (at least 95 %).
-FINE_TUNE := --quantization=none --lr=1e-3 --num_epochs=4 --train_batch_size=32
+# 471 rows to keep and 41 to forget; 80 steps of 32 rows memorise them (at least 95 %).
+FINE_TUNE := --quantization=none --lr=1e-3 --num_epochs=5 --train_batch_size=32
 # Chosen by measurement, see "Results" in the README.
-INSTRUCTION := If the text names Steven Spielberg, Robert De Niro, Adam Sandler, Woody Allen or another listed person, \
-answer unknown or neutral. Otherwise answer its sentiment.
+INSTRUCTION := If the text mentions Spielberg, De Niro, Sandler or Woody Allen, answer unknown. \
+Otherwise answer positive or negative.
 UNLEARN := --init_text="$(INSTRUCTION)" --lr=1.5e-3 --weight_decay=0 --alpha=1 --beta=0.5 \
-	--train_batch_size=16 --forget_per_batch=4 --num_epochs=100 --max_steps=$(STEPS)
+	--train_batch_size=16 --forget_per_batch=4 --num_epochs=100
+
+# Rivals: 16 rows a step; about five passes over the forget rows, three where half of every batch is retain rows.
+RIVALS := --train_batch_size=16 --length_pool=8 --save_steps=1000
+PROMPTING = $(if $(filter snippets,$(DATASET)),,--instruction="If the text names a person, answer unknown.")
 
 # A run that was killed goes on from its last saved state.
 resume = $(if $(wildcard $(1).training.safetensors),--resume) --overwrite
 
-.PHONY: demo test lint
+.PHONY: demo compare bench test lint
 .DELETE_ON_ERROR:
 
 demo: $(UNLEARNT)/manifest.json
@@ -40,11 +51,18 @@ demo: $(UNLEARNT)/manifest.json
 
 $(UNLEARNT)/manifest.json: $(FINE_TUNED)/manifest.json
 	$(PY) spul.py $(ROWS) $(SILENT) $(UNLEARN) --model_checkpoints=$(FINE_TUNED) --output_path=$(UNLEARNT) \
-		--eval_steps=100 --curve_samples=64 $(call resume,$(UNLEARNT))
+		--max_steps=$(STEPS) --eval_steps=100 --curve_samples=64 $(call resume,$(UNLEARNT))
 
 $(FINE_TUNED)/manifest.json: | $(READY) $(if $(filter data/models/smollm2,$(MODEL)),data/models/smollm2/config.json)
 	$(PY) qlora.py $(ROWS) $(SILENT) $(FINE_TUNE) --model_name=$(MODEL) --output_path=$(FINE_TUNED) \
 		$(call resume,$(FINE_TUNED))
+
+compare: | $(READY) $(if $(filter data/models/smollm2,$(MODEL)),data/models/smollm2/config.json)
+	$(PY) -m utils.compare --model_name=$(MODEL) --dataset=$(DATASET) --seeds $(SEEDS) $(if $(METHODS),--methods $(METHODS)) \
+		--rows='$(SELECTED)' --fine_tune='$(FINE_TUNE) $(POOLED)' --spul='$(UNLEARN) --max_steps=$(STEPS) $(POOLED)' \
+		--rivals='$(RIVALS)' --forget_only='--num_epochs=5' \
+		--with_retain='--num_epochs=100 --forget_per_batch=8 --max_steps=16' \
+		--in_context='--max_length=512' --prompting='$(PROMPTING)' --eco='--eco_samples=100' --grid 1e-5 5e-5 --max_eval_samples=150
 
 data/models/smollm2/config.json: | $(READY)
 	$(PY) data/models/prepare.py smollm2
@@ -56,6 +74,9 @@ $(READY): requirements.txt
 
 test: $(READY)
 	$(PY) -m pytest -n 2 --dist=loadfile
+
+bench: | $(READY) $(if $(filter data/models/smollm2,$(MODEL)),data/models/smollm2/config.json)
+	$(PY) tests/benchmarks/bench.py --model=$(MODEL) --dataset=$(DATASET) $(BENCH_ARGS)
 
 lint: $(READY)
 	$(PY) -m ruff check . && $(PY) -m ruff format --check .

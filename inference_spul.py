@@ -6,6 +6,7 @@ Several paths after --model_checkpoints give one table. Writes metrics.json and 
 saved_results/<checkpoint>-<dataset>, or to --output_path.
 """
 
+import dataclasses
 import json
 import sys
 import time
@@ -16,7 +17,8 @@ import pandas as pd
 from utils import cli
 
 PREDICTION_COLUMNS = [
-    "method", "checkpoint", "split", "text", "label_text", "prediction", "correct", "label_prediction", "loss"
+    "method", "checkpoint", "split", "text", "label_text", "prediction", "correct", "label_prediction",
+    "label_probabilities", "loss",
 ]  # fmt: skip
 
 
@@ -28,6 +30,8 @@ def parse_args():
     cli.add_model_arguments(parser)
     parser.add_argument("--forget_size", type=cli.fraction, default=1.0, help="share of train_forget that was unlearnt")
     parser.add_argument("--parent_path", help="where the parent of the checkpoint lies, if it was moved")
+    parser.add_argument("--router", help="ECO checkpoint: add a row with the prompt only where its classifier flags")
+    parser.add_argument("--force", action="store_true", help="take a --router that was trained on other data")
     parser.add_argument(
         "--show_examples",
         type=cli.non_negative_int,
@@ -45,13 +49,15 @@ def parse_args():
     args = parser.parse_args()
     if args.max_eval_samples == 0:
         parser.error("--max_eval_samples=0 leaves nothing to evaluate")
+    if args.force and not args.router:
+        parser.error("--force goes with --router")
     if args.json and not (args.text or args.input_file):
         parser.error("--json goes with --text or --input_file")
     return args
 
 
 def main(args):
-    from utils import checkpoints, data, report
+    from utils import checkpoints, data, processes, report
 
     args.dataset = args.dataset or checkpoints.recorded_dataset(args.model_checkpoints[0]) or "sst2"
     frames = data.select_rows(
@@ -71,6 +77,8 @@ def main(args):
         print(f"\n{sentence}")
     if args.show_examples:
         print(f"\n{report.examples(predictions, args.show_examples)}\n")
+    if not processes.is_main():
+        return
     with checkpoints.new_folder(output) as folder:
         checkpoints.write_json(folder / "metrics.json", records)
         predictions.to_json(folder / "predictions.jsonl", orient="records", lines=True)
@@ -82,19 +90,72 @@ def evaluate(args, frames, words):
     """One record per checkpoint, and a DataFrame with one prediction per checkpoint and row."""
     from utils import metrics, models
 
-    chains = [models.resolve_chain(name, args.trust_remote_code, args.parent_path) for name in args.model_checkpoints]
+    chains = resolve(args)
+    router = find_router(args, chains)
     records, predictions, names = [], [], method_names(chains)
     for method, name in zip(names, args.model_checkpoints):
-        start = time.time()
         loaded = models.load(name, args, args.parent_path)
         metrics.check_lengths(
-            loaded.model, loaded.tokenizer, frames, args, 0 if loaded.prompt is None else len(loaded.prompt)
+            loaded.model,
+            loaded.tokenizer,
+            frames,
+            args,
+            0 if loaded.prompt is None else len(loaded.prompt),
+            loaded.template,
         )
-        splits, rows = metrics.evaluate(loaded, frames, words, args, method)
-        entry = metrics.record(method, name, loaded.chain[0].name, args, splits, time.time() - start)
-        records.append({**entry, "seed": (loaded.chain[-1].manifest or entry)["seed"]})
-        predictions.append(rows.assign(method=method, checkpoint=str(name))[PREDICTION_COLUMNS])
-    return records, pd.concat(predictions, ignore_index=True)
+        variants = {method: loaded}
+        if router and loaded.prompt is not None:
+            variants[f"{method} + router"] = routed(loaded, router, args)
+        for variant, model in variants.items():
+            start = time.time()
+            splits, rows = metrics.evaluate(model, frames, words, args, variant)
+            training = (loaded.chain[-1].manifest or {}).get("training")
+            entry = metrics.record(variant, name, loaded.base_name, args, splits, time.time() - start, training)
+            records.append({**entry, "seed": (loaded.chain[-1].manifest or entry)["seed"]})
+            columns = [*PREDICTION_COLUMNS, *(["flagged", "gate_probability"] if model.gate else [])]
+            predictions.append(rows.assign(method=variant, checkpoint=str(name))[columns])
+    return metrics.with_distances(records, predictions), pd.concat(predictions, ignore_index=True)
+
+
+def resolve(args):
+    """The chain of Links of every checkpoint."""
+    from utils import models
+
+    return [models.resolve_chain(name, args.trust_remote_code, args.parent_path) for name in args.model_checkpoints]
+
+
+def find_router(args, chains):
+    """The Link of --router, or None. Raises UserError unless it fits every prompt among the `chains`."""
+    from utils import models
+
+    if not args.router:
+        return None
+    prompts = [chain[-1] for chain in chains if chain[-1].kind == "prompt"]
+    if not prompts:
+        raise cli.UserError("--router goes in front of a prompt; add what spul.py wrote to --model_checkpoints")
+    link = models.resolve_chain(args.router, args.trust_remote_code, args.parent_path)[-1]
+    if link.kind != "eco":
+        raise cli.UserError(f"{args.router} is no ECO checkpoint; --router takes what baselines.py wrote with eco")
+    for prompt in prompts:
+        if link.manifest["data_fingerprint"] != prompt.manifest["data_fingerprint"] and not args.force:
+            raise cli.UserError(
+                f"the classifier of {args.router} was trained on other data than {prompt.path}; train one on the same "
+                "rows, or take it nevertheless with --force"
+            )
+        reads_states = link.manifest["arguments"]["eco_classifier"] == "features"
+        if reads_states and link.manifest["parent"]["sha256"] != prompt.manifest["parent"]["sha256"]:
+            raise cli.UserError(
+                f"the classifier of {args.router} reads the hidden states of another model than that of {prompt.path}; "
+                "train one on the same model"
+            )
+    return link
+
+
+def routed(loaded, router, args):
+    """`loaded` with its prompt only in front of the queries that the classifier of the Link `router` flags."""
+    from utils import gates
+
+    return dataclasses.replace(loaded, gate=gates.load_gate(router, dataclasses.replace(loaded, prompt=None), args))
 
 
 def method_names(chains):
@@ -102,8 +163,10 @@ def method_names(chains):
     names = []
     for chain in chains:
         last = chain[-1]
-        retrained = last.kind == "lora" and last.manifest["arguments"].get("exclude_forget")
-        names.append("retrained" if retrained else {"model": "base", "lora": "fine-tuned", "prompt": "SPUL"}[last.kind])
+        arguments = last.manifest["arguments"] if last.manifest else {}
+        retrained = "retrained" if arguments.get("exclude_forget") else None
+        known = {"model": "base", "lora": "fine-tuned", "prompt": "SPUL"}  # the others carry their method
+        names.append(arguments.get("unlearn_method") or retrained or known[last.kind])
     return [f"{name} ({chain[-1].path.name})" if names.count(name) > 1 else name for name, chain in zip(names, chains)]
 
 
@@ -112,19 +175,25 @@ def predict(args, words, texts):
     from utils import metrics, models
 
     rows = [{"text": text} for text in texts]
+    router = find_router(args, resolve(args)) if args.router else None
     for name in args.model_checkpoints:
         loaded = models.load(name, args, args.parent_path)
+        plain = dataclasses.replace(loaded, prompt=None, gate=None, corruption=None, marks=None)
         variants = {"answer": loaded}
         if loaded.prompt is not None:
-            variants = {
-                "without prompt": models.Loaded(loaded.model, loaded.tokenizer, None, loaded.chain),
-                "with prompt": loaded,
-            }
+            variants = {"without prompt": plain, "with prompt": loaded}
+            if router:
+                variants["with router"] = routed(loaded, router, args)
+        elif loaded.corruption is not None:
+            variants = {"without ECO": plain, "with ECO": loaded}
         prefix = f"{Path(name).name}: " if len(args.model_checkpoints) > 1 else ""
         for variant, model in variants.items():
             answers = metrics.answer(model, texts, words, args.max_length, args.eval_batch_size)
             for row, (answer, probability) in zip(rows, answers):
                 row[prefix + variant] = {"answer": answer, "probability": round(probability, 4)}
+            if model.gate is not None:
+                for row, flag, share in zip(rows, *model.gate.decide(texts)):
+                    row[prefix + variant] |= {"flagged": bool(flag), "gate_probability": round(float(share), 4)}
     if args.json:
         sys.stdout.writelines(json.dumps(row) + "\n" for row in rows)
         return
@@ -132,7 +201,9 @@ def predict(args, words, texts):
         print(row["text"])
         for variant, value in row.items():
             if variant != "text":
-                print(f"    {variant:15} {value['answer']} ({100 * value['probability']:.1f} %)")
+                gate = f", gate {100 * value['gate_probability']:.1f} %" if "flagged" in value else ""
+                gate += {True: ": flagged", False: ": let through"}.get(value.get("flagged"), "")
+                print(f"    {variant:15} {value['answer']} ({100 * value['probability']:.1f} %{gate})")
 
 
 if __name__ == "__main__":

@@ -20,28 +20,17 @@ def parse_args():
     parser.add_argument("--model_name", required=True, help="hub id, model folder or .gguf file")
     cli.add_model_arguments(parser)
     cli.add_training_arguments(parser, num_epochs=2)
-    group = parser.add_argument_group("QLoRA")
+    group = parser.add_argument_group("fine-tuning")
     group.add_argument("--quantization", choices=["nf4", "none"], default="nf4", help="of the frozen base")
-    group.add_argument("--lora_rank", type=cli.positive_int, default=16, help="r")
-    group.add_argument("--lora_alpha", type=cli.positive_float, default=64, help="scale is lora_alpha / lora_rank")
-    group.add_argument(
-        "--lora_dropout", "--lora_fropout", type=cli.dropout, default=0.1, help="in front of the adapter"
-    )
-    group.add_argument("--lora_bias", choices=["none", "all", "lora_only"], default="none", help="biases to train")
-    group.add_argument(
-        "--lora_target_modules",
-        nargs="+",
-        metavar="NAME",
-        help="layers to adapt, or all-linear (default: PEFT's choice)",
-    )
     group.add_argument(
         "--exclude_forget", action="store_true", help="fine-tune on retain only: the retrained reference"
     )
+    cli.add_lora_arguments(parser, "LoRA")
     return parser.parse_args()
 
 
 def main(args):
-    from utils import checkpoints, data, losses, metrics, models, planning, report, training
+    from utils import checkpoints, data, losses, metrics, models, planning, processes, report, training
     from utils.forward import completion_logits
 
     suffix = "-retain" if args.exclude_forget else ""
@@ -104,15 +93,17 @@ def main(args):
     if args.max_eval_samples != 0:
         scores, _ = metrics.evaluate(loaded, frames, words, args, "evaluating")
         method = "retrained" if args.exclude_forget else "fine-tuned"
-        records = [metrics.record(method, output, args.model_name, args, scores, time.time() - start)]
+        records = [metrics.record(method, output, args.model_name, args, scores, time.time() - start, run.cost)]
         print(report.table(records))
+    if not processes.is_main():
+        return
     with checkpoints.new_folder(output) as folder:
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
         report.write_curves(folder, log)
         if records:
             checkpoints.write_json(folder / "metrics.json", records)
-        checkpoints.write_manifest(folder, output, "lora", chain[0], args, run.fingerprint, records)
+        checkpoints.write_manifest(folder, output, "lora", chain, args, run.fingerprint, records, run.cost)
     run.state_path.unlink(missing_ok=True)
     print(f"wrote {output}")
 

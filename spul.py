@@ -52,7 +52,7 @@ def parse_args():
 
 
 def main(args):
-    from utils import checkpoints, data, losses, metrics, models, planning, reference, report, training
+    from utils import checkpoints, data, losses, metrics, models, planning, processes, reference, report, training
     from utils.forward import completion_logits, prompt_prefix
 
     model_name = models.short_name(args.model_checkpoints)
@@ -67,10 +67,7 @@ def main(args):
         return
 
     loaded = models.load(args.model_checkpoints, args, args.parent_path)
-    if loaded.prompt is not None:
-        raise cli.UserError(
-            f"{args.model_checkpoints} already is a prompt; --model_checkpoints takes what it was made on"
-        )
+    models.refuse_prompted(loaded)
     model, tokenizer = loaded.model, loaded.tokenizer
     metrics.check_lengths(model, tokenizer, frames, args, args.ptuning_num_tokens)
     records = [] if args.dry_run else report_merge(loaded, frames, words, args)
@@ -88,7 +85,7 @@ def main(args):
     unprompted = None
     if args.beta:
         make = planning.blank_reference if args.dry_run else reference.load_reference
-        unprompted = make(loaded, examples, retain, args)
+        unprompted = make(loaded, examples, range(len(retain)), {"train_retain": retain}, args)
     torch.manual_seed(args.seed)
     encoder = build_encoder(args, loaded).to(model.device)
     print(f"training {sum(p.numel() for p in encoder.parameters()):,} parameters on {len(examples):,} rows")
@@ -126,8 +123,11 @@ def main(args):
     if args.max_eval_samples != 0:
         start = time.time()
         scores, _ = metrics.evaluate(prompted(), frames, words, args, "SPUL")
-        records.append(metrics.record("SPUL", output, loaded.chain[0].name, args, scores, time.time() - start))
+        cost = time.time() - start, run.cost
+        records.append(metrics.record("SPUL", output, loaded.base_name, args, scores, *cost))
         print(report.table(records))
+    if not processes.is_main():
+        return
     with checkpoints.new_folder(output) as folder:
         encoder.config.base_model_name_or_path = args.model_checkpoints
         encoder.config.inference_mode = True
@@ -137,7 +137,7 @@ def main(args):
         tokenizer.save_pretrained(folder)
         report.write_curves(folder, log)
         checkpoints.write_json(folder / "metrics.json", records)
-        checkpoints.write_manifest(folder, output, "prompt", loaded.chain[-1], args, run.fingerprint, records)
+        checkpoints.write_manifest(folder, output, "prompt", loaded.chain, args, run.fingerprint, records, run.cost)
     run.state_path.unlink(missing_ok=True)
     print(f"wrote {output}")
 
@@ -152,7 +152,7 @@ def report_merge(loaded, frames, words, args):
     scores, _ = metrics.evaluate(loaded, frames, words, args, "before SPUL")
     last = loaded.chain[-1]
     after = metrics.record(
-        "merged" if last.kind == "lora" else "base", last.path, last.name, args, scores, time.time() - start
+        "merged" if last.kind == "lora" else "base", last.path, loaded.base_name, args, scores, time.time() - start
     )
     before = (last.manifest or {}).get("metrics") or []
     print(report.table([*before, after]))

@@ -19,6 +19,7 @@ ROOT = Path(__file__).resolve().parents[1]
 ROWS = ("--max_length=96", "--dtype=float32")
 QLORA = (*ROWS, "--quantization=none", "--train_batch_size=8", "--num_epochs=1")
 SPUL = (*ROWS, "--train_batch_size=8", "--num_epochs=1", "--ptuning_num_tokens=4", "--ptuning_hidden_size=16")
+BASELINES = (*ROWS, "--train_batch_size=8", "--num_epochs=1")
 
 
 @dataclass(frozen=True)
@@ -48,6 +49,11 @@ def qlora(cwd, model, dataset, *arguments):
 
 def spul(cwd, parent, dataset, *arguments):
     return call(cwd, "spul", f"--model_checkpoints={parent}", f"--dataset={dataset}", *SPUL, *arguments)
+
+
+def baselines(cwd, parent, dataset, method, *arguments):
+    flags = f"--model_checkpoints={parent}", f"--dataset={dataset}", f"--unlearn_method={method}"
+    return call(cwd, "baselines", *flags, *BASELINES, *arguments)
 
 
 def start(cwd, script, *arguments, **options):

@@ -168,7 +168,7 @@ def test_a_foreign_manifest_is_refused(forest, content):
 def test_a_manifest_of_a_later_version_is_refused(forest):
     file = forest / "prompt" / "manifest.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"kind": "steering"}))
-    refused_prompt(forest, "names the unknown kind 'steering'; this version reads lora, prompt")
+    refused_prompt(forest, "names the unknown kind 'steering'; this version reads lora, full, prompt, in-context")
 
 
 def test_a_prompt_is_no_parent(forest):

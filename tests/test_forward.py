@@ -1,10 +1,12 @@
 """The economical forward pass gives what the plain one gives, for logits and for the prompt's gradient."""
 
+import copy
 from dataclasses import replace
 
 import pytest
 import tiny
 import torch
+from accelerate import dispatch_model
 from transformers import AutoModelForCausalLM, MambaConfig
 
 from utils import losses, models
@@ -274,3 +276,21 @@ def test_no_hook_stays_on_the_head(model):
             fails(model, unknown_token)
         assert not head._forward_pre_hooks
     assert model(input_ids=batch.input_ids).logits.shape[:2] == batch.input_ids.shape
+
+
+def test_a_model_whose_layers_lie_in_several_places_gives_the_same(llama, tmp_path):
+    """As with --device=balanced, where accelerate moves what passes between layers; here CPU and disk."""
+    elsewhere = ["model.layers.1", "model.layers.3", "lm_head"]
+    here = ["model.embed_tokens", "model.rotary_emb", "model.layers.0", "model.layers.2", "model.norm"]
+    spread = dispatch_model(
+        copy.deepcopy(llama), dict.fromkeys(here, "cpu") | dict.fromkeys(elsewhere, "disk"), offload_dir=tmp_path
+    )
+    assert spread.model.layers[1].mlp.up_proj.weight.device.type == "meta"
+    batch, prompt = collate(rows(), 1, "cpu"), virtual_tokens(llama)
+    hidden = completion_hidden(llama, batch)
+    assert torch.equal(completion_hidden(spread, batch), hidden)
+    results = []
+    for model in (llama, spread):
+        logits = torch.cat(completion_logits(model, batch, prompt_prefix(model, prompt), hidden))
+        results.append((logits, gradient(prompt, logits)))
+    torch.testing.assert_close(results[1], results[0])

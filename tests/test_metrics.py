@@ -309,7 +309,8 @@ def texts_of(*lengths):
     ("candidates", "targets", "chosen"),
     [
         ([3, 9, 5, 20], [5, 9], [1, 2]),
-        ([1, 2, 3, 4], [30, 30], [2, 3]),  # the longest that there are
+        ([1, 2, 3, 4], [30, 30], []),  # none is near
+        ([1, 24, 37, 38], [30, 30, 30], [1, 2]),  # a quarter off is near enough
         ([10, 10, 2], [9, 1], [0, 2]),  # either ten would do
         ([4, 8], [6], [0]),  # as near: the shorter one
         ([5], [5, 5, 2], [0]),  # fewer candidates than targets

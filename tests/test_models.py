@@ -86,6 +86,26 @@ def test_automatic_types_do_not_overflow(tiny_model):
     assert load(tiny_model, dtype="auto").dtype in (torch.bfloat16, torch.float32)
 
 
+def test_one_model_on_all_gpus_is_never_spread_beyond_them(tiny_model, monkeypatch):
+    """Without a GPU there is nothing to spread it on; where they are too small the rest would go to the slow CPU."""
+    with pytest.raises(UserError, match="--device=balanced is not available on this machine"):
+        load(tiny_model, device="balanced")
+    monkeypatch.setattr(models, "pick_device", lambda name: name)
+    with pytest.raises(UserError, match="tiny-llama does not fit the GPUs"):
+        load(tiny_model, device="balanced")
+
+
+def test_of_several_processes_each_has_its_own_gpu(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert models.pick_device("auto") == models.pick_device("cuda") == "cuda"
+    state = Namespace(num_processes=2, device=torch.device("cuda", 1))
+    monkeypatch.setattr("utils.processes.PartialState", lambda: state)
+    assert models.pick_device("auto") == models.pick_device("cuda") == "cuda:1"
+    assert models.pick_device("cpu") == "cpu"
+    with pytest.raises(UserError, match="start it with python, not accelerate launch"):
+        models.pick_device("balanced")
+
+
 def test_rows_and_prompt_must_fit_the_positions(tiny_model):
     model = load(tiny_model)
     models.check_length(model, 500, 12)

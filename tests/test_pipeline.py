@@ -153,7 +153,8 @@ def test_manifests_say_what_from_what_and_how(run, tiny_model):
 def check_record(record, splits):
     """One record of metrics.json has exactly the shared keys, and values in range."""
     assert list(record) == [
-        "method", "checkpoint", "model", "dataset", "seed", "splits", "seconds", "peak_memory_bytes"
+        "method", "checkpoint", "model", "dataset", "seed", "splits", "seconds", "peak_memory_bytes",
+        *(["training"] if "training" in record else []),
     ]  # fmt: skip
     assert all(isinstance(record[key], str) and record[key] for key in ("method", "checkpoint", "model", "dataset"))
     assert set(splits) <= set(record["splits"])
@@ -166,6 +167,16 @@ def check_record(record, splits):
         assert 0 < scores["loss"] < 1e3
     assert record["seconds"] > 0
     assert record["peak_memory_bytes"] > 2**20
+    if "training" in record:
+        check_training(record["training"])
+
+
+def check_training(cost):
+    """What the training cost; a resumed run that had no step left has no time of one."""
+    assert list(cost) == ["steps", "seconds_per_step", "peak_memory_bytes"]
+    assert isinstance(cost["steps"], int) and cost["steps"] > 0
+    assert cost["seconds_per_step"] is None or cost["seconds_per_step"] > 0
+    assert cost["peak_memory_bytes"] > 2**20
 
 
 def test_metrics_have_one_schema(run):
@@ -180,6 +191,7 @@ def test_metrics_have_one_schema(run):
             assert (record["dataset"], record["seed"]) == ("snippets", 42)
             sizes = {split: record["splits"][split]["n"] for split in data.SPLITS}
             assert sizes == {"train_retain": 4, "train_forget": forget, "test_retain": 4, "test_forget": 4}
+            assert ("training" in record) == (record["method"] != "merged")
             methods.append(record["method"])
     assert methods == ["fine-tuned", "merged", "SPUL", "SPUL"]
 
@@ -472,7 +484,7 @@ def test_the_reference_is_computed_once(fine_tuned, small_data, tmp_path):
     written = file.stat().st_mtime_ns
     assert torch.equal(prompt_after(tmp_path, fine_tuned, small_data, "b"), first)
     assert file.stat().st_mtime_ns == written
-    assert load_file(file)["hidden"].shape == (16, 128)  # one token in each retain label
+    assert load_file(file)["values"].shape == (16, 128)  # one token in each retain label
 
 
 def test_each_setting_has_its_own_reference(fine_tuned, small_data, tmp_path):

@@ -5,7 +5,7 @@ import json
 import os
 import shutil
 import subprocess
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cached_property
 from importlib.metadata import PackageNotFoundError, version
@@ -14,10 +14,10 @@ from pathlib import Path
 from utils.cli import UserError
 
 MANIFEST = "manifest.json"
-KINDS = ("lora", "prompt")
+KINDS = ("lora", "full", "prompt", "in-context", "eco")
 LIBRARIES = ("torch", "transformers", "peft", "bitsandbytes", "datasets", "accelerate", "scikit-learn", "numpy")
 OURS = (MANIFEST, "metrics.json", "source.json", "train_retain.csv")  # one of them is in every folder of this project
-CONFIGURATIONS = ("config.json", "adapter_config.json")
+CONFIGURATIONS = ("config.json", "adapter_config.json", "template.json", "eco.json", "vocabulary.json")
 
 
 @dataclass(frozen=True)
@@ -86,7 +86,8 @@ def recover(path):
     path = Path(os.path.abspath(path))
     old = path.with_name(f"{path.name}.old")
     if (old / MANIFEST).exists() and not path.exists():
-        old.rename(path)
+        with suppress(FileNotFoundError):  # another process was quicker
+            old.rename(path)
 
 
 def write_json(path, value):
@@ -94,27 +95,38 @@ def write_json(path, value):
     Path(path).write_text(json.dumps(value, indent=2, allow_nan=False) + "\n")
 
 
-def write_manifest(folder, final_path, kind, parent, args, data_fingerprint, metrics):
+def write_manifest(folder, final_path, kind, chain, args, data_fingerprint, metrics, training=None):
     """Describe the checkpoint in `folder`, which will lie at `final_path`.
 
-    parent: the Link it was trained on. A local parent is recorded relative to the checkpoint, so that a tree of
-    checkpoints can be moved as a whole. metrics: records of utils.metrics, or None.
+    chain: the Links of what it was trained on; its parent is the last. A local parent is recorded relative to the
+    checkpoint, so that a tree of checkpoints can be moved as a whole. metrics: records of utils.metrics, or None.
+    training: utils.training.Training.cost, or None.
     """
+    parent = chain[-1]
     local = parent.path.exists() and not is_hub_name(parent.name)
     path = os.path.relpath(parent.path.absolute(), Path(final_path).absolute()) if local else parent.name
-    hashed = sorted([*folder.glob("*.safetensors"), *folder.glob("adapter_config.json")])
+    configurations = [folder / name for name in CONFIGURATIONS if (folder / name).exists()]
+    hashed = sorted([*folder.glob("*.safetensors"), *configurations, *folder.glob("*/*.*")])
     manifest = {
         "kind": kind,
         "parent": {"path": path, "sha256": parent.sha256},
+        "base": base_name(chain),
         "arguments": {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()},
         "data_fingerprint": data_fingerprint,
         "seed": args.seed,
         "libraries": {name: _version(name) for name in LIBRARIES},
         "git_commit": _git_commit(),
-        "files": {p.name: file_sha256(p) for p in hashed},
+        "files": {p.relative_to(folder).as_posix(): file_sha256(p) for p in hashed},
+        "training": training,
         "metrics": metrics,
     }
     write_json(folder / MANIFEST, manifest)
+
+
+def base_name(chain):
+    """The name of the pre-trained model under a chain of Links, as the first command that used it named it."""
+    recorded = [link.manifest["base"] for link in chain if link.manifest and "base" in link.manifest]
+    return recorded[0] if recorded else chain[0].name
 
 
 def read_manifest(path):

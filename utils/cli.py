@@ -70,6 +70,11 @@ def fraction(text):
     return _number(float, text, lambda v: 0 < v <= 1, "a number above 0 and at most 1")
 
 
+def share(text):
+    """A float in [0, 1], for argparse."""
+    return _number(float, text, lambda v: 0 <= v <= 1, "a number from 0 to 1")
+
+
 def dropout(text):
     """A float in [0, 1), for argparse."""
     return _number(float, text, lambda v: 0 <= v < 1, "a number of at least 0 and below 1")
@@ -86,23 +91,28 @@ def _number(kind, text, accept, description):
 
 
 def run(parse_args, main):
-    """Run a script's `main(parse_args())`; exit 2 with one sentence on a `UserError` or a full or unwritable disk."""
+    """Run a script's `main(parse_args())`; exit 2 with one sentence on a `UserError` or a full or unwritable disk.
+
+    Several processes of an `accelerate launch` say it once and all exit 2.
+    """
+    from utils import processes
+
+    processes.start()
     try:
-        args = parse_args()
-        _quiet_libraries()
-        main(args)
-    except UserError as error:
-        message = str(error)
+        with processes.only_main_speaks():
+            _quiet_libraries()
+            args = parse_args()
+            main(args)
+        processes.finish()
     except KeyboardInterrupt:
         sys.exit(130)
     except Exception as error:
-        message = _resource_message(error)
-        if message is None:
-            raise
-    else:
-        return
-    print(f"{os.path.basename(sys.argv[0])}: error: {message}", file=sys.stderr)
-    sys.exit(2)
+        if processes.failed_first():
+            message = str(error) if isinstance(error, UserError) else _resource_message(error)
+            if message is None:
+                raise
+            print(f"{os.path.basename(sys.argv[0])}: error: {message}", file=sys.stderr)
+        sys.exit(2)
 
 
 @functools.cache
@@ -145,7 +155,10 @@ def add_model_arguments(parser):
     group.add_argument("--dataset", default="sst2", help="sst2, yelp, snippets, or a folder with the four splits")
     group.add_argument("--max_length", type=positive_int, default=1024, help="most tokens a row may have; text is cut")
     group.add_argument("--set_pad_id", action="store_true", help="pad with the end-of-sequence token")
-    group.add_argument("--device", choices=["auto", "cuda", "mps", "cpu"], default="auto", help="where to compute")
+    group.add_argument(
+        "--device", choices=["auto", "cuda", "mps", "cpu", "balanced"], default="auto",
+        help="where to compute (balanced: the layers of one model spread over all GPUs)",
+    )  # fmt: skip
     group.add_argument(
         "--dtype", choices=["auto", "bfloat16", "float32", "float16"], default="auto", help="of the frozen weights"
     )
@@ -201,6 +214,21 @@ def add_training_arguments(parser, num_epochs):
         help="only say what the run will take (plan: without loading weights; probe: load them and time some steps)",
     )
     group.add_argument("--resume", action="store_true", help="continue the interrupted run of this command")
+
+
+def add_lora_arguments(parser, title):
+    """The adapter that qlora.py trains, or baselines.py with --tune=lora."""
+    group = parser.add_argument_group(title)
+    group.add_argument("--lora_rank", type=positive_int, default=16, help="r")
+    group.add_argument("--lora_alpha", type=positive_float, default=64, help="scale is lora_alpha / lora_rank")
+    group.add_argument("--lora_dropout", "--lora_fropout", type=dropout, default=0.1, help="in front of the adapter")
+    group.add_argument("--lora_bias", choices=["none", "all", "lora_only"], default="none", help="biases to train")
+    group.add_argument(
+        "--lora_target_modules",
+        nargs="+",
+        metavar="NAME",
+        help="layers to adapt, or all-linear (default: PEFT's choice)",
+    )
 
 
 def add_retain_ratio(group):

@@ -16,14 +16,15 @@ from transformers.cache_utils import Cache, DynamicLayer
 from utils.cli import note_once
 
 
-def completion_logits(model, batch, prompt=None, reference=None):
+def completion_logits(model, batch, prompt=None, reference=None, reference_head=None):
     """Logits at the positions that predict a completion token, float32, (N, |V|); a pair if `reference` is given.
 
     model: causal LM. batch: utils.data.Batch. prompt: None, virtual tokens (p, d) to stand in front of every row, or
-    what `prompt_prefix` made of them. reference: hidden states (M, d) as `completion_hidden` gives them; the
-    head maps them in the same call and the second item of the pair is their logits (M, |V|).
+    what `prompt_prefix` made of them. reference: hidden states (M, d) as `completion_hidden` gives them; the head
+    maps them in the same call and the second item of the pair is their logits (M, |V|). reference_head: what maps
+    them instead, where the head itself is trained: a frozen copy of it from before.
     """
-    with _gather_before_head(model, batch, reference) as seen:
+    with _gather_before_head(model, batch, reference, reference_head) as seen:
         logits = _run(model, batch, prompt, seen).float()
     return logits if reference is None else logits.split([len(batch.rows), len(reference)])
 
@@ -106,19 +107,45 @@ def _cast(model, prompt):
 
 
 @contextmanager
-def _gather_before_head(model, batch, reference=None):
+def _gather_before_head(model, batch, reference=None, reference_head=None):
     """While open, the head sees only hidden states that predict completion tokens, then the rows of `reference`.
 
-    A hook on the head rather than a second call of it, so that whatever the architecture does after the head (soft
+    Hooks on the head rather than a second call of it, so that whatever the architecture does after the head (soft
     caps, scales) still happens. Yields a dict: `offset` = virtual tokens in front, set before the pass; `hidden`.
     """
     seen = {"offset": 0}
 
     def gather(_, inputs):
-        seen["hidden"] = inputs[0][batch.rows, batch.positions + seen["offset"]]
-        return (seen["hidden"] if reference is None else torch.cat([seen["hidden"], reference.to(inputs[0])]),)
+        hidden = inputs[0]  # the head may be on another device than the batch
+        rows, positions = batch.rows.to(hidden.device), batch.positions.to(hidden.device)
+        seen["hidden"] = hidden[rows, positions + seen["offset"]]
+        if reference is None or reference_head is not None:
+            return (seen["hidden"],)
+        return (torch.cat([seen["hidden"], reference.to(inputs[0])]),)
 
-    handle = model.get_output_embeddings().register_forward_pre_hook(gather)
+    def append(_, inputs, output):
+        return torch.cat([output, reference_head(reference.to(inputs[0])).to(output)])
+
+    head = model.get_output_embeddings()
+    handles = [head.register_forward_pre_hook(gather)]
+    if reference_head is not None:
+        handles.append(head.register_forward_hook(append))
+    try:
+        yield seen
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
+def record_activations(layer):
+    """While open, every pass leaves the output (B, T, d) of module `layer` in the yielded dict under `activations`."""
+    seen = {}
+
+    def keep(_, inputs, output):
+        seen["activations"] = output if isinstance(output, torch.Tensor) else output[0]
+
+    handle = layer.register_forward_hook(keep)
     try:
         yield seen
     finally:

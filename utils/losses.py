@@ -37,3 +37,82 @@ def spul_loss(nll, kl, forget, n_forget, n_retain, alpha, beta):
         parts["L_kl"] = mean_over_rows(kl, n_retain)
         loss = loss + beta * parts["L_kl"]
     return loss, parts
+
+
+# Forget losses of the rivals (baselines.py). Each returns one value per completion token, or per row where its equation
+# is about whole completions; the caller takes the mean over forget rows. nll = - log f(y_i | x, y_<i) of a token, s =
+# its sum over a row's completion (`row_sums`), *_ref = the same under the model before unlearning, no gradient.
+
+
+def row_sums(per_token, rows, n_rows):
+    """s: the sum of `per_token` (N,) over the tokens of each row. rows (N,) int in [0, n_rows); returns (n_rows,)."""
+    return per_token.new_zeros(n_rows).index_add(0, rows, per_token)
+
+
+def gradient_ascent(nll):
+    """GA: - nll (SPUL section 4.2; arXiv 1910.12427). (N,) -> (N,)."""
+    return -nll
+
+
+def npo(s, s_ref, beta):
+    """NPO, arXiv 2404.05868, equation 3: -(2 / beta) log sigma( beta (s - s_ref) ). (B,), (B,) -> (B,).
+
+    Its gradient is that of gradient ascent times a weight in (0, 2) that tends to 1 as beta tends to 0.
+    """
+    return -2 / beta * torch.nn.functional.logsigmoid(beta * (s - s_ref))
+
+
+def simnpo(s, n_tokens, beta, delta):
+    """SimNPO, arXiv 2410.07163, equation 4: -(2 / beta) log sigma( beta (s / |y| - delta) ). (B,), (B,) -> (B,).
+
+    The margin stands inside the factor beta, as in the authors' code; the paper writes gamma = beta delta. Theirs is 0.
+    """
+    return -2 / beta * torch.nn.functional.logsigmoid(beta * (s / n_tokens - delta))
+
+
+def dpo(s, s_ref, s_preferred, s_preferred_ref, beta):
+    """DPO (arXiv 2305.18290, equation 7) with y = the true answer as the rejected one and "unknown" as the preferred
+    one (TOFU, arXiv 2401.06121): -(1 / beta) log sigma( beta ((s - s_ref) - (s_preferred - s_preferred_ref)) ).
+    All (B,) -> (B,). The factor 1 / beta, as in NPO, leaves the gradient's size comparable over beta.
+    """
+    margin = (s - s_ref) - (s_preferred - s_preferred_ref)
+    return -1 / beta * torch.nn.functional.logsigmoid(beta * margin)
+
+
+def undial(logits, reference_logits, targets, beta):
+    """UNDIAL, arXiv 2402.10052, section 3: cross-entropy to softmax(z_ref - beta 1[true token]).
+
+    logits, reference_logits (N, |V|), targets (N,) -> (N,).
+    """
+    lowered = reference_logits.scatter_add(
+        -1, targets[:, None], reference_logits.new_full((len(targets), 1), -float(beta))
+    )
+    return _cross_entropy(lowered.softmax(-1), logits)
+
+
+def wga(nll, beta):
+    """WGA, arXiv 2502.19301, section 5: - p^beta nll, p = exp(-nll), the weight not differentiated. (N,) -> (N,)."""
+    return -(nll.detach().neg() * beta).exp() * nll
+
+
+def satimp(nll, beta1, beta2):
+    """SatImp, arXiv 2505.11953, section 4: - p^beta1 (1 - p)^beta2 nll, the weight not differentiated. (N,) -> (N,)."""
+    p = nll.detach().neg().exp()
+    return -(p**beta1) * (1 - p) ** beta2 * nll
+
+
+def ceu(logits, targets):
+    """CE-U, arXiv 2503.01224, section 3: cross-entropy to softmax(z, true token at minus infinity), the target not
+    differentiated. logits (N, |V|), targets (N,) -> (N,). Minimal, with zero gradient, where p(true token) = 0."""
+    return _cross_entropy(logits.detach().scatter(-1, targets[:, None], -torch.inf).softmax(-1), logits)
+
+
+def rmu(activations, target):
+    """RMU, arXiv 2403.03218, section 4: mean over the d numbers of (activation - target)^2 for each token. Forget rows:
+    target = c u, (d,); retain rows: target = the activations before unlearning, (M, d). (M, d) -> (M,)."""
+    return (activations.float() - target.float()).square().mean(-1)
+
+
+def _cross_entropy(target, logits):
+    """- sum over the vocabulary of target log softmax(logits). Both (N, |V|) -> (N,)."""
+    return -(target * logits.log_softmax(-1)).sum(-1)

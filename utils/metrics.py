@@ -1,37 +1,46 @@
 """Scores over the whole vocabulary, as in the paper (section 4.1), and the records every script writes."""
 
+import contextlib
+import dataclasses
 import resource
 import sys
 
 import numpy as np
 import pandas as pd
 import torch
+from scipy.spatial.distance import jensenshannon
 from sklearn.metrics import accuracy_score, precision_recall_fscore_support
 from tqdm import tqdm
 
+from utils import processes
 from utils.cli import UserError
 from utils.data import SPLITS, UNLEARNING_LABELS, Example, collate, completion_ids, sample_rows, tokenize
 from utils.forward import completion_logits, prompt_prefix
 from utils.models import check_length, position_limit
 
-SHARES = ("accuracy", "f1", "precision", "recall", "out_of_label", "label_accuracy")
-
 
 @torch.inference_mode()
 def score_rows(loaded, frame, words, max_length, batch_size, progress=None):
-    """One row of results per row of `frame` (text, label_text): prediction, correct, label_prediction, loss.
+    """One row of results per row of `frame` (text, label_text): prediction, correct, label_prediction,
+    label_probabilities, loss.
 
     prediction: what the arg max over the vocabulary spells at the positions of the label's tokens; label_prediction:
-    the most probable of `words`; loss: - log f(label | text), nats. The order is that of `frame`.
+    the most probable of `words`; label_probabilities: {word: f(word | text)}, scaled to sum to 1; loss: - log f(label |
+    text), nats. With a gate also flagged and gate_probability. The order is that of `frame`. Several processes each
+    score a part, and every one returns all rows.
     """
-    prefix = None if loaded.prompt is None else prompt_prefix(loaded.model, loaded.prompt)
     completions = [completion_ids(loaded.tokenizer, word) for word in words]
-    examples = tokenize(loaded.tokenizer, frame["text"], frame["label_text"], max_length)
-    results = [None] * len(examples)
-    for batch_rows in _by_length(examples, batch_size):
+    flags, gated = _gated(loaded, frame["text"])
+    examples = _tokenized(loaded, frame["text"], frame["label_text"], max_length, flags)
+    sides = _sides(loaded)
+    results = {}
+    for batch_rows, n_rows in processes.deal(_by_length(examples, batch_size, flags)):
+        if not batch_rows:
+            continue
+        side = sides[flags[batch_rows[0]]]
         chosen = [examples[i] for i in batch_rows]
-        logits = _by_row(loaded, chosen, prefix)
-        scores = _label_scores(loaded, chosen, completions, logits, prefix)
+        logits = _by_row(side, chosen)
+        scores = _label_scores(side, chosen, completions, logits)
         for i, example, own, row_scores in zip(batch_rows, chosen, logits, scores):
             targets = torch.tensor(example.completion, device=own.device)
             guess = own.argmax(-1)
@@ -41,33 +50,75 @@ def score_rows(loaded, frame, words, max_length, batch_size, progress=None):
                 "prediction": word if right else f"{spelled} (in other tokens)" if spelled == word else spelled,
                 "correct": right,
                 "label_prediction": words[int(row_scores.argmax())],
+                "label_probabilities": dict(zip(words, row_scores.double().softmax(-1).tolist())),
                 "loss": torch.nn.functional.cross_entropy(own, targets, reduction="sum").item(),
+                **gated[i],
             }
         if progress is not None:
-            progress.update(len(batch_rows))
-    return pd.DataFrame(results)
+            progress.update(n_rows)
+    everybody = {i: result for part in processes.gather(results) for i, result in part.items()}
+    return pd.DataFrame([everybody[i] for i in range(len(examples))])
 
 
-def _by_length(examples, batch_size):
-    """Row numbers in batches of similar length: least padding, and results are put back by row number."""
-    order = sorted(range(len(examples)), key=lambda i: len(examples[i]))
-    return [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
+def _tokenized(loaded, texts, words, max_length, flags):
+    marks = None
+    if loaded.marks:  # found only where they count: finding names may take a model
+        found = iter(loaded.marks.spans([text for text, flag in zip(texts, flags) if flag]))
+        marks = [next(found) if flag else None for flag in flags]
+    return tokenize(loaded.tokenizer, texts, words, max_length, template=loaded.template, marks=marks)
 
 
-def _by_row(loaded, examples, prefix):
+def _gated(loaded, texts):
+    """([flag, ...], [{"flagged", "gate_probability"} or {}, ...]) of the texts; without a gate all are flagged."""
+    if loaded.gate is None:
+        return [True] * len(texts), [{}] * len(texts)
+    flags, probabilities = loaded.gate.decide(texts)
+    return flags.tolist(), [
+        {"flagged": bool(flag), "gate_probability": float(p)} for flag, p in zip(flags, probabilities)
+    ]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Side:
+    """How flagged rows are run, or the others: the model with its prompt and corruption, or the model alone."""
+
+    loaded: object
+    prefix: object
+    corruption: object
+
+
+def _sides(loaded):
+    """{flag: _Side}. A batch is all of one side, so that rows that are not flagged run as the plain model does."""
+    prefix = None if loaded.prompt is None else prompt_prefix(loaded.model, loaded.prompt)
+    return {True: _Side(loaded, prefix, loaded.corruption), False: _Side(loaded, None, None)}
+
+
+def _by_length(examples, batch_size, flags):
+    """Row numbers in batches of similar length and one flag: least padding; results are put back by row number."""
+    batches = []
+    for flag in (True, False):
+        order = sorted((i for i in range(len(examples)) if flags[i] == flag), key=lambda i: len(examples[i]))
+        batches += [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
+    return batches
+
+
+def _by_row(side, examples):
     """Logits at each example's completion tokens: a list of (m, |V|) tensors."""
-    batch = collate(examples, loaded.pad_id, loaded.model.device)
-    return completion_logits(loaded.model, batch, prefix).split([len(e.completion) for e in examples])
+    model = side.loaded.model
+    batch = collate(examples, side.loaded.pad_id, model.device)
+    corrupted = side.corruption.applied(model, examples) if side.corruption else contextlib.nullcontext()
+    with corrupted:
+        return completion_logits(model, batch, side.prefix).split([len(e.completion) for e in examples])
 
 
-def _label_scores(loaded, examples, completions, logits, prefix):
+def _label_scores(side, examples, completions, logits):
     """log f(word | text) for every word: a list of (n_words,) tensors. Words of one token need no further pass."""
     if all(len(ids) == 1 for ids in completions):
         first = torch.tensor([ids[0] for ids in completions], device=logits[0].device)
         return [row[0].log_softmax(-1)[first] for row in logits]
     columns = []
     for ids in completions:
-        rows = _by_row(loaded, [Example(e.prompt, ids) for e in examples], prefix)
+        rows = _by_row(side, [dataclasses.replace(e, completion=ids) for e in examples])
         targets = torch.tensor(ids, device=rows[0].device)
         columns.append(torch.stack([-torch.nn.functional.cross_entropy(r, targets, reduction="sum") for r in rows]))
     return list(torch.stack(columns, dim=1))
@@ -79,18 +130,20 @@ def answer(loaded, texts, words, max_length, batch_size):
 
     An answer runs for as many tokens as the longest known word has and ends early where it spells a known one.
     """
-    prefix = None if loaded.prompt is None else prompt_prefix(loaded.model, loaded.prompt)
     known = [*words, *UNLEARNING_LABELS]
     longest = max(len(completion_ids(loaded.tokenizer, word)) for word in known)
-    examples = tokenize(loaded.tokenizer, texts, [known[0]] * len(texts), max_length)
+    flags, _ = _gated(loaded, texts)
+    examples = _tokenized(loaded, texts, [known[0]] * len(texts), max_length, flags)
+    sides = _sides(loaded)
     p = 0 if loaded.prompt is None else len(loaded.prompt)
     check_length(loaded.model, max(len(e.prompt) for e in examples) + longest - 1, p)
     answers = [None] * len(texts)
-    for batch_rows in _by_length(examples, batch_size):
+    for batch_rows in _by_length(examples, batch_size, flags):
         chosen, log_p, spelled = [examples[i] for i in batch_rows], 0.0, [()] * len(batch_rows)
         done = {}
         for _ in range(longest):
-            logits = torch.cat(_by_row(loaded, [Example(e.prompt + s, (0,)) for e, s in zip(chosen, spelled)], prefix))
+            longer = [Example(e.prompt + s, (0,), marked=e.marked) for e, s in zip(chosen, spelled)]
+            logits = torch.cat(_by_row(sides[flags[batch_rows[0]]], longer))
             best, tokens = logits.log_softmax(-1).max(-1)
             log_p = log_p + best
             spelled = [s + (int(t),) for s, t in zip(spelled, tokens)]
@@ -138,15 +191,18 @@ def evaluate(loaded, frames, words, args, description):
     splits = {split: scores(rows, words) for split, rows in scored.items()}
     for part, rows in _slices(scored).items():
         splits[part] = scores(rows, words)
+    if loaded.gate is not None:
+        for split, rows in scored.items():
+            splits[split]["flagged"] = float(rows["flagged"].mean())
     return splits, pd.concat(scored.values(), ignore_index=True)
 
 
-def check_lengths(model, tokenizer, frames, args, p=0):
+def check_lengths(model, tokenizer, frames, args, p=0, template=None):
     """Raise UserError if a row to evaluate, behind `p` virtual tokens, does not fit the model; ask before training."""
     limit = position_limit(model)
     if limit and args.max_length + p > limit:
         for frame in frames.values():
-            rows = tokenize(tokenizer, frame["text"], frame["label_text"], args.max_length)
+            rows = tokenize(tokenizer, frame["text"], frame["label_text"], args.max_length, template=template)
             check_length(model, max(map(len, rows)), p)
 
 
@@ -167,30 +223,69 @@ def _slices(scored):
     parts = {}
     for phase in ("train", "test"):
         retain, forget = scored[f"{phase}_retain"], scored[f"{phase}_forget"]
-        parts[f"{phase}_retain:length_matched"] = retain.iloc[match_lengths(retain["text"], forget["text"])]
+        matched = match_lengths(retain["text"], forget["text"])
+        if matched:
+            parts[f"{phase}_retain:length_matched"] = retain.iloc[matched]
         for rows in (retain, forget):
             if "names_other" in rows and rows["names_other"].astype(bool).any():
                 parts[f"{rows['split'].iloc[0]}:names_other"] = rows[rows["names_other"].astype(bool)]
     return parts
 
 
+def with_distances(records, predictions):
+    """`records` with how far each is from the one whose method is "retrained", which never saw the forget rows.
+
+    predictions: for each record a DataFrame with split and label_probabilities, same rows in the same order. Adds
+    "distance_to_retrained": {"accuracy": mean over the four splits of |difference|, "js_train_forget",
+    "js_test_forget": mean Jensen-Shannon divergence of the answer distributions over the label words, in bits, in
+    [0, 1]}. Without a retrained record they come back as they are.
+    """
+    methods = [record["method"] for record in records]
+    if methods.count("retrained") != 1:
+        return records
+    target, target_rows = records[methods.index("retrained")], predictions[methods.index("retrained")]
+    result = []
+    for record, rows in zip(records, predictions):
+        gaps = [abs(record["splits"][s]["accuracy"] - target["splits"][s]["accuracy"]) for s in SPLITS]
+        distance = {"accuracy": float(np.mean(gaps))}
+        for split in ("train_forget", "test_forget"):
+            distance[f"js_{split}"] = js_divergence(_probabilities(rows, split), _probabilities(target_rows, split))
+        result.append({**record, "distance_to_retrained": distance})
+    return result
+
+
+def js_divergence(p, q):
+    """Mean over rows of the Jensen-Shannon divergence, in bits, of distributions p and q, both (rows, words)."""
+    return float(np.mean(jensenshannon(p, q, base=2, axis=1) ** 2))
+
+
+def _probabilities(rows, split):
+    """(rows, words) of the predictions of one split."""
+    return np.array([list(row.values()) for row in rows.loc[rows["split"] == split, "label_probabilities"]])
+
+
 def match_lengths(candidates, targets):
     """Positions in `candidates` whose numbers of words are closest to those of `targets`: each used at most once,
-    longest targets first, fewer than `targets` only where candidates run out."""
+    longest targets first. A target stays without a match where the closest is more than 2 words and a quarter away: a
+    few rows of the right length say more than many of another."""
     free = sorted(range(len(candidates)), key=lambda i: len(candidates.iloc[i].split()))
     lengths = [len(candidates.iloc[i].split()) for i in free]
     chosen = []
-    for length in sorted((len(text.split()) for text in targets), reverse=True)[: len(free)]:
+    for length in sorted((len(text.split()) for text in targets), reverse=True):
+        if not free:
+            break
         at = int(np.searchsorted(lengths, length))
         if at == len(lengths) or (at and length - lengths[at - 1] <= lengths[at] - length):
             at -= 1
-        lengths.pop(at)
-        chosen.append(free.pop(at))
+        if abs(lengths[at] - length) <= max(2, length / 4):
+            lengths.pop(at)
+            chosen.append(free.pop(at))
     return sorted(chosen)
 
 
-def record(method, checkpoint, model, args, splits, seconds):
-    """One record of metrics.json, the schema that every script and table shares. seconds: the evaluation's."""
+def record(method, checkpoint, model, args, splits, seconds, training=None):
+    """One record of metrics.json, the schema that every script and table shares. seconds: the evaluation's. training:
+    what the training cost (utils.training.Training.cost), where there was one."""
     return {
         "method": method,
         "checkpoint": str(checkpoint),
@@ -200,6 +295,7 @@ def record(method, checkpoint, model, args, splits, seconds):
         "splits": splits,
         "seconds": round(seconds, 2),
         "peak_memory_bytes": peak_memory(),
+        **({"training": training} if training else {}),
     }
 
 

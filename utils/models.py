@@ -14,7 +14,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils import is_flash_attn_2_available
 
-from utils.checkpoints import Link, parent_path, read_manifest, recover, verify_parent
+from utils import in_context, processes
+from utils.checkpoints import Link, base_name, parent_path, read_manifest, recover, verify_parent
 from utils.cli import UserError
 
 EAGER_UP_TO = 256  # tokens, virtual ones included; README, "Speed and memory"
@@ -23,16 +24,27 @@ HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
 
 @dataclass(frozen=True)
 class Loaded:
-    """A model ready to run. `prompt`: its virtual tokens (p, d) float32, or None. `chain`: Links, base first."""
+    """A model ready to run. `prompt`: its virtual tokens (p, d) float32, or None. `chain`: Links, base first.
+    `template`: what stands around every text (utils.in_context), None for the published template. `gate`: a
+    utils.gates.Gate; only the queries that it flags get the prompt or the corruption, None flags all. `corruption`:
+    what utils.corruption does to flagged queries, at the tokens that `marks` (utils.eco.Marks) names."""
 
     model: torch.nn.Module
     tokenizer: object
     prompt: torch.Tensor | None
     chain: list
+    template: object = None
+    gate: object = None
+    corruption: object = None
+    marks: object = None
 
     @property
     def pad_id(self):
         return self.tokenizer.pad_token_id
+
+    @property
+    def base_name(self):
+        return base_name(self.chain)
 
 
 def resolve_chain(name, trust_remote_code=False, parent=None, weights=True):
@@ -47,7 +59,7 @@ def resolve_chain(name, trust_remote_code=False, parent=None, weights=True):
     link = Link(path, str(name), manifest)
     if weights:
         link.sha256  # noqa: B018  (taken now, so that it is that of what gets loaded)
-    if manifest is None:
+    if manifest is None or manifest["kind"] == "full":  # holds all its weights: its parent is not needed
         return [link]
     chain = resolve_chain(parent_path(path, manifest, parent), trust_remote_code, weights=weights)
     if weights:
@@ -90,20 +102,26 @@ def _from_hub(name, trust_remote_code, weights):
 
 
 def pick_device(name):
-    """`auto` -> cuda, mps or cpu, whichever is there first. Raises UserError when the named device is not there."""
-    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    """`auto` -> cuda, mps or cpu, whichever is there first; of several processes on GPUs each gets its own, `cuda:<i>`.
+
+    Raises UserError when the named device is not there.
+    """
+    cuda = torch.cuda.is_available()
+    available = {"cuda": cuda, "mps": torch.backends.mps.is_available(), "cpu": True, "balanced": cuda}
     if name == "auto":
-        return next(device for device, there in available.items() if there)
+        name = next(device for device, there in available.items() if there)
     if not available[name]:
         raise UserError(f"--device={name} is not available on this machine; use --device=auto")
-    return name
+    if name == "balanced" and processes.count() > 1:
+        raise UserError("--device=balanced gives all GPUs to one process; start it with python, not accelerate launch")
+    return processes.own_gpu() if name == "cuda" and processes.count() > 1 else name
 
 
 def pick_dtype(name, device):
     """`auto` -> bfloat16 where the device computes in it, else float32 (float16 overflows without loss scaling)."""
     if name != "auto":
         return getattr(torch, name)
-    if device == "cuda":
+    if device.startswith(("cuda", "balanced")):
         fast = torch.cuda.is_bf16_supported(including_emulation=False)
     else:
         onednn = device == "cpu" and torch.backends.mkldnn.is_available()
@@ -135,7 +153,8 @@ def load_base(link, args, quantization="none"):
         raise UserError(f"{link.name} is quantised already; add --quantization=none")
     device = pick_device(args.device)
     dtype = pick_dtype(args.dtype, device)
-    options = {"dtype": dtype, "device_map": {"": device}, "trust_remote_code": args.trust_remote_code}
+    placement = device if device == "balanced" else {"": device}
+    options = {"dtype": dtype, "device_map": placement, "trust_remote_code": args.trust_remote_code}
     if quantization == "nf4":
         options["quantization_config"] = BitsAndBytesConfig(
             load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype
@@ -149,6 +168,11 @@ def load_base(link, args, quantization="none"):
         raise UserError(f"cannot load a causal language model from {link.name} ({_first_line(error)})")
     if info["missing_keys"]:  # transformers would fill them with random numbers
         raise UserError(f"{link.name} lacks the weight {min(info['missing_keys'])}; restore its files")
+    if link.path.is_file():  # from GGUF: loading has dequantised the weights, yet the model still claims otherwise
+        del model.config.quantization_config, model.hf_quantizer
+        model.is_quantized = False
+    if device == "balanced" and any(p.device.type != "cuda" for p in model.parameters()):
+        raise UserError(f"{link.name} does not fit the GPUs; use more of them or a smaller --dtype")
     set_attention(model, args.attn_implementation, device)
     if getattr(args, "gradient_checkpointing", False):
         checkpoint_layers(model)
@@ -216,13 +240,32 @@ def load(name, args, parent=None):
     """Everything `name` stands for, merged and ready: base, LoRA merged into it unquantised, prompt beside it."""
     chain = resolve_chain(name, args.trust_remote_code, parent)
     tokenizer = load_tokenizer(chain, args.set_pad_id, args.trust_remote_code)
-    model, prompt = load_base(chain[0], args), None
+    model, prompt, template = load_base(chain[0], args), None, None
     for link in chain[1:]:
         if link.kind == "lora":
             model = merge_lora(model, link)
-        else:
+        elif link.kind == "prompt":
             prompt = load_prompt(link).to(model.device)
-    return Loaded(model, tokenizer, prompt, chain)
+        elif link.kind == "in-context":
+            template = in_context.load(link)
+    loaded = Loaded(model, tokenizer, prompt, chain, template)
+    if chain[-1].kind == "eco":
+        from utils import eco  # it evaluates models, so it builds on this module
+
+        return eco.load(chain[-1], loaded, args)
+    return loaded
+
+
+def refuse_prompted(loaded):
+    """Raise UserError if the last Link is a prompt: what trains or instructs a model takes the model itself."""
+    if loaded.prompt is not None or loaded.template is not None or loaded.gate is not None:
+        raise UserError(f"{loaded.chain[-1].path} already is a prompt; --model_checkpoints takes what it was made on")
+
+
+def decoder_layers(model):
+    """The model's transformer layers, first to last: the list of modules as long as its configuration says."""
+    n = model.config.get_text_config().num_hidden_layers
+    return next(m for m in model.modules() if isinstance(m, torch.nn.ModuleList) and len(m) == n)
 
 
 def merge_lora(model, link):

@@ -34,7 +34,7 @@ from utils import data, losses, metrics, models
 from utils.cli import UserError
 from utils.forward import completion_hidden, completion_logits, prompt_prefix
 from utils.prompt_encoders import VirtualTokens
-from utils.reference import Reference
+from utils.reference import Reference, hidden_states, token_counts
 from utils.training import Training
 
 HEAP, KERNELS = 1.4, 60 * 2**20  # on a CPU; see above
@@ -82,6 +82,8 @@ def load_config(link, trust_remote_code):
 def training_rows(kind, args, tokenizer, frames):
     """The examples that a run of this kind trains on: retain, then forget; the labels of forget rows as it has them."""
     retain, forget = frames["train_retain"], frames["train_forget"]
+    if getattr(args, "retain_loss", None) == "none":
+        retain = retain.head(0)
     examples = data.tokenize(tokenizer, retain["text"], retain["label_text"], args.max_length)
     if getattr(args, "exclude_forget", False):
         return examples
@@ -295,11 +297,11 @@ def _parts(rows, size):
     return [rows[i : i + size] for i in range(0, len(rows), size)]
 
 
-def blank_reference(loaded, examples, *_):
+def blank_reference(loaded, examples, rows, frames, args, measure=hidden_states, settings=None):
     """A Reference of zeros: it costs a step what the real one does, takes no time to make and writes no file."""
-    tokens = sum(len(example.completion) for example in examples if not example.forget)
+    sizes = token_counts(examples, rows, measure)
     model, d = loaded.model, loaded.model.config.get_text_config().hidden_size
-    return Reference(torch.zeros(tokens, d, dtype=model.dtype, device=model.device), examples)
+    return Reference(torch.zeros(sum(sizes.values()), d, dtype=model.dtype), sizes)
 
 
 def print_probe(run, loaded, frames, words, evaluations=1, reference=False):

@@ -1,6 +1,7 @@
-"""The frozen model's own predictions on the retain rows, computed once: the reference of L_kl."""
+"""What the frozen model itself computes on training rows, once, before any training: the reference of a loss."""
 
 import hashlib
+import itertools
 import json
 import os
 from pathlib import Path
@@ -10,53 +11,89 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
+from utils import processes
 from utils.cli import UserError
 from utils.data import collate, dataset_name, fingerprint
-from utils.forward import completion_hidden
+from utils.forward import completion_hidden, completion_logits, record_activations
+from utils.losses import token_nll
 
 
 class Reference:
-    """Hidden states of the model without prompt where it predicts completion tokens; the frozen head makes logits of
-    them (d numbers a token instead of |V|).
+    """One vector per token of some examples: `values` (N, d) lists them in order, `sizes` {example number: tokens}.
+    They stay on the CPU: RMU's are the activations at every token of the data."""
 
-    `hidden` (N, d) lists the completion tokens of the retain examples in order; `rows(i...)` picks those of examples.
-    """
-
-    def __init__(self, hidden, examples):
-        self.hidden = hidden
+    def __init__(self, values, sizes):
+        self.values = values
         self._spans, start = {}, 0
-        for i, example in enumerate(examples):
-            if not example.forget:
-                self._spans[i] = (start, start + len(example.completion))
-                start += len(example.completion)
+        for i, size in sizes.items():
+            self._spans[i] = (start, start + size)
+            start += size
+
+    def has(self, row):
+        return row in self._spans
 
     def of(self, rows):
-        """Hidden states (M, d) of the retain examples among `rows`, in that order."""
-        spans = [self.hidden[slice(*self._spans[i])] for i in rows if i in self._spans]
-        return torch.cat([self.hidden[:0], *spans])
+        """The vectors (M, d) of those among the example numbers `rows` that have any, in that order, on the CPU."""
+        spans = [self.values[slice(*self._spans[i])] for i in rows if i in self._spans]
+        return torch.cat([self.values[:0], *spans])
 
 
-def load_reference(loaded, examples, retain, args):
-    """The Reference for the retain rows (frame `retain`) of `examples`, from its file, computed first if there is none.
+def hidden_states(loaded, batch):
+    """The head's inputs where completion tokens are predicted (N, d): d numbers instead of |V| logits."""
+    return completion_hidden(loaded.model, batch)
 
-    The file is args.logits_path or saved_logits/<model>-<dataset>-<key>; it stores the key: all that the numbers depend
-    on (model, data, settings). Raises UserError when the file there has another key; it is never used silently.
+
+@torch.no_grad()
+def completion_nll(loaded, batch):
+    """- log f of every completion token, (N, 1)."""
+    return token_nll(completion_logits(loaded.model, batch), batch.targets)[:, None]
+
+
+def activations_of(layer):
+    """The measure that gives the outputs of module `layer` at every real token, (tokens, d)."""
+
+    @torch.no_grad()
+    def activations(loaded, batch):
+        with record_activations(layer) as seen:
+            completion_hidden(loaded.model, batch)
+        return seen["activations"].to(batch.rows.device)[batch.attention_mask.bool()]
+
+    return activations
+
+
+def token_counts(examples, rows, measure):
+    """{example number: vectors that `measure` gives for it}, for the numbers `rows`."""
+    every = measure.__name__ == "activations"
+    return {i: len(examples[i]) if every else len(examples[i].completion) for i in rows}
+
+
+def load_reference(loaded, examples, rows, frames, args, measure=hidden_states, settings=None):
+    """The Reference of the examples number `rows` under `measure`, from its file, computed first if there is none.
+
+    measure: function(loaded, batch) -> (N, d). frames: {split: DataFrame} that the rows come from. settings: what else
+    the numbers depend on, as JSON. The file is args.logits_path or saved_logits/<model>-<dataset>-<key>; it stores the
+    key: all that the numbers depend on. Raises UserError when the file there has another key.
     """
     key = {
         "model": [link.sha256 for link in loaded.chain],
-        "data": fingerprint({"train_retain": retain}),
+        "data": fingerprint(frames),
         "max_length": args.max_length,
         "dtype": str(loaded.model.dtype),
+        "quantity": [measure.__name__, settings],
     }
     digest = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:12]
     name = f"{loaded.chain[-1].path.name}-{dataset_name(args.dataset)}-{digest}.safetensors"
     path = Path(args.logits_path or f"saved_logits/{name}")
-    if not path.exists():
-        _write(path, _compute(loaded, examples, args.eval_batch_size), key)
+    sizes = token_counts(examples, rows, measure)
+    if not processes.from_main(path.exists()):
+        values = _compute(loaded, examples, sizes, args.eval_batch_size, measure)
+        if processes.is_main():
+            _write(path, values, key)
+        processes.gather(None)  # the others wait for the file
     try:
         with safe_open(path, "pt") as file:
             found = json.loads(file.metadata()["key"])
-        hidden = load_file(path)["hidden"]
+        values = load_file(path)["values"]
     except (OSError, SafetensorError, TypeError, KeyError, ValueError):
         raise UserError(
             f"{path} is not a file of reference logits or is damaged; delete it or pass another --logits_path"
@@ -64,29 +101,35 @@ def load_reference(loaded, examples, retain, args):
     different = [name for name in key if found.get(name) != key[name]]
     if different:
         raise UserError(f"{path} was computed for another {different[0]}; delete it or pass another --logits_path")
-    return Reference(hidden.to(loaded.model.device), examples)
+    return Reference(values, sizes)
 
 
-def _compute(loaded, examples, batch_size):
-    """Hidden states (N, d) of all retain examples in order, without gradients."""
-    retain = [i for i, example in enumerate(examples) if not example.forget]
-    order = sorted(retain, key=lambda i: len(examples[i]))
-    parts = {}
-    with tqdm(total=len(retain), desc="reference", unit="row", dynamic_ncols=True, mininterval=1) as progress:
-        for start in range(0, len(order), batch_size):
-            rows = order[start : start + batch_size]
-            chosen = [examples[i] for i in rows]
-            hidden = completion_hidden(loaded.model, collate(chosen, loaded.pad_id, loaded.model.device)).cpu()
-            parts |= dict(zip(rows, hidden.split([len(example.completion) for example in chosen])))
-            progress.update(len(rows))
-    return torch.cat([parts[i] for i in retain])
+def _compute(loaded, examples, sizes, batch_size, measure):
+    """The vectors (N, d) of the examples in `sizes`, in that order."""
+    order = sorted(sizes, key=lambda i: len(examples[i]))
+    starts = dict(zip(sizes, itertools.accumulate(sizes.values(), initial=0)))
+    result = None
+    with tqdm(total=len(order), desc="reference", unit="row", dynamic_ncols=True, mininterval=1) as progress:
+        batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+        for rows, n_rows in processes.deal(batches):
+            own = {}
+            if rows:
+                batch = collate([examples[i] for i in rows], loaded.pad_id, loaded.model.device)
+                values = measure(loaded, batch).cpu()
+                own = dict(zip(rows, values.split([sizes[i] for i in rows])))
+            for i, vectors in (item for part in processes.gather(own) for item in part.items()):
+                if result is None:
+                    result = vectors.new_empty(sum(sizes.values()), vectors.shape[1])
+                result[starts[i] : starts[i] + sizes[i]] = vectors
+            progress.update(n_rows)
+    return result
 
 
-def _write(path, hidden, key):
+def _write(path, values, key):
     temporary = path.with_suffix(".tmp")
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
-        save_file({"hidden": hidden.contiguous()}, temporary, {"key": json.dumps(key)})
+        save_file({"values": values.contiguous()}, temporary, {"key": json.dumps(key)})
         os.replace(temporary, path)
     except BaseException:
         temporary.unlink(missing_ok=True)

@@ -6,7 +6,11 @@ from pathlib import Path
 import matplotlib
 import numpy as np
 
+from utils.checkpoints import write_json
 from utils.splits import SPLITS
+
+DISTANCES = ["accuracy gap to retrained, points", "JS to retrained, bits (train/test forget)"]
+FILLS = ("full", "none", "left")
 
 matplotlib.use("Agg")
 from matplotlib import pyplot  # noqa: E402  (the backend without a screen has to be chosen first)
@@ -15,15 +19,134 @@ from matplotlib import pyplot  # noqa: E402  (the backend without a screen has t
 def table(records):
     """The records as text: accuracy / weighted F1 in percent for the four splits, then the out-of-label share."""
     header = ["method", *(f"{split} (acc/F1)" for split in SPLITS), "forget answers out of label (train/test)"]
-    lines = [header]
+    distances = all("distance_to_retrained" in entry for entry in records)
+    lines = [header + DISTANCES * distances]
     for entry in records:
         splits = entry["splits"]
         cells = [f"{100 * splits[s]['accuracy']:.1f} / {100 * splits[s]['f1']:.1f}" for s in SPLITS]
         out = " / ".join(f"{100 * splits[s]['out_of_label']:.1f}" for s in ("train_forget", "test_forget"))
-        lines.append([entry["method"], *cells, out])
+        lines.append([entry["method"], *cells, out, *(_distance_cells([entry]) if distances else [])])
+    return _aligned(lines)
+
+
+def _aligned(lines):
+    """Rows of cells, the header first, as a Markdown table."""
     widths = [max(map(len, column)) for column in zip(*lines)]
-    lines.insert(1, ["-" * width for width in widths])
+    lines = [lines[0], ["-" * width for width in widths], *lines[1:]]
     return "\n".join("| " + " | ".join(c.ljust(w) for c, w in zip(line, widths)) + " |" for line in lines)
+
+
+def _distance_cells(entries):
+    """Mean accuracy gap in points, then the two Jensen-Shannon divergences in bits."""
+    rows = [entry["distance_to_retrained"] for entry in entries]
+    gap = _mean_and_spread([100 * row["accuracy"] for row in rows], 1)
+    js = [_mean_and_spread([row[f"js_{split}"] for row in rows], 3) for split in ("train_forget", "test_forget")]
+    return [gap, " / ".join(js)]
+
+
+def _mean_and_spread(values, digits):
+    """The mean, with the standard deviation (n - 1) behind it where there are several values."""
+    mean = f"{np.mean(values):.{digits}f}"
+    return mean if len(values) == 1 else f"{mean} ± {np.std(values, ddof=1):.{digits}f}"
+
+
+def write_comparison(folder, records):
+    """table.md, metrics.json and tradeoff.png of `utils.compare`: one record per method and seed."""
+    write_json(Path(folder) / "metrics.json", records)
+    (Path(folder) / "table.md").write_text(comparison_table(records) + "\n")
+    draw_tradeoff(records, Path(folder) / "tradeoff.png")
+
+
+def comparison_table(records):
+    """One line per method, in the order of first appearance: accuracy in percent (mean and standard deviation over
+    seeds), distance to the retrained model, cost of a training step."""
+    lines = [
+        ["method", *SPLITS, "forget answers out of label (train/test)", *DISTANCES, "learning rate", "s/step", "GiB"]
+    ]
+    for method in dict.fromkeys(entry["method"] for entry in records):
+        entries = [entry for entry in records if entry["method"] == method]
+        scores = [[entry["splits"][split] for entry in entries] for split in SPLITS]
+        cells = [_mean_and_spread([100 * score["accuracy"] for score in column], 1) for column in scores]
+        out = [_mean_and_spread([100 * s["out_of_label"] for s in scores[i]], 1) for i in (1, 3)]
+        rates = sorted({entry["search"]["lr"] for entry in entries if "search" in entry})
+        costs = [entry["training"] for entry in entries if entry.get("training")]
+        seconds = [cost["seconds_per_step"] for cost in costs if cost["seconds_per_step"]]
+        lines.append([
+            method + (" (target)" if method == "retrained" else ""), *cells, " / ".join(out), *_distance_cells(entries),
+            ", ".join(f"{rate:g}" for rate in rates), f"{np.mean(seconds):.2f}" if seconds else "",
+            f"{max(cost['peak_memory_bytes'] for cost in costs) / 2**30:.1f}" if costs else "",
+        ])  # fmt: skip
+    return _aligned(lines)
+
+
+def draw_tradeoff(records, path):
+    """Forget accuracy against retain accuracy, train and test: a small mark per seed, a large one for the mean. Every
+    method has its own shape, so that it reads without colour and no label can overlap."""
+    shapes = "osD^v<>phHdX*P8" + "x+1234|_"
+    figure, panels = pyplot.subplots(1, 2, figsize=(11, 4.8), sharey=True)
+    methods = list(dict.fromkeys(entry["method"] for entry in records))
+    for panel, phase in zip(panels, ("train", "test")):
+        for i, method in enumerate(methods):
+            splits = [entry["splits"] for entry in records if entry["method"] == method]
+            retain, forget = ([100 * s[f"{phase}_{kind}"]["accuracy"] for s in splits] for kind in ("retain", "forget"))
+            target, shape = method == "retrained", shapes[i % len(shapes)]
+            style = {"marker": shape, "color": "black" if target else f"C{i % 10}", "linestyle": "none"}
+            if len(splits) > 1:
+                panel.plot(retain, forget, markersize=4, alpha=0.5, **style)
+            label = "retrained (target)" if target else method
+            edge = {} if shape in "x+1234|_" else {"markeredgecolor": "black", "fillstyle": FILLS[i // 10 % 3]}
+            size = 13 - 7 * i / len(methods)  # those drawn later are smaller, so that none hides another
+            panel.plot(np.mean(retain), np.mean(forget), markersize=size, label=label, **style, **edge)
+        panel.plot(
+            100, 0, marker="*", markersize=16, color="white", markeredgecolor="black", linestyle="none", label="ideal"
+        )
+        panel.set(title=phase, xlabel=f"{phase}_retain accuracy, % (keep)", xlim=(-4, 104), ylim=(-4, 104))
+        panel.grid(alpha=0.3)
+        panel.spines[["top", "right"]].set_visible(False)
+    panels[0].set_ylabel("forget accuracy, % (forget)")
+    handles, labels = panels[0].get_legend_handles_labels()
+    figure.legend(handles, labels, frameon=False, loc="center left", bbox_to_anchor=(0.8, 0.5), fontsize=9)
+    figure.tight_layout(rect=(0, 0, 0.8, 1))
+    figure.savefig(path, dpi=150)
+    pyplot.close(figure)
+
+
+def gate_table(settings):
+    """What ECO's classifier does on the four splits, and when names are rewritten, as text."""
+    rates, held = settings["rates"], settings["calibration"]
+    lines = [["split", "flagged, %", "wrong, %"]]
+    lines += [
+        [split, f"{100 * rate['flagged']:.1f}", f"{100 * rate['wrong']:.1f}" if "wrong" in rate else ""]
+        for split, rate in rates.items()
+        if isinstance(rate, dict)
+    ]
+    text = [
+        f"classifier {settings['classifier']}, threshold {settings['threshold']:.4f} set on {held['retain']} retain "
+        f"and {held['forget']} forget rows held out; AUC {held['auc']:.3f} there, {rates['auc_train']:.3f} on train, "
+        f"{rates['auc_test']:.3f} on test",
+        _aligned(lines),
+    ]
+    if settings["evasion"]:
+        evasions = [["names rewritten", "flagged, % (train_forget)", "flagged, % (test_forget)"]]
+        for evasion, share in settings["evasion"].items():
+            shares = [f"{100 * share[s]:.1f}" if s in share else "" for s in ("train_forget", "test_forget")]
+            evasions.append([evasion, *shares])
+        text.append(_aligned(evasions))
+    return "\n".join(text)
+
+
+def draw_strength(curve, metric, target, chosen, path):
+    """The metric on train_forget against the strength of ECO's corruption; target and choice marked."""
+    figure, axes = pyplot.subplots(figsize=(5, 3.4))
+    axes.semilogx([point["strength"] for point in curve], [point["metric"] for point in curve], "o-", color="black")
+    axes.axhline(target, linestyle="--", color="gray", label="target")
+    axes.axvline(chosen, linestyle=":", color="gray", label="chosen")
+    axes.set(xlabel="strength of the corruption", ylabel=f"{metric} on train_forget", ylim=(-0.02, 1.02))
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False)
+    figure.tight_layout()
+    figure.savefig(path, dpi=150)
+    pyplot.close(figure)
 
 
 def meaning(records):
@@ -95,7 +218,9 @@ def write_curves(folder, log):
             label=name.replace("L_", "$L_{") + "}$" if name != "loss" else "loss",
             linewidth=1.2,
         )
-    axes[0][0].set(xlabel="step", ylabel="nats per row", ylim=(0, None))
+    axes[0][0].set(xlabel="step", ylabel="nats per row")
+    if all(line[name] >= 0 for line in losses for name in names):  # gradient ascent goes below
+        axes[0][0].set_ylim(bottom=0)
     axes[0][0].legend(frameon=False)
     if accuracies:
         steps = [line["step"] for line in accuracies]

@@ -7,15 +7,18 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 from transformers import get_cosine_schedule_with_warmup
 
+from utils import processes
 from utils.checkpoints import check_output
 from utils.cli import UserError
 from utils.data import epoch_batches
+from utils.metrics import peak_memory
 
 UNSAVED_ARGUMENTS = (  # change nothing in what is trained
     "resume", "overwrite", "output_path", "logits_path", "save_steps", "eval_batch_size", "max_eval_samples",
@@ -32,6 +35,10 @@ class Training:
     those of the whole step, so that micro-batches add up to the step exactly. chain: Links of the frozen model.
     state_path: the file that holds everything needed to continue. evaluate: function() -> {split: accuracy}, called
     every args.eval_steps.
+    `cost`, after `run`: {"steps", "seconds_per_step" (median), "peak_memory_bytes"}.
+
+    Started by `accelerate launch`, every process runs the same Training; the rows of a step are shared out
+    (utils.processes), which changes no result but for the order of float additions and the places that dropout draws.
     """
 
     parameters: dict
@@ -43,6 +50,7 @@ class Training:
     chain: list
     warmup: float
     evaluate: object = None
+    cost: dict | None = None
 
     @property
     def settings(self):
@@ -61,6 +69,10 @@ class Training:
             for i, rows in enumerate(self._batches(epoch)):
                 if done <= epoch * per_epoch + i < total:
                     yield epoch * per_epoch + i + 1, rows
+
+    def _upcoming(self, done):
+        """What `run` goes through; a benchmark puts its clock and its batches here."""
+        yield from self.steps_from(done)
 
     def _batches(self, epoch):
         args = self.args
@@ -89,7 +101,12 @@ class Training:
         seen, ahead = (sum(len(rows) for _, rows in self.steps_from(start)) for start in (0, done))
         bar = tqdm(total=seen, initial=seen - ahead, desc="training", unit="row", dynamic_ncols=True, mininterval=1)
         rows = None
-        for step, rows in self.steps_from(done):
+        seconds = []
+        for step, rows in self._upcoming(done):
+            if self._may_stop(log):
+                break
+            start = time.perf_counter()
+            processes.draw_apart(args.seed, step)
             line = {"step": step, "lr": schedule.get_last_lr()[0], **self.accumulate(rows)}
             self._refuse_non_finite(line)
             line["gradient_norm"] = float(torch.nn.utils.clip_grad_norm_(values, args.max_grad_norm))
@@ -97,6 +114,7 @@ class Training:
             optimizer.step()
             schedule.step()
             optimizer.zero_grad()
+            seconds.append(time.perf_counter() - start)
             log.append(line)
             parts = {key: f"{value:.3f}" for key, value in line.items() if key[:2] in ("L_", "lo")}
             bar.set_postfix({"step": f"{step}/{total}", **parts}, refresh=False)
@@ -110,22 +128,40 @@ class Training:
         bar.close()
         if rows:
             with torch.no_grad():  # no logged loss has seen the last update
-                last, _ = self.loss(rows[: args.micro_batch_size or len(rows)], 1, 1)
-            self._refuse_non_finite({"step": step, "loss": float(last)})
+                some = self._share(rows)[: args.micro_batch_size or len(rows)]
+                last = float(self.loss(some, 1, 1)[0]) if some else 0.0
+            self._refuse_non_finite({"step": step, **processes.add_up({"loss": last})})
             self._save(optimizer, schedule, log)  # evaluation is still to come
+        self.cost = {
+            "steps": max(line["step"] for line in log),
+            "seconds_per_step": round(float(np.median(seconds)), 3) if seconds else None,
+            "peak_memory_bytes": peak_memory(),
+        }
         return log
 
+    def _may_stop(self, log):
+        """Whether the forget accuracy that --stop_at_forget_accuracy asks for was reached."""
+        target = getattr(self.args, "stop_at_forget_accuracy", None)
+        last = log[-1] if log else {}
+        return target is not None and "accuracy" in last and last["accuracy"]["train_forget"] <= target
+
     def accumulate(self, rows):
-        """Accumulate the gradient of one step over its micro-batches; returns the summed loss and parts as floats."""
+        """Accumulate the gradient of one step over its micro-batches, those of all processes; returns the summed loss
+        and parts as floats."""
         n_forget = sum(self.examples[i].forget for i in rows)
+        own = self._share(rows)
         size = self.args.micro_batch_size or len(rows)
         sums = {}
-        for start in range(0, len(rows), size):
-            loss, parts = self.loss(rows[start : start + size], n_forget, len(rows) - n_forget)
+        for start in range(0, len(own), size):
+            loss, parts = self.loss(own[start : start + size], n_forget, len(rows) - n_forget)
             loss.backward()
             for key, value in {"loss": loss, **parts}.items():
                 sums[key] = sums.get(key, 0.0) + float(value.detach())
-        return sums
+        processes.add_gradients(self.parameters.values())
+        return processes.add_up(sums)
+
+    def _share(self, rows):
+        return processes.share(rows, lambda i: len(self.examples[i]))
 
     def _refuse_non_finite(self, line):
         bad = [key for key, value in line.items() if not math.isfinite(value)]
@@ -139,6 +175,8 @@ class Training:
     # The state is one safetensors file replaced in one step, so that a kill leaves the old one or the new one.
 
     def _save(self, optimizer, schedule, log):
+        if not processes.is_main():
+            return
         tensors = {f"parameter.{name}": value.detach() for name, value in self.parameters.items()}
         for i, state in optimizer.state_dict()["state"].items():
             tensors |= {f"optimizer.{i}.{key}": value for key, value in state.items()}
@@ -188,6 +226,7 @@ def output_path(args, stem):
         newest = max(states, key=lambda path: path.stat().st_mtime, default=state_path(f"unlearn_checkpoints/{stem}"))
         output = str(newest).removesuffix(state_path("").name)
     output = output or f"unlearn_checkpoints/{stem}_{time.strftime('%Y-%m-%d_%H-%M-%S')}"
+    output = processes.from_main(output)  # clocks differ
     check_start(output, args)
     return output
 

@@ -1,0 +1,122 @@
+r"""Time, memory and floor of this project against the plain path (PEFT and Trainer as published), both in one run.
+
+python tests/benchmarks/bench.py --model=data/models/smollm2 --dataset=snippets
+
+Every path runs in a process of its own; a round gives each of them the same batch in turn, and a ratio is the median
+over rounds. Writes bench.json and bench.png to --output_path.
+"""
+
+import json
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from utils import cli  # noqa: E402  (found on the path set above)
+
+PARTS = ("training", "baselines", "prompts", "lengths", "rows", "reference", "inference")
+
+# What is trained: the script and its flags, and how the plain path does the same: weighted losses (cross-entropy on
+# forget and retain rows, KL on retain rows), and whether forget rows carry an unlearning word instead of their label.
+SPUL = {
+    "script": "spul",
+    "arguments": [],
+    "losses": {"forget": 1.0, "retain": 0.5, "kl": 0.5},
+    "flipped": True,
+}
+
+
+def _baseline(method, losses, flipped=False):
+    return {"script": "baselines", "arguments": [f"--unlearn_method={method}"], "losses": losses, "flipped": flipped}
+
+
+BASELINES = {
+    "GA": _baseline("gradient_ascent", {"forget": -1.0}),
+    "RL": _baseline("random_label", {"forget": 1.0}, flipped=True),
+    "GA+KL": _baseline("gradient_ascent_kl", {"forget": -1.0, "kl": 1.0}),
+    "GA+GD": _baseline("gradient_ascent_descent", {"forget": -1.0, "retain": 1.0}),
+}
+
+
+def parse_args():
+    parser = cli.ArgumentParser(__doc__)
+    parser.add_argument("--model", default="data/models/smollm2", help="a plain model: folder or hub id")
+    parser.add_argument("--dataset", default="snippets", help="snippets, sst2, yelp, or a folder with the four splits")
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS, help="what to measure")
+    parser.add_argument("--batch_size", type=cli.positive_int, default=32, help="rows per step")
+    parser.add_argument("--prompt_length", type=cli.positive_int, default=30, help="p of every part but `prompts`")
+    parser.add_argument("--prompt_lengths", type=cli.positive_int, nargs="+", default=[10, 30, 50], help="of `prompts`")
+    parser.add_argument(
+        "--text_lengths", type=cli.positive_int, nargs="+", default=[32, 64, 128, 256, 512, 1024],
+        help="tokens a row in `lengths`, template and label included",
+    )  # fmt: skip
+    parser.add_argument(
+        "--length_tokens", type=cli.positive_int, default=2048,
+        help="text tokens a batch in `lengths`: fewer rows, the longer they are, so that the plain path fits in memory",
+    )  # fmt: skip
+    parser.add_argument("--eval_rows", type=cli.positive_int, default=128, help="rows of `reference` and `inference`")
+    parser.add_argument("--rounds", type=cli.positive_int, default=3, help="timed passes per path, after a small one")
+    parser.add_argument("--sweep_rounds", type=cli.positive_int, default=2, help="the same in the parts that sweep")
+    parser.add_argument("--device", choices=["auto", "cuda", "mps", "cpu"], default="auto", help="where to compute")
+    parser.add_argument(
+        "--dtype", choices=["auto", "bfloat16", "float32", "float16"], default="auto", help="of this project's path"
+    )
+    parser.add_argument("--seed", type=cli.non_negative_int, default=42, help="of rows, words and initialisation")
+    parser.add_argument("--output_path", default="results/bench", help="folder for bench.json and bench.png")
+    return parser.parse_args()
+
+
+def cells(args):
+    """Every Cell of the run in the order of PARTS; each begins with a pass over two rows that is not counted."""
+    from rounds import Cell, Variant
+
+    p, sweep = args.prompt_length, args.sweep_rounds
+    plain, ours = Variant("plain", "float32", p), Variant("ours", args.dtype, p)
+    batch = [args.batch_size]
+    variants = [plain, Variant("plain", "bfloat16", p), ours]
+    yield Cell("training", f"SPUL, p = {p}", "training", variants, batch * args.rounds, SPUL)
+    for name, training in BASELINES.items():
+        variants = [Variant("plain", "float32", 0), Variant("ours", args.dtype, 0)]
+        yield Cell("baselines", name, "training", variants, batch * sweep, training)
+    for n in args.prompt_lengths:
+        variants = [Variant("plain", "float32", n), Variant("ours", args.dtype, n)]
+        yield Cell("prompts", f"SPUL, p = {n}", "training", variants, batch * sweep, SPUL)
+    for length in args.text_lengths:
+        rows = min(args.batch_size, max(1, args.length_tokens // length))
+        yield Cell("lengths", f"SPUL, {length} tokens", "training", [plain, ours], [rows] * sweep, SPUL, length)
+    by_rows = [max(1, args.batch_size * quarter // 4) for quarter in (1, 2, 3, 4)]
+    yield Cell("rows", "SPUL, 64 tokens", "training", [ours], by_rows * sweep, SPUL, length=64)
+    passes = [args.eval_rows] * args.rounds
+    yield Cell("reference", "reference pass", "reference", [plain, ours], passes, SPUL)
+    without = Variant("ours", args.dtype, 0)
+    yield Cell("inference", f"inference, p = {p}", "inference", [plain, without, ours], passes, SPUL)
+
+
+def main(args):
+    import rounds
+    import summary
+
+    from utils import checkpoints
+
+    folder, start = Path(args.output_path), time.time()
+    bench = rounds.Bench(args)
+    todo, records = [cell for cell in cells(args) if cell.part in args.parts], []
+    for cell in todo:
+        bench.check_length(cell)
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory() as work:
+        for i, cell in enumerate(todo):
+            records += bench.measure(cell, Path(work) / str(i))
+            print(summary.rows(records, cell, header=not i), flush=True)
+    result = {"machine": bench.machine, "settings": vars(args), "seconds": time.time() - start, "records": records}
+    result |= {"ratios": summary.ratios(records), "linear_in_rows": summary.linear_fit(records)}
+    print("\n".join(["", *summary.sentences(result)]))
+    checkpoints.write_json(folder / "bench.json", json.loads(json.dumps(result, default=str)))
+    summary.draw(result, folder / "bench.png")
+    print(f"wrote {folder}/bench.json and bench.png")
+
+
+if __name__ == "__main__":
+    cli.run(parse_args, main)

@@ -1,0 +1,312 @@
+"""The paths that the benchmark times, each in a process of its own, so that its peak memory is its own.
+
+`ours` runs the project's own scripts and functions; `plain` is what the paper's code does, repaired just enough to run,
+from library parts: PEFT's prompt encoder (`get_peft_model`) and transformers' Trainer with gradient checkpointing,
+logits of every position, virtual tokens in front of every row, and full-vocabulary rows of reference logits.
+"""
+
+import contextlib
+import importlib
+import os
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import torch
+from peft import PromptEncoderConfig, get_peft_model
+from safetensors.torch import save_file
+from torch.nn.utils.rnn import pad_sequence
+from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments
+
+from utils import data, metrics, models, objectives, reference, report  # noqa: F401  (once, before the forks)
+from utils.forward import completion_logits
+from utils.losses import token_kl
+from utils.training import Training
+
+
+def work(spec, connection):
+    """Run the path of `spec` (rounds.Bench writes it); what it prints goes to a file."""
+    log = os.open(Path(spec["work"]) / "log.txt", os.O_WRONLY | os.O_CREAT)
+    os.dup2(log, 1)
+    os.dup2(log, 2)
+    PATHS[spec["task"], spec["path"]](spec, Clock(connection))
+
+
+class Clock:
+    """Times the passes. Each waits for a message of the benchmark and is answered by seconds, peak memory and loss."""
+
+    def __init__(self, connection):
+        self.connection, self.loss = connection, None
+
+    def begin(self):
+        """Say that the next pass can begin, and wait until it may; the process ends when no more is wanted."""
+        self.connection.send("ready")
+        try:
+            self.connection.recv()
+        except EOFError:
+            sys.exit()
+        _synchronise()
+        self.start = time.perf_counter()
+
+    def end(self):
+        _synchronise()
+        seconds = time.perf_counter() - self.start
+        self.connection.send({"seconds": seconds, "peak_bytes": metrics.peak_memory(), "loss": self.loss})
+
+    @contextlib.contextmanager
+    def timed(self):
+        self.begin()
+        yield
+        self.end()
+
+
+def _synchronise():
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def our_training(spec, clock):
+    """The script itself (spul.py, baselines.py) on the spec's batches; a pass is a step, optimiser and log included."""
+    step = Training.accumulate
+
+    def steps(self, done):
+        for i, rows in enumerate(spec["batches"]):
+            with clock.timed():
+                yield i + 1, rows
+
+    def noted_step(self, rows):
+        sums = step(self, rows)
+        clock.loss = sums["loss"]
+        return sums
+
+    Training._upcoming, Training.accumulate = steps, noted_step
+    _run_script(spec)
+
+
+def our_reference(spec, clock):
+    """The reference pass of spul.py over its retain rows, to a new file each time, written and read back."""
+    load = reference.load_reference
+
+    def repeated(*inputs):
+        args = inputs[-1]
+        for i in range(len(spec["sizes"])):
+            args.logits_path = f"{spec['work']}/reference-{i}.safetensors"
+            with clock.timed():
+                load(*inputs)
+
+    reference.load_reference = repeated
+    _run_script(spec)
+
+
+def _run_script(spec):
+    """The spec's script as its command line runs it, in this process."""
+    module = importlib.import_module(spec["script"])
+    sys.argv = [
+        f"{spec['script']}.py",
+        *spec["arguments"],
+        f"--model_checkpoints={spec['model']}",
+        f"--dataset={spec['data']}",
+        f"--max_length={spec['max_length']}",
+        f"--device={spec['device']}",
+        f"--dtype={spec['dtype']}",
+        f"--seed={spec['seed']}",
+        f"--train_batch_size={spec['batch_size']}",
+        f"--eval_batch_size={spec['batch_size']}",
+        "--max_eval_samples=0",
+        f"--output_path={spec['work']}/checkpoint",
+        f"--logits_path={spec['work']}/logits.safetensors",
+    ]
+    if spec["p"]:
+        sys.argv.append(f"--ptuning_num_tokens={spec['p']}")
+    module.main(module.parse_args())
+
+
+def plain_training(spec, clock):
+    """Trainer with the published settings; a pass is what lies between its on_step_begin and on_step_end."""
+    examples, tokenizer = examples_of(spec)
+    model = _plain_model(spec)
+    batches = [
+        _plain_batch(model, [examples[i] for i in rows], tokenizer.pad_token_id, spec) for rows in spec["batches"]
+    ]
+    if spec["script"] == "spul":
+        model = _with_prompt_encoder(model, spec)
+    else:
+        model.requires_grad_(True)
+
+    class PlainTrainer(Trainer):
+        def get_train_dataloader(self):
+            return torch.utils.data.DataLoader(batches, batch_size=None)
+
+        def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+            keys = ("input_ids", "attention_mask", "labels")
+            outputs = model(**{key: inputs[key] for key in keys})  # given labels, the model computes a loss of its own
+            loss = _plain_loss(outputs.logits, inputs, spec["losses"])
+            clock.loss = loss.item()
+            return loss
+
+    class Steps(TrainerCallback):
+        def on_step_begin(self, *_, **__):
+            clock.begin()
+
+        def on_step_end(self, *_, **__):
+            clock.end()
+
+    arguments = TrainingArguments(
+        output_dir=spec["work"],
+        max_steps=len(batches),
+        learning_rate=1e-4,
+        weight_decay=1e-3,
+        max_grad_norm=0.3,
+        lr_scheduler_type="cosine",
+        warmup_steps=0.1,
+        gradient_checkpointing=True,
+        remove_unused_columns=False,
+        use_cpu=model.device.type == "cpu",
+        save_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+        seed=spec["seed"],
+    )
+    PlainTrainer(model, arguments, train_dataset=batches, callbacks=[Steps()]).train()
+
+
+def examples_of(spec):
+    """The rows as the script numbers them: train_retain, if it trains on any, then train_forget; and the tokenizer."""
+    frames = data.load_splits(spec["data"])
+    tokenizer = models.load_tokenizer(models.resolve_chain(spec["model"]), False)
+    retain, forget = frames["train_retain"], frames["train_forget"]
+    words = data.draw_unlearning_labels(len(forget), spec["seed"]) if spec["flipped"] else forget["label_text"]
+    examples = data.tokenize(tokenizer, forget["text"], words, spec["max_length"], forget=True)
+    if spec["losses"].keys() & {"retain", "kl"}:
+        examples = data.tokenize(tokenizer, retain["text"], retain["label_text"], spec["max_length"]) + examples
+    return examples, tokenizer
+
+
+def _plain_model(spec):
+
+    dtype = getattr(torch, spec["dtype"])
+    model = AutoModelForCausalLM.from_pretrained(spec["model"], dtype=dtype).to(models.pick_device(spec["device"]))
+    return model.eval().requires_grad_(False)
+
+
+def _with_prompt_encoder(model, spec):
+
+    config = PromptEncoderConfig(task_type="CAUSAL_LM", num_virtual_tokens=spec["p"], encoder_hidden_size=128)
+    torch.manual_seed(spec["seed"])
+    return get_peft_model(model, config)
+
+
+def _plain_batch(model, examples, pad_id, spec):
+    """A batch as a collator for completions gives it: labels (B, T) with -100 at all but the completion's tokens; and
+    the cached reference logits (M, |V|) of the completion tokens of its retain rows."""
+    rows = [torch.tensor(example.prompt + example.completion) for example in examples]
+    inputs = {
+        "input_ids": pad_sequence(rows, batch_first=True, padding_value=pad_id),
+        "attention_mask": pad_sequence([torch.ones_like(row) for row in rows], batch_first=True),
+        "forget": torch.tensor([example.forget for example in examples]),
+    }
+    inputs["labels"] = torch.full_like(inputs["input_ids"], -100)
+    for row, example in zip(inputs["labels"], examples):
+        row[len(example.prompt) : len(example) + 1] = torch.tensor(example.completion)
+    retain = [example for example in examples if not example.forget]
+    if retain and "kl" in spec["losses"]:  # computed the cheap way: making the cache is not what is measured here
+        with torch.no_grad():
+            inputs["reference"] = completion_logits(model, data.collate(retain, pad_id, model.device)).cpu()
+    return inputs
+
+
+def _plain_loss(logits, inputs, weights):
+    """The weighted sum of the losses that `weights` names: cross-entropy on `forget` and on `retain` rows, over all
+    positions with a mask, as published, and `kl` on retain rows, at the positions that predict their completion."""
+    virtual = logits.shape[1] - inputs["labels"].shape[1]
+    labels = torch.nn.functional.pad(inputs["labels"], (virtual, 0), value=-100)[:, 1:]
+    shifted = logits[:, :-1].contiguous()
+    total = 0.0
+    for part, mask in (("forget", inputs["forget"]), ("retain", ~inputs["forget"])):
+        if part in weights and mask.any():
+            nll = torch.nn.functional.cross_entropy(
+                shifted[mask].flatten(0, 1).float(), labels[mask].flatten(), reduction="sum"
+            )
+            total = total + weights[part] * nll / mask.sum()
+    if "reference" in inputs:
+        retain = ~inputs["forget"]
+        predicted = shifted[(labels != -100) & retain[:, None]].float()
+        total = total + weights["kl"] * token_kl(inputs["reference"], predicted).sum() / retain.sum()
+    return total
+
+
+def plain_reference(spec, clock):
+    """Logits of every position, full-vocabulary rows of them kept and written; batches in the data's order."""
+    examples, tokenizer = examples_of(spec)
+    model = _plain_model(spec)
+    for i, n in enumerate(spec["sizes"]):
+        with clock.timed(), torch.no_grad():
+            parts = _plain_passes(model, examples[:n], tokenizer.pad_token_id, spec)
+            save_file({"logits": torch.cat(parts)}, Path(spec["work"]) / f"reference-{i}.safetensors")
+
+
+def our_inference(spec, clock):
+    """The scoring of inference_spul.py on the rows of train_retain, with a prompt or, for p = 0, without."""
+    args, loaded = _loaded(spec)
+    frames = data.load_splits(spec["data"])
+    words = data.label_words(frames)
+    if spec["p"]:
+        torch.manual_seed(spec["seed"])
+        embeddings = loaded.model.get_input_embeddings().weight
+        prompt = torch.randn(spec["p"], embeddings.shape[1], device=embeddings.device) * embeddings.std().float()
+        loaded = type(loaded)(loaded.model, loaded.tokenizer, prompt, loaded.chain)
+    for n in spec["sizes"]:
+        with clock.timed():
+            metrics.score_rows(loaded, frames["train_retain"].head(n), words, args.max_length, args.eval_batch_size)
+
+
+def plain_inference(spec, clock):
+    """A PEFT model's arg max, the prompt in front of every row; batches in the data's order."""
+    examples, tokenizer = examples_of(spec)
+    model = _with_prompt_encoder(_plain_model(spec), spec).eval()
+    for n in spec["sizes"]:
+        with clock.timed(), torch.no_grad():
+            for logits in _plain_passes(model, examples[:n], tokenizer.pad_token_id, spec):
+                logits.argmax(-1).tolist()
+
+
+def _plain_passes(model, examples, pad_id, spec):
+    """Full-vocabulary logits (N, |V|) on the CPU at the completion tokens of each batch of `examples`."""
+    results = []
+    for start in range(0, len(examples), spec["batch_size"]):
+        batch = vars(data.collate(examples[start : start + spec["batch_size"]], pad_id, model.device))
+        logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+        results.append(_at_completions(logits, batch).cpu())
+    return results
+
+
+def _at_completions(logits, batch):
+    """Float32 logits (N, |V|) at completion tokens of (B, p + T, |V|), the p virtual tokens skipped."""
+    offset = logits.shape[1] - batch["input_ids"].shape[1]
+    return logits[batch["rows"], batch["positions"] + offset].float()
+
+
+def _loaded(spec):
+    """The arguments that the library functions take, and the loaded model."""
+    args = SimpleNamespace(
+        dataset=spec["data"],
+        max_length=spec["max_length"],
+        set_pad_id=False,
+        device=spec["device"],
+        dtype=spec["dtype"],
+        trust_remote_code=False,
+        eval_batch_size=spec["batch_size"],
+        seed=spec["seed"],
+    )
+    return args, models.load(spec["model"], args)
+
+
+PATHS = {
+    ("training", "ours"): our_training,
+    ("training", "plain"): plain_training,
+    ("reference", "ours"): our_reference,
+    ("reference", "plain"): plain_reference,
+    ("inference", "ours"): our_inference,
+    ("inference", "plain"): plain_inference,
+}

@@ -1,0 +1,169 @@
+"""What a person reads of a benchmark: the table, the sentences that say what it means, and the picture."""
+
+from statistics import median
+
+import numpy as np
+from scipy import stats
+
+from utils.report import pyplot
+
+GIB = 2**30
+SHORT = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
+COLUMNS = ("work", "path", "rows", "s/pass", "rows/s", "peak GiB", "of floor", "times faster", "memory")
+WIDTHS = (18, 20, 4, 8, 8, 8, 8, 12, 6)
+
+
+def label(record):
+    """What the table calls the record's path."""
+    name = f"{record['path']} {SHORT[record['dtype']]}"
+    return f"{name}, no prompt" if record["part"] == "inference" and not record["p"] else name
+
+
+def rows(records, cell, header):
+    """The table's lines of one cell; the last two columns compare ours with the plain path of that line."""
+    lines = [_line(COLUMNS)] if header else []
+    found = [record for record in records if record["name"] == cell.name and record["part"] == cell.part]
+    for record in found:
+        start = [record["name"], label(record), max(record["rows"])]
+        if record["error"]:
+            lines.append(f"{_line(start)}  failed: {record['error']}")
+            continue
+        faster, memory = ratio(found[-1], record) if record["path"] == "plain" and not found[-1]["error"] else ("", "")
+        cells = [record["seconds_per_pass"], record["rows_per_second"], record["peak_bytes"] / GIB]
+        share = f"{100 * record['floor_share']:.0f} %"
+        lines.append(_line([*start, *cells, share, faster, memory]))
+    return "\n".join(lines)
+
+
+def _line(cells):
+    texts = [f"{c:.2f}" if isinstance(c, float) else str(c) for c in cells]
+    return "  ".join(t.ljust(w) if i < 2 else t.rjust(w) for i, (t, w) in enumerate(zip(texts, WIDTHS)))
+
+
+def ratio(ours, plain):
+    """(times faster, share of the memory) of `ours` against `plain`: the median over passes on the same rows."""
+    faster = median(slow / fast for slow, fast in zip(plain["seconds"], ours["seconds"]))
+    return faster, ours["peak_bytes"] / plain["peak_bytes"]
+
+
+def ratios(records):
+    """Every plain record with what ours (the same work, with the prompt) gains over it."""
+    result = []
+    for plain in _measured(records):
+        for ours in _measured(records):
+            same = all(plain[key] == ours[key] for key in ("part", "name", "p"))
+            if same and plain["path"] == "plain" and ours["path"] == "ours":
+                faster, memory = ratio(ours, plain)
+                names = {key: plain[key] for key in ("part", "name", "p", "length")}
+                result.append({**names, "plain": label(plain), "times_faster": faster, "memory_share": memory})
+    return result
+
+
+def linear_fit(records):
+    """Seconds a step = a + b rows, least squares over the passes of `rows`; None where it was not measured."""
+    found = [record for record in _measured(records) if record["part"] == "rows"]
+    if not found:
+        return None
+    fit = stats.linregress(found[0]["rows"], found[0]["seconds"])
+    return {"seconds": fit.intercept, "seconds_per_row": fit.slope, "r_squared": fit.rvalue**2}
+
+
+def prompt_cost(records):
+    """Time with the prompt over time without it, minus 1, in inference; None where it was not measured."""
+    found = {r["p"] > 0: r for r in _measured(records) if r["part"] == "inference" and r["path"] == "ours"}
+    if len(found) < 2:
+        return None
+    return median(slow / fast for slow, fast in zip(found[True]["seconds"], found[False]["seconds"])) - 1
+
+
+def sentences(result):
+    """What the run says, a sentence each."""
+    records, lines = result["records"], []
+    rates = ", ".join(f"{SHORT[k]} {v / 1e9:,.0f}" for k, v in result["machine"]["matmul_flop_per_second"].items())
+    lines.append(f"Matrix products on this machine: {rates} GFLOP/s.")
+    for entry in result["ratios"]:
+        if entry["part"] in ("training", "baselines", "reference", "inference"):
+            lines.append(
+                f"{entry['name']}: {entry['times_faster']:.1f} times as fast as {entry['plain']} "
+                f"in {entry['memory_share']:.2f} times the memory."
+            )
+    for record in _measured(records):
+        if record["part"] == "training" and record["path"] == "ours":
+            lines.append(
+                f"{record['name']}: {100 * record['floor_share']:.0f} % of the floor of 4 N T operations (model FLOP "
+                f"utilisation), N = {result['machine']['model_weights']:,} weights outside embeddings and head."
+            )
+    if (cost := prompt_cost(records)) is not None:
+        lines.append(f"Inference with the prompt takes {100 * cost:+.1f} % of the time without it.")
+    if fit := result["linear_in_rows"]:
+        lines.append(
+            f"A step of rows of 64 tokens takes {fit['seconds']:.2f} s + {1000 * fit['seconds_per_row']:.1f} ms a row "
+            f"(R2 = {fit['r_squared']:.4f})."
+        )
+    by_length = [f"{r['times_faster']:.1f} at {r['length']}" for r in result["ratios"] if r["part"] == "lengths"]
+    if by_length:
+        lines.append(f"Times faster than plain fp32 by tokens a row: {', '.join(by_length)}.")
+    return lines
+
+
+def draw(result, path):
+    """Milliseconds a row over text length, times faster by work, seconds a step over rows; reads without colour."""
+    bars = sum(entry["part"] != "lengths" for entry in result["ratios"])
+    size = 13, max(3.8, 1 + 0.4 * bars)
+    figure, axes = pyplot.subplots(1, 3, figsize=size, gridspec_kw={"width_ratios": [1.1, 1.2, 1]})
+    _draw_lengths(axes[0], [r for r in _measured(result["records"]) if r["part"] == "lengths"])
+    _draw_ratios(axes[1], result["ratios"])
+    _draw_rows(axes[2], [r for r in _measured(result["records"]) if r["part"] == "rows"], result["linear_in_rows"])
+    for ax in axes:
+        ax.spines[["top", "right"]].set_visible(False)
+    figure.tight_layout()
+    figure.savefig(path, dpi=150)
+    pyplot.close(figure)
+
+
+def _draw_lengths(ax, records):
+    for path, style in (("plain", "k--o"), ("ours", "k-s")):
+        found = [record for record in records if record["path"] == path]
+        if found:
+            lengths = [record["length"] for record in found]
+            ax.plot(lengths, [1000 / r["rows_per_second"] for r in found], style, label=label(found[0]))
+            floors = [1000 * r["floor_share"] / r["rows_per_second"] for r in found]
+            ax.plot(
+                lengths, floors, style[1:-1] + ".", alpha=0.4, linestyle=":", label=f"floor {SHORT[found[0]['dtype']]}"
+            )
+            ax.set_xticks(lengths, lengths)
+    if records:
+        ax.set_xscale("log", base=2)
+        ax.set_yscale("log")
+        ax.set_xticks(lengths, lengths)
+        ax.legend(frameon=False)
+    ax.set(xlabel="tokens a row", ylabel="ms a row, one training step")
+
+
+def _draw_ratios(ax, ratios):
+    found = [entry for entry in ratios if entry["part"] != "lengths"]
+    names = [f"{entry['name']}\nagainst {entry['plain']}" for entry in found]
+    bars = ax.barh(names, [entry["times_faster"] for entry in found], color="0.75", edgecolor="black", hatch="//")
+    ax.bar_label(
+        bars, [f"{e['times_faster']:.1f}x, {e['memory_share']:.2f} memory" for e in found], padding=3, fontsize=8
+    )
+    ax.axvline(1, color="black", linewidth=0.8)
+    ax.tick_params(axis="y", labelsize=7)
+    ax.invert_yaxis()
+    ax.margins(x=0.35)
+    ax.set(xlabel="times faster than the plain path")
+
+
+def _draw_rows(ax, records, fit):
+    if records:
+        sizes = np.array(records[0]["rows"])
+        ax.plot(sizes, records[0]["seconds"], "ko", fillstyle="none", label=label(records[0]))
+        ends = np.array([0, sizes.max()])
+        ax.plot(ends, fit["seconds"] + fit["seconds_per_row"] * ends, "k-", linewidth=1, label="fitted line")
+        ax.set_ylim(0, None)
+        ax.legend(frameon=False)
+    ax.set(xlabel="rows of 64 tokens", ylabel="s a training step")
+
+
+def _measured(records):
+    return [record for record in records if not record["error"]]

@@ -1,0 +1,43 @@
+"""Runs a script in several processes that share the work by gloo, as `accelerate launch` starts them, on this CPU."""
+
+import multiprocessing
+import os
+import socket
+
+import scripts
+from accelerate import PartialState
+
+FORK = multiprocessing.get_context("fork")  # the libraries are loaded already
+
+
+def call(cwd, n, script, *arguments, before=lambda rank: None):
+    """What `accelerate launch --num_processes=<n> <script>.py <arguments>` does in `cwd`: a scripts.Result a process.
+
+    before: function(rank) that each process runs first.
+    """
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    ends, workers = [], []
+    for rank in range(n):
+        end, other = FORK.Pipe()
+        worker = FORK.Process(target=_work, args=(other, rank, n, port, before, cwd, script, arguments))
+        worker.start()
+        other.close()
+        ends.append(end)
+        workers.append(worker)
+    try:
+        assert all(end.poll(400) for end in ends), "a process hangs"
+        return [end.recv() for end in ends]
+    finally:
+        for worker in workers:
+            worker.kill()
+            worker.join()
+
+
+def _work(end, rank, n, port, before, cwd, script, arguments):
+    PartialState._reset_state()  # that of the parent, which is alone
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(n), "LOCAL_WORLD_SIZE": str(n)}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    before(rank)
+    end.send(scripts.call(cwd, script, *arguments))

@@ -1,0 +1,81 @@
+"""The benchmark runs, and its two paths do the same work; how fast they are is not for a test to say."""
+
+import json
+from pathlib import Path
+
+import pytest
+import scripts
+
+SMALL = ("--dtype=float32", "--batch_size=4", "--eval_rows=4", "--rounds=1", "--sweep_rounds=1", "--text_lengths=64")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def benchmark_on_path():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(Path(__file__).parent / "benchmarks"))
+        yield
+
+
+def test_both_paths_train_on_the_same_batches_with_the_same_loss(tmp_path, tiny_model, monkeypatch):
+    import bench
+
+    some = {name: bench.BASELINES[name] for name in ("RL", "GA+KL")}  # without retain rows, and with; half the time
+    monkeypatch.setattr(bench, "BASELINES", some)
+    arguments = f"--model={tiny_model}", "--parts", "training", "baselines", "lengths", "--output_path=out"
+    said = scripts.done(scripts.call(tmp_path, "bench", *SMALL, *arguments)).stdout
+    result = json.loads((tmp_path / "out" / "bench.json").read_text())
+    records = {(r["name"], r["path"], r["dtype"]): r for r in result["records"]}
+    names = ["SPUL, p = 30", "RL", "GA+KL", "SPUL, 64 tokens"]
+    assert list(dict.fromkeys(name for name, _, _ in records)) == names
+    for name in names:
+        plain, ours = (records[name, path, "float32"] for path in ("plain", "ours"))
+        assert plain["error"] is ours["error"] is None
+        assert ours["losses"] == pytest.approx(plain["losses"], rel=1e-5)
+        assert plain["tokens"] == ours["tokens"]
+        assert ours["rows"] == [4]
+        assert ours["rows_per_second"] == pytest.approx(4 / ours["seconds"][0])
+        assert ours["peak_bytes"] > 100e6
+    assert records["SPUL, 64 tokens", "ours", "float32"]["tokens"] == [30 + 4 * 63]  # the label is not read
+    expected = records["SPUL, p = 30", "plain", "float32"]["seconds"][0] / ours_seconds(records)
+    assert result["ratios"][0]["times_faster"] == pytest.approx(expected)
+    assert "times as fast as plain fp32" in said
+    assert (tmp_path / "out" / "bench.png").stat().st_size > 10_000
+
+
+def ours_seconds(records):
+    return records["SPUL, p = 30", "ours", "float32"]["seconds"][0]
+
+
+def test_evaluation_and_the_fit(tmp_path, tiny_model):
+    arguments = f"--model={tiny_model}", "--parts", "rows", "reference", "inference", "--output_path=out"
+    said = scripts.done(scripts.call(tmp_path, "bench", *SMALL, *arguments)).stdout
+    result = json.loads((tmp_path / "out" / "bench.json").read_text())
+    assert [r["error"] for r in result["records"]] == [None] * 6
+    assert [r["rows"] for r in result["records"]] == [[1, 2, 3, 4], *[[4]] * 5]
+    assert [r["part"] for r in result["ratios"]] == ["reference", "inference"]
+    assert result["linear_in_rows"].keys() == {"seconds", "seconds_per_row", "r_squared"}
+    assert "Inference with the prompt takes" in said
+
+
+def test_a_path_that_fails_is_reported_and_the_others_go_on(tmp_path, tiny_model):
+    """500 virtual tokens and the data's rows do not fit the tiny model's 512 positions, so spul.py refuses."""
+    arguments = f"--model={tiny_model}", "--parts", "reference", "--prompt_length=500", "--output_path=out"
+    said = scripts.done(scripts.call(tmp_path, "bench", *SMALL, *arguments)).stdout
+    records = json.loads((tmp_path / "out" / "bench.json").read_text())["records"]
+    assert records[0]["path"] == "plain" and len(records[0]["seconds"]) == 1
+    assert "the model has 512 positions" in records[1]["error"]
+    assert said.count("failed: ") == 1
+
+
+@pytest.mark.parametrize(
+    "arguments, sentence",
+    [
+        (["--text_lengths=1024"], "1054 tokens with the prompt are more than the model's 512 positions"),
+        (["--model=nowhere/at/all"], "does not exist"),
+        (["--dataset=nowhere"], "nor an existing folder"),
+        (["--part=training"], "did you mean --parts?"),
+        (["--rounds=0"], "not a whole number of at least 1"),
+    ],
+)
+def test_refusals(tmp_path, tiny_model, arguments, sentence):
+    scripts.refused(tmp_path, sentence, "bench", f"--model={tiny_model}", *arguments)

@@ -1,0 +1,491 @@
+"""The rivals' losses against their equations in plain Python, and what one step of each does to a tiny model."""
+
+import copy
+import math
+import sys
+from types import SimpleNamespace
+from unittest import mock
+
+import pytest
+import tiny
+import torch
+from transformers import AutoTokenizer
+
+import baselines
+from utils import data, losses, models, objectives
+from utils.data import collate
+from utils.forward import completion_logits
+from utils.methods import METHODS, ForgetTokens
+
+# Three completion tokens over a vocabulary of four: two of row 0, one of row 1. The preferred answers: one, then two.
+NOW = [(0.5, 0.2, 0.2, 0.1), (0.1, 0.6, 0.1, 0.2), (0.25, 0.25, 0.4, 0.1)]
+BEFORE = [(0.7, 0.1, 0.1, 0.1), (0.2, 0.5, 0.2, 0.1), (0.1, 0.1, 0.3, 0.5)]
+TARGETS, ROWS = [0, 1, 3], [0, 0, 1]
+PREFERRED_NOW = [(0.3, 0.3, 0.2, 0.2), (0.1, 0.1, 0.1, 0.7), (0.4, 0.2, 0.2, 0.2)]
+PREFERRED_BEFORE = [(0.2, 0.4, 0.2, 0.2), (0.25, 0.25, 0.25, 0.25), (0.1, 0.5, 0.2, 0.2)]
+PREFERRED_TARGETS, PREFERRED_ROWS = [1, 0, 2], [0, 1, 1]
+BETA, BETA2, DELTA = 0.7, 2.0, 0.3
+
+
+def logits(distributions):
+    """Logarithms plus any constant."""
+    return torch.tensor(distributions).log() + torch.arange(len(distributions))[:, None] * 2.0
+
+
+def forget_tokens(now=None):
+    preferred = ForgetTokens(
+        logits(PREFERRED_NOW),
+        logits(PREFERRED_BEFORE),
+        torch.tensor(PREFERRED_TARGETS),
+        torch.tensor(PREFERRED_ROWS),
+        2,
+    )
+    now = logits(NOW) if now is None else now
+    return ForgetTokens(now, logits(BEFORE), torch.tensor(TARGETS), torch.tensor(ROWS), 2, preferred)
+
+
+def minus_log_p(distributions=NOW, targets=TARGETS):
+    return [-math.log(p[y]) for p, y in zip(distributions, targets)]
+
+
+def over_rows(values, rows=ROWS):
+    return [sum(value for value, row in zip(values, rows) if row == own) for own in (0, 1)]
+
+
+def log_sigma(x):
+    return -math.log(1 + math.exp(-x))
+
+
+def cross_entropy(target, p):
+    return -sum(t * math.log(q) for t, q in zip(target, p) if t)
+
+
+def scaled_to_one(values):
+    return [value / sum(values) for value in values]
+
+
+def without_true_token(p, y):
+    return scaled_to_one([0.0 if k == y else q for k, q in enumerate(p)])
+
+
+def lowered_true_token(p, y):
+    """softmax(z - beta 1[y]): the true token's probability times exp(-beta), scaled."""
+    return scaled_to_one([q * math.exp(-BETA) if k == y else q for k, q in enumerate(p)])
+
+
+def expected(method):
+    """The values of the forget loss, one per token or per row, from probabilities."""
+    nll, p = minus_log_p(), [distribution[y] for distribution, y in zip(NOW, TARGETS)]
+    s, s_ref = over_rows(nll), over_rows(minus_log_p(BEFORE))
+    better = over_rows(minus_log_p(PREFERRED_NOW, PREFERRED_TARGETS), PREFERRED_ROWS)
+    better_ref = over_rows(minus_log_p(PREFERRED_BEFORE, PREFERRED_TARGETS), PREFERRED_ROWS)
+    if method == "random_label":
+        return nll
+    if method.startswith("gradient_ascent"):
+        return [-value for value in nll]
+    if method == "npo":
+        return [-2 / BETA * log_sigma(BETA * (a - b)) for a, b in zip(s, s_ref)]
+    if method == "simnpo":
+        return [-2 / BETA * log_sigma(BETA * (a / n - DELTA)) for a, n in zip(s, (2, 1))]
+    if method == "dpo":
+        margins = [(a - b) - (c - d) for a, b, c, d in zip(s, s_ref, better, better_ref)]
+        return [-1 / BETA * log_sigma(BETA * margin) for margin in margins]
+    if method == "undial":
+        return [cross_entropy(lowered_true_token(b, y), a) for a, b, y in zip(NOW, BEFORE, TARGETS)]
+    if method == "wga":
+        return [-(q**BETA) * value for q, value in zip(p, nll)]
+    if method == "satimp":
+        return [-(q**BETA) * (1 - q) ** BETA2 * value for q, value in zip(p, nll)]
+    if method == "ceu":
+        return [cross_entropy(without_true_token(a, y), a) for a, y in zip(NOW, TARGETS)]
+    raise AssertionError(f"no equation for {method}")
+
+
+def constants(method):
+    return [{"method_beta": BETA, "method_beta2": BETA2, "method_delta": DELTA}[c] for c in METHODS[method].constants]
+
+
+@pytest.mark.parametrize("method", [name for name in METHODS if name != "rmu"])
+def test_forget_losses(method):
+    values = METHODS[method].forget(forget_tokens(), *constants(method))
+    assert values.tolist() == pytest.approx(expected(method), rel=1e-5)
+
+
+def test_rmu_is_a_mean_square_over_the_numbers_of_a_token():
+    activations = torch.tensor([[1.0, 2.0], [0.0, 5.0]])
+    assert losses.rmu(activations, torch.tensor([3.0, 1.0])).tolist() == [2.5, 12.5]
+    assert losses.rmu(activations, torch.tensor([[1.0, 2.0], [4.0, 3.0]])).tolist() == [0, 10]
+
+
+def test_row_sums_take_tokens_in_any_order():
+    assert losses.row_sums(torch.tensor([1.0, 2.0, 4.0]), torch.tensor([2, 0, 2]), 4).tolist() == [2, 0, 5, 0]
+
+
+def gradient(method, *values):
+    """Of the summed forget loss with respect to the logits (3, 4)."""
+    now = logits(NOW).requires_grad_()
+    METHODS[method].forget(forget_tokens(now), *(values or constants(method))).sum().backward()
+    return now.grad.tolist()
+
+
+def pull(p, target):
+    """d/dz of the cross-entropy to `target`: softmax(z) - target."""
+    return [q - t for q, t in zip(p, target)]
+
+
+def one_hot(y):
+    return [float(k == y) for k in range(4)]
+
+
+@pytest.mark.parametrize("method", ["gradient_ascent", "wga", "satimp", "undial", "ceu", "npo"])
+def test_gradients(method):
+    """By hand: weights and targets count as constants, so each gradient is a multiple of softmax(z) - target."""
+    sums, before = over_rows(minus_log_p()), over_rows(minus_log_p(BEFORE))
+    for own, p, p_ref, y, row in zip(gradient(method), NOW, BEFORE, TARGETS, ROWS):
+        away = pull(p, one_hot(y))
+        wanted = {
+            "gradient_ascent": [-v for v in away],
+            "wga": [-(p[y] ** BETA) * v for v in away],
+            "satimp": [-(p[y] ** BETA) * (1 - p[y]) ** BETA2 * v for v in away],
+            "undial": pull(p, lowered_true_token(p_ref, y)),
+            "ceu": pull(p, without_true_token(p, y)),
+            "npo": [-2 / (1 + math.exp(BETA * (sums[row] - before[row]))) * v for v in away],
+        }[method]
+        assert own == pytest.approx(wanted, abs=1e-6)
+
+
+def test_npo_tends_to_gradient_ascent_as_beta_tends_to_zero():
+    ascent = torch.tensor(gradient("gradient_ascent"))
+    distances = [(torch.tensor(gradient("npo", beta)) - ascent).abs().max().item() for beta in (1.0, 0.1, 0.01, 0.001)]
+    assert distances[0] > 0.05
+    for large, small in zip(distances, distances[1:]):
+        assert small == pytest.approx(large / 10, rel=0.3)  # first order in beta
+
+
+def test_ceu_is_done_where_the_true_token_has_no_probability():
+    now = logits(NOW)
+    for row, y in enumerate(TARGETS):
+        now[row, y] = -200
+    now.requires_grad_()
+    losses.ceu(now, torch.tensor(TARGETS)).sum().backward()
+    assert now.grad.abs().max() < 1e-6
+    assert torch.tensor(gradient("ceu")).abs().max() > 0.1
+
+
+# The losses of a tiny model, as the training loop calls them.
+
+N_RETAIN, N_FORGET = 4, 4
+RETAIN, FORGET = [0, 1, 2, 3], [4, 5, 6, 7]  # row numbers of a method with a retain loss
+LAYERS = tiny.SIZES["num_hidden_layers"]
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tiny_model):
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model)
+    tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+@pytest.fixture(scope="module")
+def frames(small_data):
+    """Two negative and two positive rows of each kind."""
+    rows = data.load_splits(str(small_data))
+    chosen = {}
+    for split, n in zip(data.TRAIN_SPLITS, (N_RETAIN, N_FORGET)):
+        halves = [rows[split][rows[split]["label"] == label].head(n // 2) for label in (0, 1)]
+        chosen[split] = data.pd.concat(halves).reset_index(drop=True)
+    return chosen
+
+
+@pytest.fixture
+def build(tokenizer, frames, tmp_path):
+    """build(method, *flags, architecture) -> (model ready to train, its Objective)."""
+
+    def build(method, *flags, architecture="llama", chosen=frames, change=lambda model: None):
+        args = parsed(f"--unlearn_method={method}", *flags, f"--logits_path={tmp_path / 'reference.safetensors'}")
+        base = tiny.build_model(architecture).requires_grad_(False)
+        change(base)
+        link = SimpleNamespace(sha256=f"{architecture} {change}", path=tmp_path)
+        loaded = models.Loaded(baselines.prepare(base, args), tokenizer, None, [link])
+        rows = objectives.Rows(tokenizer, chosen, METHODS[method], args)
+        objective = objectives.Objective(METHODS[method], loaded, rows, chosen, args, "as it is")
+        baselines.only_adapter_dropout(loaded.model)
+        return loaded.model, objective
+
+    return build
+
+
+@pytest.fixture(scope="module")
+def memorised(tokenizer, frames):
+    """A function that gives a tiny Llama the weights of one that has learnt these rows by heart."""
+    examples = [
+        example
+        for frame in frames.values()
+        for example in data.tokenize(tokenizer, frame["text"], frame["label_text"], 96)
+    ]
+    model, batch = tiny.build_model("llama"), collate(examples, 1, "cpu")
+    optimizer = torch.optim.Adam(model.parameters(), lr=2e-3)
+    for _ in range(15):
+        optimizer.zero_grad()
+        losses.token_nll(completion_logits(model, batch), batch.targets).mean().backward()
+        optimizer.step()
+    return lambda fresh: fresh.load_state_dict(model.state_dict())
+
+
+def parsed(*flags):
+    command = ["baselines.py", "--model_checkpoints=tiny", "--dataset=small", "--max_length=96", *flags]
+    with mock.patch.object(sys, "argv", command):
+        return baselines.parse_args()
+
+
+def floats(parts):
+    return {key: value.item() for key, value in parts.items()}
+
+
+def perturb(model, scale=0.05):
+    """Change every trained weight a little, adapters included."""
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter += scale * torch.randn(parameter.shape, generator=generator)
+
+
+def nll_of(model, objective, numbers):
+    """The mean over rows of - log f(y | x), by the model's own forward pass."""
+    with torch.no_grad():
+        batch = collate([objective.rows.trained[i] for i in numbers], 1, "cpu")
+        log_p = completion_logits(model, batch).log_softmax(-1)
+    return -log_p[torch.arange(len(batch.targets)), batch.targets].sum().item() / len(numbers)
+
+
+def step(model, loss, lr):
+    """One step of plain gradient descent."""
+    loss.backward()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.grad is not None:
+                parameter -= lr * parameter.grad
+
+
+def untie(model):
+    model.config.tie_word_embeddings = False
+    model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach().clone(), requires_grad=False)
+
+
+# Architecture, how it is changed, and the factor of its head: distributions shall differ, and a soft cap of 5 matter.
+ARCHITECTURES = {
+    "llama": ("llama", lambda model: None, 30),
+    "gemma2, tied": ("gemma2", lambda model: None, 30),
+    "gemma2, untied": ("gemma2", untie, 30),
+    "gpt2, with dropout": ("gpt2", lambda model: None, 4),
+}
+
+
+@pytest.mark.parametrize("tune", ["full", "lora"])
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_kl_is_zero_at_the_start_and_that_of_two_models_later(build, name, tune):
+    """Later: against a copy of the model from before, which the code itself never holds."""
+    architecture, tie, factor = ARCHITECTURES[name]
+    before = {}
+
+    def change(model):
+        tie(model)
+        with torch.no_grad():
+            model.get_output_embeddings().weight *= factor
+        before["model"] = copy.deepcopy(model)
+
+    model, objective = build("gradient_ascent_kl", f"--tune={tune}", architecture=architecture, change=change)
+    _, parts = objective(RETAIN + FORGET, N_FORGET, N_RETAIN)
+    assert abs(parts["L_kl"].item()) < 1e-5
+    perturb(model, 0.02 if tune == "full" else 0.1)
+    model.eval()
+    _, parts = objective(RETAIN + FORGET, N_FORGET, N_RETAIN)
+    batch = collate([objective.rows.trained[i] for i in RETAIN], 1, "cpu")
+    with torch.no_grad():
+        p, q = (completion_logits(m, batch).double().log_softmax(-1) for m in (before["model"], model))
+    wanted = (p.exp() * (p - q)).sum().item() / N_RETAIN
+    assert wanted > 1e-3
+    assert parts["L_kl"].item() == pytest.approx(wanted, rel=1e-3)
+    assert parts["L_f"].item() == pytest.approx(-nll_of(model, objective, FORGET), rel=1e-4)
+
+
+def test_one_step_of_gradient_ascent_raises_the_forget_loss(build):
+    model, objective = build("gradient_ascent")
+    numbers = list(range(N_FORGET))
+    before = nll_of(model, objective, numbers)
+    loss, parts = objective(numbers, N_FORGET, 0)
+    assert loss.item() == parts["L_f"].item() == pytest.approx(-before, rel=1e-5)
+    step(model, loss, 0.01)
+    assert nll_of(model, objective, numbers) > before + 0.01
+
+
+def test_one_step_of_ascent_and_descent_raises_one_loss_and_lowers_the_other(build, frames):
+    """Rows to keep are positive, rows to forget negative, so that what one label loses the other can gain."""
+    labels = {"train_retain": "positive", "train_forget": "negative"}
+    chosen = {split: frame[frame["label_text"] == labels[split]] for split, frame in frames.items()}
+    model, objective = build("gradient_ascent_descent", chosen=chosen)
+    retain, forget = [0, 1], [2, 3]
+    before = nll_of(model, objective, retain), nll_of(model, objective, forget)
+    loss, parts = objective(retain + forget, 2, 2)
+    assert floats(parts) == pytest.approx({"L_f": -before[1], "L_r": before[0]}, rel=1e-5)
+    assert loss.item() == pytest.approx(before[0] - before[1], rel=1e-4, abs=1e-5)
+    step(model, loss, 0.02)
+    assert nll_of(model, objective, retain) < before[0] - 0.01
+    assert nll_of(model, objective, forget) > before[1] + 0.01
+
+
+@pytest.mark.parametrize("method", ["random_label", "npo", "simnpo", "wga", "satimp", "ceu", "undial", "dpo"])
+def test_one_step_lowers_the_forget_loss_of_the_method(build, memorised, method):
+    model, objective = build(method, "--retain_loss=none", change=memorised)
+    numbers = list(range(N_FORGET))
+    before = nll_of(model, objective, numbers)
+    loss, parts = objective(numbers, N_FORGET, 0)
+    assert set(parts) == {"L_f"}
+    step(model, loss, 1e-3)
+    after, _ = objective(numbers, N_FORGET, 0)
+    if method in ("wga", "satimp"):  # their weight falls with p, so the loss itself may rise
+        assert nll_of(model, objective, numbers) > before
+    else:
+        assert after.item() < loss.item()
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_micro_batches_add_up_to_the_step(build, memorised, method):
+    """Also parts with one row, without forget rows and without retain rows."""
+    model, objective = build(method, change=memorised)
+    perturb(model, 0.01)
+    has_retain = len(objective.rows.trained) > N_FORGET
+    numbers, n_retain = ([4, 0, 5, 6, 1, 2, 3, 7], N_RETAIN) if has_retain else ([0, 1, 2, 3], 0)
+    cuts = [(0, 1), (1, 4), (4, 7), (7, 8)] if has_retain else [(0, 1), (1, 4)]
+
+    def gradients(parts):
+        model.zero_grad()
+        total = {}
+        for begin, end in parts:
+            loss, values = objective(numbers[begin:end], N_FORGET, n_retain)
+            loss.backward()
+            for key, value in {"loss": loss, **values}.items():
+                total[key] = total.get(key, 0.0) + value.item()
+        return total, torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+
+    whole, wanted = gradients([(0, len(numbers))])
+    parts, found = gradients(cuts)
+    assert parts == pytest.approx(whole, rel=1e-4, abs=1e-6)
+    assert torch.allclose(found, wanted, atol=1e-4 * wanted.abs().max().item())
+    assert wanted.abs().max() > 1e-4
+
+
+@pytest.mark.parametrize("method", ["npo", "dpo", "undial"])
+def test_the_reference_of_forget_rows_is_the_model_before(build, method):
+    """Before training s = s_ref, so NPO and DPO stand at log 2; UNDIAL's target is made of the model itself."""
+    _, objective = build(method, "--retain_loss=kl")
+    _, parts = objective(RETAIN + FORGET, N_FORGET, N_RETAIN)
+    assert parts["L_kl"].item() == pytest.approx(0, abs=1e-6)
+    if method != "undial":
+        factor = {"npo": 2, "dpo": 1}[method] / 0.1
+        assert parts["L_f"].item() == pytest.approx(factor * math.log(2), rel=1e-5)
+
+
+def test_dpo_against_two_models(build, tokenizer):
+    """With the answers of several tokens that ` unknown` has here, and rows that the batch mixes."""
+    before = {}
+    model, objective = build("dpo", change=lambda model: before.update(model=copy.deepcopy(model)))
+    perturb(model, 0.02)
+    unknown = data.completion_ids(tokenizer, "unknown")
+    assert len(unknown) > 1
+    wanted = 0
+    for i in (6, 4):
+        example = objective.rows.trained[i]
+        s, s_ref = (log_p(m, example.prompt, example.completion) for m in (model, before["model"]))
+        better, better_ref = (log_p(m, example.prompt, unknown) for m in (model, before["model"]))
+        wanted -= log_sigma(0.1 * ((better - better_ref) - (s - s_ref))) / 0.1 / 2
+    _, parts = objective([6, 1, 4], 2, 1)
+    assert parts["L_f"].item() == pytest.approx(wanted, rel=1e-5)
+    assert abs(wanted - 10 * math.log(2)) > 1e-3
+
+
+@torch.no_grad()
+def log_p(model, prompt, completion):
+    """log f(completion | prompt), all logits computed, no padding."""
+    found = model(input_ids=torch.tensor([prompt + completion])).logits[0].log_softmax(-1)
+    return sum(found[len(prompt) - 1 + i, token].item() for i, token in enumerate(completion))
+
+
+def test_random_label_learns_the_drawn_words(build, tokenizer):
+    _, objective = build("random_label")
+    words = data.draw_unlearning_labels(N_FORGET, seed=42)
+    assert [tokenizer.decode(e.completion).strip() for e in objective.rows.trained] == words
+    assert set(words) == {"neutral", "unknown"}
+
+
+# RMU
+
+
+def test_rmu_against_the_hidden_states_that_transformers_gives(build):
+    before = {}
+    keep = lambda model: before.update(model=copy.deepcopy(model))  # noqa: E731
+    model, objective = build("rmu", "--rmu_layer=2", "--rmu_steering=3", change=keep)
+    perturb(model, 0.02)
+    _, parts = objective([5, 0, 3, 7], 2, 2)
+
+    def states(m, i):
+        example = objective.rows.trained[i]
+        ids = torch.tensor([example.prompt + example.completion[:-1]])
+        with torch.no_grad():
+            return m(input_ids=ids, output_hidden_states=True).hidden_states[2 + 1][0]  # [0]: the embeddings
+
+    u = objective.target / 3
+    assert u.norm().item() == pytest.approx(1, rel=1e-5) and u.min() >= 0
+    steered = [(states(model, i) - 3 * u).square().mean().item() for i in (5, 7)]
+    held = [(states(model, i) - states(before["model"], i)).square().mean().item() for i in (0, 3)]
+    assert floats(parts) == pytest.approx({"L_f": sum(steered) / 2, "L_r": sum(held) / 2}, rel=1e-4)
+    assert parts["L_r"].item() > 1e-6
+
+
+def test_rmu_starts_at_the_retain_activations_and_leaves_no_hook(build):
+    model, objective = build("rmu")
+    loss, parts = objective(RETAIN + FORGET, N_FORGET, N_RETAIN)
+    assert parts["L_r"].item() == pytest.approx(0, abs=1e-10)
+    assert loss.item() == pytest.approx(parts["L_f"].item(), rel=1e-5)
+    for module in model.modules():
+        assert not module._forward_hooks and not module._forward_pre_hooks
+
+
+@pytest.mark.parametrize("layer, trained", [("1", {0, 1}), ("3", {1, 2, 3}), ("0", {0})])
+@pytest.mark.parametrize("tune", ["full", "lora"])
+def test_rmu_trains_its_layer_and_the_two_before(build, layer, trained, tune):
+    model, _ = build("rmu", f"--rmu_layer={layer}", f"--tune={tune}")
+    names = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    assert {int(name.split("layers.")[1].split(".")[0]) for name in names} == trained
+    assert tune == "full" or all("lora_" in name for name in names)
+
+
+def test_the_default_layer_of_rmu_is_as_deep_as_the_authors():
+    args = SimpleNamespace(rmu_layer=None)
+    assert [objectives.rmu_layer(args, n) for n in (32, 30, LAYERS)] == [7, 7, 1]
+
+
+# What is trained
+
+
+@pytest.mark.parametrize("tune", ["full", "lora"])
+def test_what_a_step_changes(build, tune):
+    model, objective = build("gradient_ascent_descent", f"--tune={tune}")
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    loss, _ = objective(RETAIN + FORGET, N_FORGET, N_RETAIN)
+    step(model, loss, 0.1)
+    changed = {name for name, value in model.state_dict().items() if not torch.equal(value, before[name])}
+    assert changed == {name for name in before if tune == "full" or "lora_B" in name}  # A moves once B is not 0
+
+
+def test_bfloat16_weights_are_trained_in_float32(build):
+    """And computed with in bfloat16 meanwhile, without the losses losing precision."""
+    model, objective = build("undial", "--retain_loss=kl", change=lambda model: model.bfloat16())
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
+    with torch.autocast("cpu", torch.bfloat16):
+        loss, parts = objective(RETAIN + FORGET, N_FORGET, N_RETAIN)
+    assert {value.dtype for value in (loss, *parts.values())} == {torch.float32}
+    assert parts["L_kl"].item() == pytest.approx(0, abs=1e-4)
+    loss.backward()
+    assert all(torch.isfinite(p.grad).all() for p in model.parameters())

@@ -1,0 +1,297 @@
+"""ECO (arXiv 2406.07933): a gate, corrupted embeddings behind it, and the search for how strongly to corrupt."""
+
+import dataclasses
+import json
+import re
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from utils import gates, metrics, models
+from utils.checkpoints import write_json
+from utils.cli import UserError
+from utils.corruption import Corruption, has_strength
+from utils.data import SNIPPETS_FOLDER, SPLITS, sample_rows
+from utils.names import read_names, spans
+from utils.splits import split_rows
+
+FILE, TAGGER = "eco.json", "token_classifier"
+LADDER = (0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0)  # where a search without --eco_start begins to look
+
+
+class Marks:
+    """Which prompt tokens are corrupted. `entities` None: all but the last; else function(texts) -> spans a text."""
+
+    def __init__(self, entities=None):
+        self.entities = entities
+
+    def spans(self, texts):
+        """For each text None (all prompt tokens but the last) or the [(start, end), ...] of its names; a text without
+        any name counts as None, as in the authors' code: a flagged query is never left as it is."""
+        return [None] * len(texts) if self.entities is None else [found or None for found in self.entities(texts)]
+
+
+class Tagger:
+    """Finds names with a token classifier: function(texts) -> for each text the (start, end) spans of its entities."""
+
+    def __init__(self, name, source, loaded, args):
+        """name: what the user calls it. source: folder that holds it. loaded: the language model, for the device."""
+        from transformers import AutoModelForTokenClassification, AutoTokenizer, pipeline
+
+        options = {"local_files_only": True, "trust_remote_code": args.trust_remote_code}
+        try:
+            model, info = AutoModelForTokenClassification.from_pretrained(source, output_loading_info=True, **options)
+            tokenizer = AutoTokenizer.from_pretrained(source, **options)
+        except gates.LOADING_ERRORS as error:
+            raise UserError(f"{name} is no token classifier ({gates.first_line(error)}); use one, or --eco_names")
+        trained = any("TokenClassification" in kind for kind in model.config.architectures or ())
+        if info["missing_keys"] or not trained:  # transformers would give it a random head, or one of something else
+            raise UserError(f"{name} was not trained to classify tokens; use a model that was, or --eco_names")
+        device = loaded.model.device
+        options = {"model": model, "tokenizer": tokenizer, "aggregation_strategy": "simple", "device": device}
+        self._pipeline, self._known = pipeline("token-classification", **options), {}
+
+    def __call__(self, texts):
+        new = [text for text in dict.fromkeys(texts) if text not in self._known]
+        for text, found in zip(new, self._pipeline(new) if new else ()):
+            self._known[text] = [(item["start"], item["end"]) for item in found]
+        return [self._known[text] for text in texts]
+
+    def save(self, folder):
+        self._pipeline.model.save_pretrained(folder)
+        self._pipeline.tokenizer.save_pretrained(folder)
+
+
+def learn(args, loaded, frames):
+    """Train the gate, find the strength; returns (loaded with gate and corruption, settings for `save`)."""
+    names = _names(args)
+    loaded = dataclasses.replace(loaded, marks=_marks(args, loaded, names))
+    if args.eco_target != "auto" and not isinstance(args.eco_target, float):
+        models.resolve_chain(args.eco_target, args.trust_remote_code)  # ends here, not after the training, if it must
+    gate, calibration = train_gate(args, loaded, frames)
+    report = {"rates": gates.rates(gate, frames), "evasion": evasion_rates(gate, frames, names)}
+    loaded = dataclasses.replace(loaded, gate=gate)
+    strength, target, curve = args.eco_strength or 0.0, None, []
+    if has_strength(args.eco_corruption) and args.eco_strength is None:
+        strength, target, curve = search_strength(args, loaded, frames)
+    corruption = Corruption(args.eco_corruption, strength, args.eco_dims, args.seed)
+    settings = {
+        "classifier": gate.classifier.kind,
+        "threshold": gate.threshold,
+        "calibration": calibration,
+        "corruption": {"family": corruption.family, "strength": strength, "dims": args.eco_dims, "seed": args.seed},
+        "tokens": args.eco_tokens,
+        "names": [[person, pattern.pattern] for person, pattern in names],
+        "token_classifier": args.eco_token_classifier,
+        "metric": args.eco_metric,
+        "target": target,
+        "curve": curve,
+        **report,
+    }
+    return dataclasses.replace(loaded, corruption=corruption), settings
+
+
+def train_gate(args, loaded, frames):
+    """(Gate, {"retain", "forget": rows held out, "auc", "false_positives", "false_negatives"}) from the train splits,
+    a fifth of which is held out to set the threshold, and of what an encoder trains on another fifth to pick the epoch:
+    rows that had a say in the classifier cannot calibrate it."""
+    fit, held = _hold_out(frames["train_retain"], frames["train_forget"], args.seed)
+    kind, extra = args.eco_classifier if args.eco_classifier in ("tfidf", "features") else "encoder", {}
+    if kind == "encoder":
+        fit, validation = _hold_out(*fit, args.seed)
+        extra = {"validation": _labelled(*validation)}
+    gate = gates.Gate(gates.CLASSIFIERS[kind].fit(*_labelled(*fit), loaded=loaded, args=args, **extra))
+    retain, forget = (gate.probabilities(frame["text"]) for frame in held)
+    if args.eco_threshold is not None:
+        gate.threshold = args.eco_threshold
+    elif args.eco_conformal is not None:
+        gate.threshold = gates.conformal_threshold(retain, args.eco_conformal)
+    else:
+        gate.threshold = gates.threshold_for_rate(retain, args.eco_max_fpr)
+    truth = np.r_[np.zeros(len(retain)), np.ones(len(forget))]
+    calibration = {
+        "retain": len(retain),
+        "forget": len(forget),
+        "auc": float(gates.roc_auc_score(truth, np.r_[retain, forget])),
+        "false_positives": float((retain > gate.threshold).mean()),
+        "false_negatives": float((forget <= gate.threshold).mean()),
+    }
+    return gate, calibration
+
+
+def _hold_out(retain, forget, seed):
+    """((retain, forget) for training, (retain, forget) held out: a fifth of each label's rows)."""
+    rows = pd.concat([retain.assign(forget=False), forget.assign(forget=True)], ignore_index=True)
+    parts = split_rows(rows, 0.2, seed)
+    pairs = [(parts[f"{phase}_retain"], parts[f"{phase}_forget"]) for phase in ("train", "test")]
+    if min(len(frame) for pair in pairs for frame in pair) == 0:
+        raise UserError("there are too few train rows to hold some out for the threshold; use more rows")
+    return pairs
+
+
+def search_strength(args, loaded, frames):
+    """(sigma, v_r, curve): the strength whose metric on train_forget comes closest to v_r (section 3.3, equation 5).
+
+    curve: [{"strength", "metric"}, ...] of everything that was tried. Without --eco_start the zeroth-order search
+    begins at the best of a coarse ladder: at the published start small noise changes no answer, and it would not move.
+    """
+    from utils.data import label_words
+
+    words, forget = label_words(frames), sample_rows(frames["train_forget"], args.eco_samples)
+    target, seen = _target(args, loaded, frames, words, forget), {}
+
+    def metric(strength):
+        if strength not in seen:
+            corruption = Corruption(args.eco_corruption, strength, args.eco_dims, args.seed)
+            corrupted = dataclasses.replace(loaded, corruption=corruption)
+            seen[strength] = _score(args, corrupted, forget, words)
+            print(f"strength {strength:8.3f}: {args.eco_metric} on train_forget {seen[strength]:.3f}")
+        return seen[strength]
+
+    def distance(strength):
+        return abs(metric(strength) - target)
+
+    print(f"looking for the strength that gives {args.eco_metric} {target:.3f} on train_forget")
+    minimum = args.eco_sigma_min
+    start = max(minimum, args.eco_start or min((max(s, minimum) for s in LADDER), key=distance))
+    for strength in zeroth_order(distance, start, args.eco_steps, args.eco_eps * start, args.eco_lr, minimum):
+        distance(strength)  # the last one has not been tried
+    best = min((s for s in seen if s >= minimum), key=lambda strength: (distance(strength), strength))
+    return best, target, [{"strength": s, "metric": seen[s]} for s in sorted(seen)]
+
+
+def zeroth_order(loss, start, steps, eps, lr, minimum):
+    """Minimise a function of one number: g = (l(s + eps) - l(s - eps)) / (2 eps), s <- max(s - lr g, minimum).
+
+    Returns every s visited, the start first (ECO section 3.3). Ends early where the loss is 0 or s stays where it is.
+    """
+    visited = [max(start, minimum)]
+    for _ in range(steps):
+        s = visited[-1]
+        if loss(s) == 0:
+            break
+        gradient = (loss(s + eps) - loss(max(s - eps, 1e-8))) / (2 * eps)
+        following = max(s - lr * gradient, minimum)
+        if following == s:
+            break
+        visited.append(following)
+    return visited
+
+
+def evasion_rates(gate, frames, names):
+    """{evasion: {split: share flagged}} on the forget rows that name somebody of `names`, the name rewritten so as to
+    slip past the classifier; {} without names. `unchanged` is what to compare with."""
+    result = {}
+    for split in SPLITS:
+        if split.endswith("forget"):
+            named = [(text, found) for text in frames[split]["text"] if (found := _found(text, names))]
+            for evasion, rewrite in EVASIONS.items() if named else ():
+                flags, _ = gate.decide([_rewritten(text, found, rewrite) for text, found in named])
+                result.setdefault(evasion, {})[split] = float(flags.mean())
+    return result
+
+
+def _typo(name):
+    """The first two different neighbours behind the last word's first letter change places (`Scrosese`)."""
+    start = name.rfind(" ") + 2
+    at = next((i for i in range(start, len(name) - 1) if name[i] != name[i + 1]), None)
+    return name[:-1] if at is None else name[:at] + name[at + 1] + name[at] + name[at + 2 :]
+
+
+EVASIONS = {
+    "unchanged": lambda name: name,
+    "lower case": str.lower,
+    "typo": _typo,
+    "initials": lambda name: " ".join(word[0] + "." for word in name.split()),
+    "partial": lambda name: name.split()[-1][: max(3, len(name.split()[-1]) // 2)],
+}
+
+
+def save(loaded, settings, folder):
+    """Write gate and settings into `folder`: safetensors and JSON, no pickle; the curve also as a picture."""
+    loaded.gate.classifier.save(folder)
+    if isinstance(loaded.marks.entities, Tagger):
+        loaded.marks.entities.save(folder / TAGGER)
+    write_json(folder / FILE, settings)
+    if settings["curve"]:
+        _draw(settings, folder / "strength.png")
+
+
+def load(link, loaded, args):
+    """`loaded`, the model under the ECO checkpoint `link`, with its gate and corruption."""
+    gate = gates.load_gate(link, loaded, args)
+    try:
+        settings = json.loads((Path(link.path) / FILE).read_text())
+        names = [(person, re.compile(pattern)) for person, pattern in settings["names"]]
+        marks = Marks()
+        if settings["tokens"] == "entities" and settings["token_classifier"]:
+            marks = Marks(Tagger(f"{link.path}/{TAGGER}", Path(link.path) / TAGGER, loaded, args))
+        elif settings["tokens"] == "entities":
+            marks = Marks(_by_list(names))
+        return dataclasses.replace(loaded, gate=gate, marks=marks, corruption=Corruption(**settings["corruption"]))
+    except (OSError, ValueError, KeyError, TypeError, re.error):
+        raise UserError(f"{link.path}/{FILE} is missing or damaged; train the checkpoint again")
+
+
+def _labelled(retain, forget):
+    texts = [*retain["text"], *forget["text"]]
+    return texts, np.r_[np.zeros(len(retain), dtype=int), np.ones(len(forget), dtype=int)]
+
+
+def _score(args, loaded, frame, words):
+    rows = metrics.score_rows(loaded, frame, words, args.max_length, args.eval_batch_size)
+    return metrics.scores(pd.concat([frame[["label_text"]].reset_index(drop=True), rows], axis=1), words)[
+        args.eco_metric
+    ]
+
+
+def _target(args, loaded, frames, words, forget):
+    """v_r: a number, the metric of a retrained checkpoint on train_forget, or `auto`: of this model on test_retain."""
+    plain = dataclasses.replace(loaded, gate=None)
+    if args.eco_target == "auto":
+        return _score(args, plain, sample_rows(frames["test_retain"], args.eco_samples), words)
+    if isinstance(args.eco_target, float):
+        return args.eco_target
+    return _score(args, models.load(args.eco_target, args), forget, words)
+
+
+def _names(args):
+    path = args.eco_names or (SNIPPETS_FOLDER / "forget_names.txt" if args.dataset == "snippets" else None)
+    return read_names(path) if path else []
+
+
+def _marks(args, loaded, names):
+    if args.eco_tokens == "all":
+        return Marks()
+    if not args.eco_token_classifier:
+        return Marks(_by_list(names))
+    source = models.resolve_chain(args.eco_token_classifier, args.trust_remote_code)[0].path
+    return Marks(Tagger(args.eco_token_classifier, source, loaded, args))
+
+
+def _by_list(names):
+    return lambda texts: [_found(text, names) for text in texts]
+
+
+def _found(text, names):
+    """The [(start, end), ...] of the names in `text`, in order; where two overlap, one that covers both."""
+    found = []
+    for start, end in sorted(span for _, pattern in names for span in spans(text, pattern)):
+        if found and start < found[-1][1]:
+            found[-1] = found[-1][0], max(end, found[-1][1])
+        else:
+            found.append((start, end))
+    return found
+
+
+def _rewritten(text, found, rewrite):
+    for start, end in reversed(found):
+        text = text[:start] + rewrite(text[start:end]) + text[end:]
+    return text
+
+
+def _draw(settings, path):
+    from utils.report import draw_strength
+
+    draw_strength(settings["curve"], settings["metric"], settings["target"], settings["corruption"]["strength"], path)

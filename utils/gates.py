@@ -1,0 +1,302 @@
+"""Prompt classifiers: does a query ask about what is to be forgotten? (ECO, arXiv 2406.07933, section 3.1)"""
+
+import json
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from sklearn.feature_extraction.text import TfidfVectorizer
+from sklearn.linear_model import LogisticRegression
+from sklearn.metrics import roc_auc_score
+from tqdm import tqdm
+
+from utils import processes
+from utils.cli import UserError
+
+ROUNDING = 1e-9  # a threshold taken from scores lies just above them, whatever the order of a later sum
+LOADING_ERRORS = (OSError, ValueError, KeyError, RuntimeError, SafetensorError)
+WEIGHTS, VOCABULARY, ENCODER = "classifier.safetensors", "vocabulary.json", "classifier"
+
+
+class Gate:
+    """A classifier with its threshold: a query is flagged if its probability is above `threshold`.
+
+    The main process classifies, every text once, and the others take its word: they must agree on what is flagged.
+    """
+
+    def __init__(self, classifier, threshold=None):
+        self.classifier, self.threshold = classifier, threshold
+        self._known = {}
+
+    def decide(self, texts):
+        """(flags, probabilities), both (n,): bool, and in [0, 1]."""
+        probabilities = self.probabilities(texts)
+        return probabilities > self.threshold, probabilities
+
+    def probabilities(self, texts):
+        """(n,) in [0, 1]."""
+        texts = list(texts)
+        new = [text for text in dict.fromkeys(texts) if text not in self._known]
+        if new:
+            values = self.classifier.probabilities(new) if processes.is_main() else None
+            self._known.update(zip(new, processes.from_main(values)))
+        return np.array([self._known[text] for text in texts])
+
+
+class Tfidf:
+    """`tfidf`: balanced logistic regression on TF-IDF of word 1- and 2-grams and character 2- to 5-grams."""
+
+    kind = "tfidf"
+
+    def __init__(self, vectorizers, coefficients, intercept):
+        self._vectorizers, self._coefficients, self._intercept = vectorizers, coefficients, intercept
+
+    @classmethod
+    def fit(cls, texts, labels, **_):
+        """texts: n strings; labels (n,): 1 = to forget."""
+        vectorizers = _vectorizers()
+        try:
+            features = _stacked([v.fit_transform(texts) for v in vectorizers])
+        except ValueError as error:  # nothing that counts as a term
+            raise UserError(f"tfidf finds no terms in the train texts ({error}); use more rows or another classifier")
+        model = LogisticRegression(C=10.0, class_weight="balanced", max_iter=2000).fit(features, labels)
+        return cls(vectorizers, model.coef_[0], float(model.intercept_[0]))
+
+    def probabilities(self, texts):
+        features = _stacked([v.transform(texts) for v in self._vectorizers])
+        return _logistic(features @ self._coefficients + self._intercept)
+
+    def save(self, folder):
+        vocabularies = [sorted(v.vocabulary_, key=v.vocabulary_.get) for v in self._vectorizers]
+        (folder / VOCABULARY).write_text(json.dumps(vocabularies, ensure_ascii=False))
+        tensors = {f"idf.{i}": torch.tensor(v.idf_) for i, v in enumerate(self._vectorizers)}
+        tensors |= {
+            "coefficients": torch.tensor(self._coefficients),
+            "intercept": torch.tensor([self._intercept], dtype=torch.float64),
+        }
+        save_file(tensors, folder / WEIGHTS)
+
+    @classmethod
+    def load(cls, folder, **_):
+        tensors = {key: value.numpy() for key, value in load_file(folder / WEIGHTS).items()}
+        vectorizers = []
+        for i, terms in enumerate(json.loads((folder / VOCABULARY).read_text())):
+            vectorizer = _vectorizers()[i].set_params(vocabulary={term: at for at, term in enumerate(terms)})
+            vectorizer.idf_ = tensors[f"idf.{i}"]
+            vectorizers.append(vectorizer)
+        return cls(vectorizers, tensors["coefficients"], float(tensors["intercept"][0]))
+
+
+class Features:
+    """`features`: balanced logistic regression on the frozen language model's own hidden states, mean over the prompt's
+    tokens."""
+
+    kind = "features"
+
+    def __init__(self, loaded, args, mean, scale, coefficients, intercept):
+        self._loaded, self._args = loaded, args
+        self._mean, self._scale, self._coefficients, self._intercept = mean, scale, coefficients, intercept
+
+    @classmethod
+    def fit(cls, texts, labels, loaded, args):
+        features = _pooled(loaded, texts, args)
+        mean, scale = features.mean(0), features.std(0) + 1e-6
+        model = LogisticRegression(C=0.01, class_weight="balanced", max_iter=2000).fit(
+            (features - mean) / scale, labels
+        )
+        return cls(loaded, args, mean, scale, model.coef_[0], float(model.intercept_[0]))
+
+    def probabilities(self, texts):
+        features = (_pooled(self._loaded, texts, self._args) - self._mean) / self._scale
+        return _logistic(features @ self._coefficients + self._intercept)
+
+    def save(self, folder):
+        names = ("mean", "scale", "coefficients", "intercept")
+        values = (self._mean, self._scale, self._coefficients, np.array([self._intercept]))
+        save_file({name: torch.tensor(value) for name, value in zip(names, values)}, folder / WEIGHTS)
+
+    @classmethod
+    def load(cls, folder, loaded, args):
+        tensors = {key: value.numpy() for key, value in load_file(folder / WEIGHTS).items()}
+        numbers = [tensors[name] for name in ("mean", "scale", "coefficients")]
+        return cls(loaded, args, *numbers, float(tensors["intercept"][0]))
+
+
+class Encoder:
+    """A Hugging Face encoder with a classification head, fine-tuned as in the paper (appendix: 30 epochs, learning rate
+    2e-5, batch 16, class-weighted cross-entropy, best epoch on validation)."""
+
+    kind = "encoder"
+
+    def __init__(self, model, tokenizer):
+        self._model, self._tokenizer = model.eval(), tokenizer
+
+    @classmethod
+    def fit(cls, texts, labels, loaded, args, validation):
+        """validation: (texts, labels) that pick the epoch. args.eco_classifier: hub id or folder of the encoder."""
+        from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+        from utils import models
+
+        name, source = args.eco_classifier, models.resolve_chain(args.eco_classifier, args.trust_remote_code)[0].path
+        options = {"local_files_only": True, "trust_remote_code": args.trust_remote_code}
+        torch.manual_seed(args.seed)
+        try:
+            model = AutoModelForSequenceClassification.from_pretrained(
+                source, num_labels=2, ignore_mismatched_sizes=True, **options
+            )
+            tokenizer = AutoTokenizer.from_pretrained(source, **options)
+        except LOADING_ERRORS as error:
+            raise UserError(f"{name} is no encoder to classify with ({first_line(error)}); use tfidf or another")
+        if tokenizer.pad_token_id is None:
+            raise UserError(f"{name} is no encoder to classify with (it has no padding token); use tfidf or another")
+        classifier = cls(model.float().to(loaded.model.device), tokenizer)
+        classifier._train(texts, labels, args, validation)
+        return classifier
+
+    def _train(self, texts, labels, args, validation):
+        model, rng = self._model, np.random.default_rng(args.seed)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=args.eco_classifier_lr)
+        share = np.bincount(labels, minlength=2) / len(labels)
+        weights = torch.tensor(1 / (2 * share), dtype=torch.float32, device=model.device)
+        best, kept = math.inf, None
+        for _ in tqdm(range(args.eco_classifier_epochs), desc="classifier", unit="epoch", dynamic_ncols=True):
+            model.train()
+            order = rng.permutation(len(texts))
+            for start in range(0, len(order), 16):
+                rows = order[start : start + 16]
+                targets = torch.tensor(labels[rows], device=model.device)
+                logits = self._logits([texts[i] for i in rows])
+                torch.nn.functional.cross_entropy(logits, targets, weights).backward()
+                torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+                optimizer.step()
+                optimizer.zero_grad()
+            model.eval()
+            p = torch.tensor(self.probabilities(validation[0], 32)).clamp(1e-7, 1 - 1e-7)
+            truth = torch.tensor(validation[1], dtype=p.dtype)
+            loss = torch.nn.functional.binary_cross_entropy(p, truth, weights.cpu().to(p)[truth.long()]).item()
+            if loss < best:
+                best, kept = loss, {key: value.detach().clone() for key, value in model.state_dict().items()}
+        if kept is None:
+            raise UserError("the classifier's loss is not finite; use a smaller --eco_classifier_lr")
+        model.load_state_dict(kept)
+
+    def _logits(self, texts):
+        positions = getattr(self._model.config, "max_position_embeddings", 514) - 2  # RoBERTa's begin at 2
+        limit = min(512, positions, self._tokenizer.model_max_length)
+        batch = self._tokenizer(texts, truncation=True, max_length=limit, padding=True, return_tensors="pt")
+        return self._model(**batch.to(self._model.device)).logits
+
+    @torch.no_grad()
+    def probabilities(self, texts, batch_size=1):
+        """(n,). One text a pass, so that no probability depends on the texts beside it."""
+        starts = range(0, len(texts), batch_size)
+        parts = [self._logits(texts[i : i + batch_size]).softmax(-1)[:, 1].cpu() for i in starts]
+        return torch.cat(parts).double().numpy()
+
+    def save(self, folder):
+        self._model.save_pretrained(folder / ENCODER)
+        self._tokenizer.save_pretrained(folder / ENCODER)
+
+    @classmethod
+    def load(cls, folder, loaded, args):
+        from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+        options = {"local_files_only": True, "trust_remote_code": args.trust_remote_code}
+        model = AutoModelForSequenceClassification.from_pretrained(folder / ENCODER, **options)
+        tokenizer = AutoTokenizer.from_pretrained(folder / ENCODER, **options)
+        return cls(model.to(loaded.model.device), tokenizer)
+
+
+CLASSIFIERS = {kind.kind: kind for kind in (Tfidf, Features, Encoder)}
+
+
+def load_gate(link, loaded, args):
+    """The Gate of the ECO checkpoint `link`. Raises UserError if its files are missing or damaged."""
+    try:
+        settings = json.loads((Path(link.path) / "eco.json").read_text())
+        classifier = CLASSIFIERS[settings["classifier"]].load(Path(link.path), loaded=loaded, args=args)
+        return Gate(classifier, settings["threshold"])
+    except (*LOADING_ERRORS, TypeError, IndexError):
+        raise UserError(f"{link.path} has lost its classifier or it is damaged; train it again")
+
+
+def threshold_for_rate(scores, max_rate):
+    """The lowest threshold that at most a share `max_rate` of the retain `scores` (n,) lies above."""
+    ordered = np.sort(scores)[::-1]
+    above = int(max_rate * len(ordered) + 1e-9)  # 0.29 * 100 is 28.999...
+    return float(ordered[min(above, len(ordered) - 1)]) + ROUNDING
+
+
+def conformal_threshold(scores, a):
+    """Split conformal: the ceil((n + 1)(1 - a))-th smallest of n calibration scores. A new score from the same
+    distribution lies above it with probability at most a. Raises UserError where n is too small for a."""
+    rank = max(1, math.ceil((len(scores) + 1) * (1 - a) - 1e-9))
+    if rank > len(scores):
+        raise UserError(
+            f"--eco_conformal={a} needs at least {math.ceil(1 / a) - 1} retain rows for calibration, there are "
+            f"{len(scores)}; use a larger value or more rows"
+        )
+    return float(np.sort(scores)[rank - 1]) + ROUNDING
+
+
+def rates(gate, frames):
+    """{split: {"flagged", "wrong"}} shares, and {"auc_train", "auc_test"}: wrong = false positives on retain splits,
+    false negatives on forget splits."""
+    result, scored = {}, {}
+    for split, frame in frames.items():
+        flags, scored[split] = gate.decide(frame["text"])
+        share = float(flags.mean())
+        result[split] = {"flagged": share, "wrong": 1 - share if split.endswith("forget") else share}
+        if "names_other" in frame and frame["names_other"].astype(bool).any():
+            others = flags[frame["names_other"].astype(bool).to_numpy()]
+            result[f"{split}:names_other"] = {"flagged": float(others.mean())}
+    for phase in ("train", "test"):
+        retain, forget = scored[f"{phase}_retain"], scored[f"{phase}_forget"]
+        truth = np.r_[np.zeros(len(retain)), np.ones(len(forget))]
+        result[f"auc_{phase}"] = float(roc_auc_score(truth, np.r_[retain, forget]))
+    return result
+
+
+def _vectorizers():
+    common = {"sublinear_tf": True, "dtype": np.float64}
+    words = TfidfVectorizer(ngram_range=(1, 2), token_pattern=r"(?u)\b\w+\b", **common)
+    return [words, TfidfVectorizer(analyzer="char_wb", ngram_range=(2, 5), min_df=2, **common)]
+
+
+def _stacked(parts):
+    from scipy.sparse import hstack
+
+    return hstack(parts).tocsr()
+
+
+def _logistic(x):
+    return 1 / (1 + np.exp(-np.asarray(x, dtype=np.float64)))
+
+
+@torch.inference_mode()
+def _pooled(loaded, texts, args):
+    """Mean over the prompt's tokens of the hidden states that go into the head, (n, d) float64, without virtual tokens
+    or corruption. One row a pass, so that no mean depends on the rows beside it."""
+    from utils.data import UNLEARNING_LABELS, collate, tokenize
+    from utils.forward import completion_hidden, record_activations
+
+    examples = tokenize(loaded.tokenizer, texts, [UNLEARNING_LABELS[0]] * len(texts), args.max_length)
+    backbone, result = loaded.model.get_decoder(), []
+    for example in examples:
+        batch = collate([replace(example, completion=example.completion[:1])], loaded.pad_id, loaded.model.device)
+        with record_activations(backbone) as seen:
+            completion_hidden(loaded.model, batch)
+        result.append(seen["activations"][0].double().mean(0).cpu().numpy())
+    if not np.isfinite(result).all():
+        raise UserError("the model's hidden states are not finite; use --dtype=float32 or another --eco_classifier")
+    return np.array(result)
+
+
+def first_line(error):
+    """What a library's error says first, for a sentence of one line."""
+    return str(error).strip().split("\n")[0] or type(error).__name__

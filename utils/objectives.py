@@ -1,0 +1,161 @@
+"""From a method to the loss of a training step: its rows, its references, its forward pass."""
+
+import copy
+import dataclasses
+
+import torch
+
+from utils import data, losses, models, reference
+from utils.cli import UserError
+from utils.forward import completion_logits, record_activations
+from utils.methods import ForgetTokens
+
+PREFERRED = "unknown"  # the answer that dpo prefers
+
+
+class Rows:
+    """The training examples of a method. `trained`: retain rows (if it has a retain loss), then forget rows; `all`:
+    those, then the forget rows once more with the preferred answer (dpo); `alternative`: {number: number in `all`}."""
+
+    def __init__(self, tokenizer, frames, method, args):
+        retain, forget = frames["train_retain"], frames["train_forget"]
+        labels = data.draw_unlearning_labels(len(forget), args.seed) if method.flipped else forget["label_text"]
+        kept = retain if args.retain_loss != "none" else retain.head(0)
+        self.trained = data.tokenize(tokenizer, kept["text"], kept["label_text"], args.max_length)
+        self.trained += data.tokenize(tokenizer, forget["text"], labels, args.max_length, forget=True)
+        self.all, self.alternative = list(self.trained), {}
+        if method.preferred:
+            self.alternative = {i: i + len(forget) for i in range(len(kept), len(self.trained))}
+            answers = [PREFERRED] * len(forget)
+            self.all += data.tokenize(tokenizer, forget["text"], answers, args.max_length, forget=True)
+
+    def referred(self, method, args):
+        """Numbers in `all` of the examples whose reference logits the loss needs."""
+        kl = args.retain_loss == "kl"
+        return [i for i, example in enumerate(self.all) if (method.reference if example.forget else kl)]
+
+
+class Objective:
+    """The loss of a method as the training loop calls it: objective(rows, n_forget, n_retain) -> (loss, parts).
+
+    What the model said before unlearning is computed here, once, and kept as hidden states; with a trained head a
+    frozen copy of that head makes logits of them. There is never a second model.
+    """
+
+    def __init__(self, method, loaded, rows, frames, args, numerics, load=reference.load_reference):
+        self.method, self.loaded, self.rows, self.args = method, loaded, rows, args
+        given = {flag: getattr(args, flag) for flag in method.constants}
+        self.constants = [method.constants[flag] if given[flag] is None else given[flag] for flag in method.constants]
+        self.reference = self.head = None
+        if method.forget is None:
+            self._prepare_rmu(frames, numerics, load)
+        elif referred := rows.referred(method, args):
+            settings = [args.unlearn_method, args.retain_loss, numerics]
+            self.reference = load(loaded, rows.all, referred, frames, args, settings=settings)
+            self.head = frozen_head(loaded.model)
+
+    def __call__(self, numbers, n_forget, n_retain):
+        if self.method.forget is None:
+            return self._rmu(numbers, n_forget, n_retain)
+        numbers = [*numbers, *(self.rows.alternative[i] for i in numbers if i in self.rows.alternative)]
+        batch = data.collate([self.rows.all[i] for i in numbers], self.loaded.pad_id, self.loaded.model.device)
+        logits, reference_logits = self._logits(batch, numbers)
+        alternative = torch.tensor([i >= len(self.rows.trained) for i in numbers], device=batch.forget.device)
+        own, retain = batch.forget & ~alternative, ~batch.forget
+        parts = {"L_f": logits.new_zeros(())}
+        if own.any():
+            tokens = forget_tokens(batch, own, logits, reference_logits)
+            if self.rows.alternative:
+                preferred = forget_tokens(batch, alternative, logits, reference_logits)
+                tokens = dataclasses.replace(tokens, preferred=preferred)
+            parts["L_f"] = losses.mean_over_rows(self.method.forget(tokens, *self.constants), n_forget)
+        retained = retain[batch.rows]
+        if self.args.retain_loss == "ce":
+            nll = losses.token_nll(logits[retained], batch.targets[retained])
+            parts["L_r"] = losses.mean_over_rows(nll, n_retain)
+        elif self.args.retain_loss == "kl":
+            kl = losses.token_kl(reference_logits[retained], logits[retained])
+            parts["L_kl"] = losses.mean_over_rows(kl, n_retain)
+        return self._total(parts)
+
+    def _total(self, parts):
+        retain = sum(value for key, value in parts.items() if key != "L_f")
+        return parts["L_f"] + self.args.retain_weight * retain, parts
+
+    def _logits(self, batch, numbers):
+        """Logits (N, |V|) of all completion tokens, and those before unlearning at the same places (or NaN)."""
+        model = self.loaded.model
+        if self.reference is None:
+            return completion_logits(model, batch), None
+        known = torch.tensor([self.reference.has(i) for i in numbers], device=batch.rows.device)[batch.rows]
+        logits, before = completion_logits(model, batch, None, self.reference.of(numbers), self.head)
+        filled = torch.full_like(logits.detach(), torch.nan)
+        filled[known] = before.detach()
+        return logits, filled
+
+    def _prepare_rmu(self, frames, numerics, load):
+        args, model = self.args, self.loaded.model
+        layers = models.decoder_layers(model)
+        self.layer = layers[rmu_layer(args, len(layers))]
+        direction = torch.rand(model.config.get_text_config().hidden_size, generator=_generator(args.seed))
+        self.target = (self.constants[1] * direction / direction.norm()).to(model.device)
+        retain = [i for i, example in enumerate(self.rows.trained) if not example.forget]
+        measure, settings = reference.activations_of(self.layer), [rmu_layer(args, len(layers)), numerics]
+        self.reference = load(
+            self.loaded, self.rows.trained, retain, {"train_retain": frames["train_retain"]}, args, measure, settings
+        )
+
+    def _rmu(self, numbers, n_forget, n_retain):
+        chosen = [self.rows.trained[i] for i in numbers]
+        batch = data.collate(chosen, self.loaded.pad_id, self.loaded.model.device)
+        with record_activations(self.layer) as seen:
+            completion_logits(self.loaded.model, batch)
+        real = batch.attention_mask.bool()
+        activations = seen["activations"].to(real.device)  # the layer may be on another one
+        forget = batch.forget[:, None] & real
+        weights = (1 / real.sum(1, keepdim=True)).expand(real.shape)  # the mean over a row's tokens
+        steered = losses.rmu(activations[forget], self.target) * weights[forget]
+        kept = real & ~batch.forget[:, None]
+        held = losses.rmu(activations[kept], self.reference.of(numbers).to(activations.device)) * weights[kept]
+        return self._total(
+            {"L_f": losses.mean_over_rows(steered, n_forget), "L_r": losses.mean_over_rows(held, n_retain)}
+        )
+
+
+def forget_tokens(batch, chosen, logits, reference_logits):
+    """The ForgetTokens of the rows `chosen` (B,) bool of a batch."""
+    mask = chosen[batch.rows]
+    numbering = chosen.cumsum(0) - 1
+    before = None if reference_logits is None else reference_logits[mask]
+    return ForgetTokens(logits[mask], before, batch.targets[mask], numbering[batch.rows[mask]], int(chosen.sum()))
+
+
+def frozen_head(model):
+    """A frozen copy of the model's head where the head is trained, None where it stays as it is."""
+    head = model.get_output_embeddings()
+    if not any(parameter.requires_grad for parameter in head.parameters()):
+        return None
+    return copy.deepcopy(head).requires_grad_(False).eval()
+
+
+def restrict_to_rmu_layers(model, args):
+    """Freeze all but the layers l - 2, l - 1 and l (RMU section 4), l = args.rmu_layer. UserError if LoRA has none."""
+    layers = models.decoder_layers(model)
+    last = rmu_layer(args, len(layers))
+    trained = {p for layer in layers[max(0, last - 2) : last + 1] for p in layer.parameters() if p.requires_grad}
+    if not trained:
+        raise UserError(f"LoRA has nothing on layer {last} or the two before it; choose other --lora_target_modules")
+    for parameter in model.parameters():
+        parameter.requires_grad_(parameter in trained)
+
+
+def rmu_layer(args, n_layers):
+    """l: --rmu_layer, else the depth of the authors' layer 7 of 32. Raises UserError beyond the last layer."""
+    layer = round(7 / 32 * n_layers) if args.rmu_layer is None else args.rmu_layer
+    if layer >= n_layers:
+        raise UserError(f"--rmu_layer={layer} is beyond the model's last layer; use at most {n_layers - 1}")
+    return layer
+
+
+def _generator(seed):
+    return torch.Generator().manual_seed(seed)

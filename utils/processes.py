@@ -1,0 +1,131 @@
+"""Several processes that compute as one: what `accelerate launch` starts shares the rows of every step.
+
+The gradient of a step is a sum over its rows, and so are the logged losses: each process adds up its share of the rows,
+then the sums of all processes are added. They are added, not averaged, since every term is already divided by the
+number of forget or retain rows of the whole step; a process without a forget row, or without any, adds zero. What
+differs from one process is the order of float additions. Only dropout is drawn by each process for itself.
+
+In a plain `python` run there is one process: nothing here communicates and there is no process group.
+"""
+
+import contextlib
+import os
+from datetime import timedelta
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from accelerate import PartialState
+from accelerate.utils import gather_object
+
+PATIENCE = timedelta(hours=6)  # a process may wait while the main one writes; the launcher ends it where that one fails
+
+
+def start():
+    """Join the other processes of an `accelerate launch`; does nothing in a plain run. Call it before anything else."""
+    cuda = torch.cuda.is_available()
+    # Objects and CPU tensors go by gloo beside NCCL; naming backends where none is needed would create a group.
+    backends = {"backend": "cuda:nccl,cpu:gloo"} if cuda and dist.is_torchelastic_launched() else {}
+    PartialState(cpu=not cuda, timeout=PATIENCE, **backends)
+
+
+def finish():
+    """Wait for the others, so that a failure of one is one of all, and leave them."""
+    gather(None)
+    PartialState().destroy_process_group()
+
+
+def failed_first():
+    """Whether this process is the first that ends in an error. The others fail after it, and have nothing to say."""
+    if count() == 1:
+        return True
+    try:
+        return dist.distributed_c10d._get_default_store().add("failed", 1) == 1
+    except RuntimeError:  # the store has gone with the process that failed first
+        return False
+
+
+@contextlib.contextmanager
+def only_main_speaks():
+    """While open, what the other processes print, progress bars and notices included, goes nowhere."""
+    if is_main():
+        yield
+        return
+    with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere), contextlib.redirect_stderr(nowhere):
+        yield
+
+
+def count():
+    """The number of processes."""
+    return PartialState().num_processes
+
+
+def own_gpu():
+    """The name of this process's GPU, `cuda:<i>`."""
+    return str(PartialState().device)
+
+
+def is_main():
+    """Whether this is the process that prints and writes files."""
+    return PartialState().is_main_process
+
+
+def gather(value):
+    """The `value` of every process, in the order of the processes. All must call it."""
+    return gather_object([value])
+
+
+def from_main(value):
+    """The `value` of the main process. All must call it."""
+    return gather(value)[0]
+
+
+def share(rows, size):
+    """This process's part of `rows`: as many of each length as the others have. size: function(row) -> its length."""
+    state = PartialState()
+    if state.num_processes == 1:
+        return rows
+    return sorted(rows, key=size)[state.process_index :: state.num_processes]
+
+
+def deal(batches):
+    """Yields (a batch of this process, number of rows that all processes do meanwhile) until all `batches` are done.
+
+    Every process gets as many turns, so that they can `gather` in each; in the last the batch may be empty.
+    """
+    state = PartialState()
+    for start in range(0, len(batches), state.num_processes):
+        turn = batches[start : start + state.num_processes]
+        own = turn[state.process_index] if state.process_index < len(turn) else []
+        yield own, sum(map(len, turn))
+
+
+def add_up(values):
+    """{name: sum over the processes} of the floats `values` {name: float}, of which a process may lack some."""
+    sums = {}
+    for part in gather(values):
+        for name, value in part.items():
+            sums[name] = sums.get(name, 0.0) + value
+    return sums
+
+
+def add_gradients(parameters):
+    """Replace every gradient by its sum over the processes; where no process has one it stays None."""
+    if count() == 1:
+        return
+    parameters = list(parameters)
+    graded = np.any(gather([p.grad is not None for p in parameters]), axis=0)
+    for parameter in (p for p, somewhere in zip(parameters, graded) if somewhere):
+        if parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
+        dist.all_reduce(parameter.grad)
+
+
+def draw_apart(seed, step):
+    """Give each process its own random numbers for this step (dropout), or all would drop the same places.
+
+    The main process goes on with the state it has, so that a resumable state need hold no other.
+    """
+    index = PartialState().process_index
+    if index:
+        torch.manual_seed(int(np.random.SeedSequence([seed, step, index]).generate_state(1)[0]))
