@@ -52,6 +52,12 @@ def test_a_dry_run_leaves_no_trace(run, kind, depth, tiny_model, small_data, tmp
     assert ("time" in said) == (depth == "probe")
 
 
+def test_retain_ratio_shortens_the_epochs(tiny_model, small_data, tmp_path):
+    said = done(scripts.spul(tmp_path, tiny_model, small_data, "--dry_run", "--retain_ratio=1")).stdout
+    assert numbers(said, "rows") == [24, 16, 8]
+    assert numbers(said, "steps") == [2, 8, 16]  # 8 of the 16 rows to keep
+
+
 def test_a_plan_reads_no_weights(tiny_model, small_data, tmp_path):
     """Not even those of a checkpoint's parent, which are not hashed either."""
     model = tiny.save(tmp_path / "model")
@@ -139,7 +145,7 @@ def test_the_peak_is_the_sum_of_its_parts():
 def test_a_dry_run_refuses_what_the_run_would(tiny_model, small_data, tmp_path):
     for more, sentence in (
         (["--dry_run=full"], "argument --dry_run: invalid choice"),
-        (["--dry_run", "--max_length=30"], "--max_length=30 cannot hold template and label"),
+        (["--dry_run", "--max_length=9"], "--max_length=9 cannot hold template and label"),
         (["--dry_run", "--ptuning_num_tokens=510"], "the longest row has"),
     ):
         arguments = f"--model_checkpoints={tiny_model}", f"--dataset={small_data}", *scripts.SPUL, *more
