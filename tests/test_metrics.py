@@ -354,3 +354,13 @@ def test_answers_are_greedy_decoding_with_the_prompt(llama):
                 break
         assert said == llama.tokenizer.decode(ids).strip()
         assert probability == pytest.approx(math.exp(log_p), rel=1e-3)
+
+
+def test_js_divergence():
+    """One bit between answers without overlap, none between equal ones, never a NaN between almost equal ones."""
+    sure, other, even = [1.0, 0.0], [0.0, 1.0], [0.5, 0.5]
+    assert metrics.js_divergence(np.array([sure]), np.array([other])) == pytest.approx(1)
+    by_hand = 0.5 * np.log2(4 / 3) + 0.5 * (0.5 * np.log2(2 / 3) + 0.5 * np.log2(2))
+    assert metrics.js_divergence(np.array([sure, even]), np.array([even, even])) == pytest.approx(by_hand / 2)
+    close = np.array([[0.1, 0.9]]) + np.array([[1, -1]]) * np.linspace(0, 1e-9, 2000)[:, None]
+    assert 0 <= metrics.js_divergence(close, close[::-1]) < 1e-12
