@@ -22,6 +22,7 @@ from utils.methods import CONSTANTS, IN_CONTEXT, METHODS
 ECO_METRICS = ("accuracy", "f1", "precision", "recall", "label_accuracy", "out_of_label")
 ECO_SEARCH = (
     "eco_metric", "eco_target", "eco_samples", "eco_steps", "eco_start", "eco_eps", "eco_lr", "eco_sigma_min",
+    "eco_bisect",
 )  # fmt: skip
 
 
@@ -100,6 +101,7 @@ def add_eco_arguments(parser):
     )
     group.add_argument("--eco_samples", type=cli.positive_int, default=200, help="rows that the search evaluates")
     group.add_argument("--eco_steps", type=cli.non_negative_int, default=10, help="zeroth-order steps")
+    group.add_argument("--eco_bisect", type=cli.non_negative_int, default=4, help="halvings of the gap around v_r")
     group.add_argument(
         "--eco_start", type=cli.positive_float, help="first sigma (default: the best of a coarse ladder)"
     )

@@ -319,6 +319,12 @@ def test_the_search_stops_where_nothing_is_left_to_gain():
         ({}, 30.0, set(eco.LADDER)),
         ({"eco_sigma_min": 2.0, "eco_target": 1.0}, 2.0, {2.0, 3.0, 10.0, 30.0, 100.0}),
         ({"eco_start": 20.0, "eco_steps": 0}, 20.0, {20.0}),
+        ({"eco_start": 10.0, "eco_steps": 0, "eco_bisect": 3}, 10.0, {10.0}),  # nothing around the target
+        (
+            {"eco_steps": 0, "eco_target": 0.6, "eco_bisect": 2},
+            300**0.5,  # 17.3 between 10 and 30, then 22.8 between that and 30, a little farther from 20
+            {*eco.LADDER, round(300**0.5, 9), round((300**0.5 * 30) ** 0.5, 9)},
+        ),
         ({"eco_start": 20.0, "eco_steps": 1, "eco_eps": 0.25, "eco_lr": 450.0}, 29.0, {20.0, 15.0, 25.0, 29.0}),
     ],
 )
@@ -328,6 +334,7 @@ def test_the_strength_comes_closest_to_the_target_and_is_none_below_the_minimum(
     settings = {
         "eco_corruption": "noise-first", "eco_dims": 1, "eco_metric": "accuracy", "eco_target": 0.4, "eco_samples": 5,
         "eco_start": None, "eco_steps": 5, "eco_eps": 0.999, "eco_lr": 100.0, "eco_sigma_min": 0.1, "seed": 0,
+        "eco_bisect": 0,
     }  # fmt: skip
     frames = {split: sentences(4).assign(label=[0, 1, 0, 1], label_text=[*WORDS, *WORDS]) for split in SPLITS}
     loaded = Loaded(None, None, None, [])

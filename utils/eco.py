@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import re
 from pathlib import Path
 
@@ -135,6 +136,8 @@ def search_strength(args, loaded, frames):
 
     curve: [{"strength", "metric"}, ...] of everything that was tried. Without --eco_start the zeroth-order search
     begins at the best of a coarse ladder: at the published start small noise changes no answer, and it would not move.
+    Afterwards the gap between the two tried strengths around v_r is halved a few times: near a step of the metric the
+    gradient's two sides lie far apart, and the search jumps over it.
     """
     from utils.data import label_words
 
@@ -157,8 +160,23 @@ def search_strength(args, loaded, frames):
     start = max(minimum, args.eco_start or min((max(s, minimum) for s in LADDER), key=distance))
     for strength in zeroth_order(distance, start, args.eco_steps, args.eco_eps * start, args.eco_lr, minimum):
         distance(strength)  # the last one has not been tried
+    for _ in range(args.eco_bisect):
+        around = bracket({s: m for s, m in seen.items() if s >= minimum}, target)
+        if around is None:
+            break
+        distance(math.sqrt(around[0] * around[1]))
     best = min((s for s in seen if s >= minimum), key=lambda strength: (distance(strength), strength))
     return best, target, [{"strength": s, "metric": seen[s]} for s in sorted(seen)]
+
+
+def bracket(tried, target):
+    """The neighbouring strengths of `tried` {strength: metric} between which the metric crosses `target`, the pair that
+    is closest to it; None where there is none, or one of them hits it."""
+    ordered = sorted(tried)
+    if target in tried.values():
+        return None
+    pairs = [(a, b) for a, b in zip(ordered, ordered[1:]) if (tried[a] - target) * (tried[b] - target) < 0]
+    return min(pairs, key=lambda pair: sum(abs(tried[s] - target) for s in pair), default=None)
 
 
 def zeroth_order(loss, start, steps, eps, lr, minimum):
