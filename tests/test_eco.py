@@ -261,6 +261,41 @@ def test_a_text_is_classified_once():
     assert gate.classifier.asked == ["good", "bad", "a"]
 
 
+class Memory:
+    """Knows the forget rows it was trained on, and no other."""
+
+    kind = "tfidf"
+
+    def __init__(self, texts):
+        self.texts = set(texts)
+
+    @classmethod
+    def fit(cls, texts, labels, **_):
+        return cls(text for text, label in zip(texts, labels) if label)
+
+    def probabilities(self, texts):
+        return np.array([float(text in self.texts) for text in texts])
+
+
+@pytest.mark.parametrize("conformal", [None, 0.5])
+def test_the_threshold_comes_from_rows_that_the_classifier_had_not_seen(monkeypatch, conformal):
+    monkeypatch.setitem(gates.CLASSIFIERS, "tfidf", Memory)
+    frames = {
+        split: pd.DataFrame({"text": [f"{split} {i}" for i in range(n)], "label": [0, 1] * (n // 2)})
+        for split, n in (("train_retain", 40), ("train_forget", 20))
+    }
+    args = argparse.Namespace(
+        eco_classifier="tfidf", eco_conformal=conformal, eco_threshold=None, eco_max_fpr=0.1, seed=42
+    )
+    gate, calibration = eco.train_gate(args, None, frames)
+    assert calibration["auc"] == 0.5 and calibration["false_negatives"] == 1  # a row seen in training would score 1
+    assert (calibration["retain"], calibration["forget"]) == ((40, 20) if conformal is None else (8, 4))
+    flags = gate.decide(frames["train_forget"]["text"])[0]
+    assert flags.sum() == (20 if conformal is None else 16)
+    with pytest.raises(UserError, match="too few train rows"):
+        eco.train_gate(args, None, frames | {"train_forget": frames["train_forget"][:2]})
+
+
 @pytest.mark.parametrize(
     ("rate", "flagged"), [(0, 0), (0.1, 1), (0.19, 1), (0.2, 2), (0.3, 3), (0.4, 3), (0.5, 5), (0.7, 7), (1, 9)]
 )
@@ -616,7 +651,7 @@ def test_models_of_the_wrong_kind(bert, tiny_model, small_data, tmp_path):
 
 def test_too_few_rows(tiny_model, small_data, tmp_path):
     command = "baselines", f"--model_checkpoints={tiny_model}", f"--dataset={small_data}", *GIVEN
-    refused(tmp_path, "too few train rows to hold some out", *command, "--max_train_samples=3")
+    refused(tmp_path, "too few train rows to calibrate the classifier", *command, "--max_train_samples=3")
 
 
 @pytest.fixture

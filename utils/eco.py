@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+from sklearn.model_selection import StratifiedKFold
 
 from utils import gates, metrics, models
 from utils.checkpoints import write_json
@@ -18,6 +19,7 @@ from utils.names import read_names, spans
 from utils.splits import split_rows
 
 FILE, TAGGER = "eco.json", "token_classifier"
+FOLDS = 5  # of the cross-fitting that sets the threshold
 LADDER = (0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0)  # where a search without --eco_start begins to look
 
 
@@ -94,16 +96,19 @@ def learn(args, loaded, frames):
 
 
 def train_gate(args, loaded, frames):
-    """(Gate, {"retain", "forget": rows held out, "auc", "false_positives", "false_negatives"}) from the train splits,
-    a fifth of which is held out to set the threshold, and of what an encoder trains on another fifth to pick the epoch:
-    rows that had a say in the classifier cannot calibrate it."""
-    fit, held = _hold_out(frames["train_retain"], frames["train_forget"], args.seed)
-    kind, extra = args.eco_classifier if args.eco_classifier in ("tfidf", "features") else "encoder", {}
-    if kind == "encoder":
-        fit, validation = _hold_out(*fit, args.seed)
-        extra = {"validation": _labelled(*validation)}
-    gate = gates.Gate(gates.CLASSIFIERS[kind].fit(*_labelled(*fit), loaded=loaded, args=args, **extra))
-    retain, forget = (gate.probabilities(frame["text"]) for frame in held)
+    """(Gate, {"retain", "forget": rows that calibrate it, "auc", "false_positives", "false_negatives" on them}) from
+    the train splits. Rows that had a say in a classifier cannot calibrate it: each is scored by one that has not seen it.
+
+    A classifier that is fitted in seconds is cross-fitted: five are trained on four fifths each, every row is scored by
+    the one that did not see it, those scores set the threshold, and the one that is kept has seen all rows: it knows
+    every forget row. For an encoder, and for a conformal threshold, whose guarantee is for the classifier that gave the
+    calibration scores, a fifth is held out for good; of the rest an encoder holds out another fifth to pick the epoch.
+    """
+    kind = args.eco_classifier if args.eco_classifier in ("tfidf", "features") else "encoder"
+    if kind == "encoder" or args.eco_conformal is not None:
+        gate, retain, forget = _split_fit(args, loaded, frames, kind)
+    else:
+        gate, retain, forget = _cross_fit(args, loaded, frames, kind)
     if args.eco_threshold is not None:
         gate.threshold = args.eco_threshold
     elif args.eco_conformal is not None:
@@ -119,6 +124,31 @@ def train_gate(args, loaded, frames):
         "false_negatives": float((forget <= gate.threshold).mean()),
     }
     return gate, calibration
+
+
+def _cross_fit(args, loaded, frames, kind):
+    """(Gate fitted on all train rows, scores of the retain and of the forget rows by classifiers that had not seen
+    them)."""
+    texts, labels = _labelled(frames["train_retain"], frames["train_forget"])
+    if min(np.bincount(labels)) < FOLDS:
+        raise UserError(f"there are too few train rows to calibrate the classifier: {FOLDS} of each kind are needed")
+    texts, scores = np.array(texts, dtype=object), np.empty(len(labels))
+    for fit, held in StratifiedKFold(FOLDS, shuffle=True, random_state=args.seed).split(texts, labels):
+        classifier = gates.CLASSIFIERS[kind].fit(list(texts[fit]), labels[fit], loaded=loaded, args=args)
+        scores[held] = gates.Gate(classifier).probabilities(texts[held])
+    gate = gates.Gate(gates.CLASSIFIERS[kind].fit(list(texts), labels, loaded=loaded, args=args))
+    return gate, scores[labels == 0], scores[labels == 1]
+
+
+def _split_fit(args, loaded, frames, kind):
+    """(Gate fitted on four fifths of the train rows, scores of the retain and of the forget rows held out)."""
+    fit, held = _hold_out(frames["train_retain"], frames["train_forget"], args.seed)
+    extra = {}
+    if kind == "encoder":
+        fit, validation = _hold_out(*fit, args.seed)
+        extra = {"validation": _labelled(*validation)}
+    gate = gates.Gate(gates.CLASSIFIERS[kind].fit(*_labelled(*fit), loaded=loaded, args=args, **extra))
+    return gate, *(gate.probabilities(frame["text"]) for frame in held)
 
 
 def _hold_out(retain, forget, seed):

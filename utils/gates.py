@@ -2,6 +2,7 @@
 
 import json
 import math
+import weakref
 from dataclasses import replace
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from utils.cli import UserError
 ROUNDING = 1e-9  # a threshold taken from scores lies just above them, whatever the order of a later sum
 LOADING_ERRORS = (OSError, ValueError, KeyError, RuntimeError, SafetensorError)
 WEIGHTS, VOCABULARY, ENCODER = "classifier.safetensors", "vocabulary.json", "classifier"
+_STATES = weakref.WeakKeyDictionary()  # of a model: {(text, max_length): mean hidden state}, see _pooled
 
 
 class Gate:
@@ -281,20 +283,23 @@ def _logistic(x):
 @torch.inference_mode()
 def _pooled(loaded, texts, args):
     """Mean over the prompt's tokens of the hidden states that go into the head, (n, d) float64, without virtual tokens
-    or corruption. One row a pass, so that no mean depends on the rows beside it."""
+    or corruption. One row a pass, so that no mean depends on the rows beside it; every text once a process."""
     from utils.data import UNLEARNING_LABELS, collate, tokenize
     from utils.forward import completion_hidden, record_activations
 
-    examples = tokenize(loaded.tokenizer, texts, [UNLEARNING_LABELS[0]] * len(texts), args.max_length)
-    backbone, result = loaded.model.get_decoder(), []
-    for example in examples:
+    backbone = loaded.model.get_decoder()
+    known = _STATES.setdefault(backbone, {})
+    new = [text for text in dict.fromkeys(texts) if (text, args.max_length) not in known]
+    examples = tokenize(loaded.tokenizer, new, [UNLEARNING_LABELS[0]] * len(new), args.max_length)
+    for text, example in zip(new, examples):
         batch = collate([replace(example, completion=example.completion[:1])], loaded.pad_id, loaded.model.device)
         with record_activations(backbone) as seen:
             completion_hidden(loaded.model, batch)
-        result.append(seen["activations"][0].double().mean(0).cpu().numpy())
+        known[text, args.max_length] = seen["activations"][0].double().mean(0).cpu().numpy()
+    result = np.array([known[text, args.max_length] for text in texts])
     if not np.isfinite(result).all():
         raise UserError("the model's hidden states are not finite; use --dtype=float32 or another --eco_classifier")
-    return np.array(result)
+    return result
 
 
 def first_line(error):

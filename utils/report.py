@@ -121,8 +121,9 @@ def gate_table(settings):
         if isinstance(rate, dict)
     ]
     text = [
-        f"classifier {settings['classifier']}, threshold {settings['threshold']:.4f} set on {held['retain']} retain "
-        f"and {held['forget']} forget rows held out; AUC {held['auc']:.3f} there, {rates['auc_train']:.3f} on train, "
+        f"classifier {settings['classifier']}, threshold {settings['threshold']:.4f} set on the scores "
+        f"of {held['retain']} retain and {held['forget']} forget rows not seen in fitting; AUC {held['auc']:.3f} there, "
+        f"{rates['auc_train']:.3f} on train, "
         f"{rates['auc_test']:.3f} on test",
         _aligned(lines),
     ]
