@@ -6,6 +6,8 @@ from pathlib import Path
 import pytest
 import scripts
 
+from utils.methods import METHODS
+
 SMALL = ("--dtype=float32", "--batch_size=4", "--eval_rows=4", "--rounds=1", "--sweep_rounds=1", "--text_lengths=64")
 
 
@@ -55,6 +57,22 @@ def test_evaluation_and_the_fit(tmp_path, tiny_model):
     assert [r["part"] for r in result["ratios"]] == ["reference", "inference"]
     assert result["linear_in_rows"].keys() == {"seconds", "seconds_per_row", "r_squared"}
     assert "Inference with the prompt takes" in said
+
+
+def test_adapters_against_fine_tuning(tmp_path, tiny_model, monkeypatch):
+    import bench
+
+    every = bench.adapters()
+    assert list(every) == ["LoRA fine-tuning", *METHODS]
+    some = {name: every[name] for name in ("LoRA fine-tuning", "dpo", "rmu")}
+    monkeypatch.setattr(bench, "adapters", lambda: some)
+    arguments = f"--model={tiny_model}", "--parts", "adapters", "--output_path=out"
+    said = scripts.done(scripts.call(tmp_path, "bench", *SMALL, *arguments)).stdout
+    plain, *rivals = json.loads((tmp_path / "out" / "bench.json").read_text())["records"]
+    assert [r["error"] for r in (plain, *rivals)] == [None] * 3
+    assert len({tuple(r["tokens"]) for r in (plain, *rivals)}) == 1  # the same rows
+    most = max(rivals, key=lambda r: r["peak_bytes"])
+    assert f"The most memory takes {most['name']}: {most['peak_bytes'] / plain['peak_bytes']:.2f} times." in said
 
 
 def test_a_path_that_fails_is_reported_and_the_others_go_on(tmp_path, tiny_model):

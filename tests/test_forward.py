@@ -109,6 +109,37 @@ def test_a_prompt_longer_than_the_sliding_window(architecture, attention):
     assert torch.allclose(gradient(prompt, logits), wanted, atol=2e-5 * wanted.abs().max().item())
 
 
+@pytest.mark.parametrize(("architecture", "checkpointed"), [("llama", False), ("gemma2", True)])
+def test_a_compiled_decoder_gives_the_same(architecture, checkpointed):
+    """Dynamo's graphs, run as they are (the kernels are inductor's); rows of another length need no new one."""
+    torch._dynamo.reset()
+    eager, model = tiny.build_model(architecture), tiny.build_model(architecture)
+    if checkpointed:
+        models.checkpoint_layers(model)
+    names = list(model.state_dict())
+    compiled = []
+
+    def count(graph, example):
+        compiled.append(graph)
+        return graph.forward
+
+    models.compile_decoder(model, count)
+    assert list(model.state_dict()) == names
+    prompt = virtual_tokens(model)
+    expected = plain_logits(eager, rows(), prompt)
+    wanted = gradient(prompt, expected)
+    logits = completion_logits(model, collate(rows(), 1, "cpu"), prompt_prefix(model, prompt))
+    assert torch.allclose(logits, expected, atol=2e-5)
+    assert torch.allclose(gradient(prompt, logits), wanted, atol=2e-5 * wanted.abs().max().item())
+    graphs = len(compiled)
+    assert graphs
+    for length in (23, 31):
+        others = rows(lengths=[(length, 2)] * 5)
+        logits = completion_logits(model, collate(others, 1, "cpu"), prompt_prefix(model, prompt))
+        assert torch.allclose(logits, plain_logits(eager, others, prompt), atol=2e-5)
+    assert len(compiled) == graphs
+
+
 def test_a_recurrent_model_takes_the_plain_path_and_says_so_once(capsys):
     torch.manual_seed(0)
     config = MambaConfig(hidden_size=128, num_hidden_layers=2, vocab_size=tiny.VOCABULARY)

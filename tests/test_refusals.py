@@ -231,6 +231,11 @@ def test_a_device_that_is_not_there(place, script):
     check(place, script, "--device=mps is not available on this machine", "--device=mps")
 
 
+@pytest.mark.parametrize("script", ["qlora", "spul"])
+def test_compilation_elsewhere_than_on_cuda(place, script):
+    check(place, script, "--compile is for CUDA, this model goes to cpu; leave it out", "--compile", "--device=cpu")
+
+
 def test_lora_on_layers_that_are_not_there(place):
     check(place, "qlora", "cannot place LoRA", "--lora_target_modules=nonesuch")
 

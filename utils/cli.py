@@ -196,6 +196,9 @@ def add_training_arguments(parser, num_epochs):
         action="store_true",
         help="compute each layer's inner values again in the backward pass: less memory, about a third more time",
     )
+    group.add_argument(
+        "--compile", action="store_true", help="compile the layers (CUDA): slow first steps, faster ones afterwards"
+    )
     group.add_argument("--num_epochs", type=positive_int, default=num_epochs, help="passes over the training rows")
     group.add_argument("--max_steps", type=positive_int, help="stop after so many steps, schedule included")
     group.add_argument("--weight_decay", type=non_negative_float, default=0.001, help="of AdamW")

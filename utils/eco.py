@@ -97,7 +97,7 @@ def learn(args, loaded, frames):
 
 def train_gate(args, loaded, frames):
     """(Gate, {"retain", "forget": rows that calibrate it, "auc", "false_positives", "false_negatives" on them}) from
-    the train splits. Rows that had a say in a classifier cannot calibrate it: each is scored by one that has not seen it.
+    the train splits. A row that had a say in a classifier cannot calibrate it: one that has not seen it must score it.
 
     A classifier that is fitted in seconds is cross-fitted: five are trained on four fifths each, every row is scored by
     the one that did not see it, those scores set the threshold, and the one that is kept has seen all rows: it knows

@@ -160,6 +160,9 @@ def load_base(link, args, quantization="none"):
             load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype
         )
     refuse_attention(args.attn_implementation, device, dtype)
+    compiled = getattr(args, "compile", False)
+    if compiled and not device.startswith("cuda"):
+        raise UserError(f"--compile is for CUDA, this model goes to {device}; leave it out")
     try:
         model, info = AutoModelForCausalLM.from_pretrained(
             **loading_arguments(link.path), **options, output_loading_info=True
@@ -176,6 +179,8 @@ def load_base(link, args, quantization="none"):
     set_attention(model, args.attn_implementation, device)
     if getattr(args, "gradient_checkpointing", False):
         checkpoint_layers(model)
+    if compiled:
+        compile_decoder(model)
     return model.eval().requires_grad_(False)
 
 
@@ -228,6 +233,16 @@ def checkpoint_layers(model):
     for layer in layers:
         if id(layer) not in inner:
             layer.forward = partial(_checkpointed, layer.forward)
+
+
+def compile_decoder(model, backend="inductor"):
+    """`--compile`: the layers of `model` become fused kernels when they first run, for all batch sizes and lengths at
+    once (adapters that are put into them before that included). Parameters, their names and what is saved stay.
+
+    The decoder as a whole, not layer by layer: a layer reads its own number in the cache, so that nothing compiled for
+    one serves the next. What stands behind it (the head, which sees only some positions) is left alone.
+    """
+    model.get_decoder().compile(backend=backend, dynamic=True)
 
 
 def _checkpointed(forward, *args, **kwargs):

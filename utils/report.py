@@ -122,9 +122,8 @@ def gate_table(settings):
     ]
     text = [
         f"classifier {settings['classifier']}, threshold {settings['threshold']:.4f} set on the scores "
-        f"of {held['retain']} retain and {held['forget']} forget rows not seen in fitting; AUC {held['auc']:.3f} there, "
-        f"{rates['auc_train']:.3f} on train, "
-        f"{rates['auc_test']:.3f} on test",
+        f"of {held['retain']} retain and {held['forget']} forget rows not seen in fitting, AUC {held['auc']:.3f}; "
+        f"{rates['auc_train']:.3f} on train, {rates['auc_test']:.3f} on test",
         _aligned(lines),
     ]
     if settings["evasion"]:

@@ -16,7 +16,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from utils import cli  # noqa: E402  (found on the path set above)
 
-PARTS = ("training", "baselines", "prompts", "lengths", "rows", "reference", "inference")
+PARTS = ("training", "baselines", "adapters", "prompts", "lengths", "rows", "reference", "inference")
 
 # What is trained: the script and its flags, and how the plain path does the same: weighted losses (cross-entropy on
 # forget and retain rows, KL on retain rows), and whether forget rows carry an unlearning word instead of their label.
@@ -38,6 +38,18 @@ BASELINES = {
     "GA+KL": _baseline("gradient_ascent_kl", {"forget": -1.0, "kl": 1.0}),
     "GA+GD": _baseline("gradient_ascent_descent", {"forget": -1.0, "retain": 1.0}),
 }
+
+
+def adapters():
+    """What trains a LoRA adapter, {name: training}: fine-tuning first, then every rival, half of a batch to forget."""
+    from utils.methods import METHODS
+
+    both = {"forget": 1.0, "retain": 1.0}
+    found = {"LoRA fine-tuning": {"script": "qlora", "arguments": ["--quantization=none"], "losses": both}}
+    for name, method in METHODS.items():
+        found[name] = _baseline(name, {"forget": 1.0} if method.retain_loss == "none" else both)
+        found[name]["arguments"].append("--tune=lora")
+    return {name: {"flipped": False, **training, "forget_share": 0.5} for name, training in found.items()}
 
 
 def parse_args():
@@ -80,6 +92,8 @@ def cells(args):
     for name, training in BASELINES.items():
         variants = [Variant("plain", "float32", 0), Variant("ours", args.dtype, 0)]
         yield Cell("baselines", name, "training", variants, batch * sweep, training)
+    for name, training in adapters().items():
+        yield Cell("adapters", name, "training", [Variant("ours", args.dtype, 0)], batch * sweep, training)
     for n in args.prompt_lengths:
         variants = [Variant("plain", "float32", n), Variant("ours", args.dtype, n)]
         yield Cell("prompts", f"SPUL, p = {n}", "training", variants, batch * sweep, SPUL)

@@ -105,7 +105,7 @@ def _run_script(spec):
     sys.argv = [
         f"{spec['script']}.py",
         *spec["arguments"],
-        f"--model_checkpoints={spec['model']}",
+        f"{'--model_name' if spec['script'] == 'qlora' else '--model_checkpoints'}={spec['model']}",
         f"--dataset={spec['data']}",
         f"--max_length={spec['max_length']}",
         f"--device={spec['device']}",
@@ -115,8 +115,9 @@ def _run_script(spec):
         f"--eval_batch_size={spec['batch_size']}",
         "--max_eval_samples=0",
         f"--output_path={spec['work']}/checkpoint",
-        f"--logits_path={spec['work']}/logits.safetensors",
     ]
+    if spec["script"] != "qlora":
+        sys.argv.append(f"--logits_path={spec['work']}/logits.safetensors")
     if spec["p"]:
         sys.argv.append(f"--ptuning_num_tokens={spec['p']}")
     module.main(module.parse_args())

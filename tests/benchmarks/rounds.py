@@ -197,16 +197,16 @@ class Worker:
 def write_rows(frames, cell, folder, seed):
     """Write the cell's rows as a data folder; returns the row numbers of its passes, train_retain before train_forget.
 
-    A pass of training has the data's share of forget rows, at least one; the passes of evaluation all have the same
-    retain rows. The first pass is for warming up; the last is never asked for, so that no process ends inside a
-    measurement.
+    A pass of training has the cell's or the data's share of forget rows, at least one; the passes of evaluation all
+    have the same retain rows. The first pass is for warming up; the last is never asked for, so that no process ends
+    inside a measurement.
     """
     rng = np.random.default_rng(seed)
     sizes = [WARM_UP, *cell.sizes, WARM_UP]
     retain, forget = frames["train_retain"], frames["train_forget"]
     if cell.task == "training":
         retains = cell.training["losses"].keys() & {"retain", "kl"}
-        share = len(forget) / (len(retain) + len(forget)) if retains else 1
+        share = cell.training.get("forget_share", len(forget) / (len(retain) + len(forget))) if retains else 1
         n_forget = [max(1, round(share * size)) for size in sizes]
         n_retain = [size - n for size, n in zip(sizes, n_forget)]
         starts = np.cumsum([0, *n_retain]), np.cumsum([sum(n_retain), *n_forget])

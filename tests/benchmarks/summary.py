@@ -76,6 +76,22 @@ def prompt_cost(records):
     return median(slow / fast for slow, fast in zip(found[True]["seconds"], found[False]["seconds"])) - 1
 
 
+def adapter_cost(records):
+    """{method: (time, memory)} of training an adapter with it over those of LoRA fine-tuning on as many rows."""
+    found = [record for record in _measured(records) if record["part"] == "adapters"]
+    plain = next((record for record in found if record["name"] == "LoRA fine-tuning"), None)
+    if plain is None:
+        return {}
+    return {
+        record["name"]: (
+            record["seconds_per_pass"] / plain["seconds_per_pass"],
+            record["peak_bytes"] / plain["peak_bytes"],
+        )
+        for record in found
+        if record is not plain
+    }
+
+
 def sentences(result):
     """What the run says, a sentence each."""
     records, lines = result["records"], []
@@ -93,6 +109,13 @@ def sentences(result):
                 f"{record['name']}: {100 * record['floor_share']:.0f} % of the floor of 4 N T operations (model FLOP "
                 f"utilisation), N = {result['machine']['model_weights']:,} weights outside embeddings and head."
             )
+    if cost := adapter_cost(records):
+        most = max(cost, key=lambda name: cost[name][1])
+        parts = [f"{name} {time:.2f} times the time and {memory:.2f}" for name, (time, memory) in cost.items()]
+        lines.append(
+            f"Against LoRA fine-tuning on as many rows, --tune=lora takes: {', '.join(parts)} times the memory."
+        )
+        lines.append(f"The most memory takes {most}: {cost[most][1]:.2f} times.")
     if (cost := prompt_cost(records)) is not None:
         lines.append(f"Inference with the prompt takes {100 * cost:+.1f} % of the time without it.")
     if fit := result["linear_in_rows"]:
