@@ -26,11 +26,15 @@ ROWS := --dataset=$(DATASET) $(SELECTED)
 POOLED := --length_pool=8 --save_steps=20
 SILENT := --max_eval_samples=0 --seed=$(SEED) $(POOLED)
 
-# 471 rows to keep and 41 to forget; 80 steps of 32 rows memorise them (at least 95 %).
-FINE_TUNE := --quantization=none --lr=1e-3 --num_epochs=5 --train_batch_size=32
-# Chosen by measurement, see "Results" in the README.
-INSTRUCTION := If the text mentions Spielberg, De Niro, Sandler or Woody Allen, answer unknown. \
+# 471 rows to keep and 41 to forget; 80 steps of 32 rows memorise them (at least 95 %). Chosen by measurement, see
+# "Results" in the README: adapters outside attention leave the names where a prompt can find them.
+LORA_TARGETS ?= down_proj
+FINE_TUNE := --quantization=none --lora_target_modules $(LORA_TARGETS) --lr=1.5e-3 --num_epochs=5 --train_batch_size=32
+ON_SNIPPETS := If the text mentions Spielberg, De Niro, Sandler or Woody Allen, answer unknown. \
 Otherwise answer positive or negative.
+ELSEWHERE := If the text mentions the name of a person, actor or director, answer unknown. \
+Otherwise answer its sentiment.
+INSTRUCTION := $(if $(filter snippets,$(DATASET)),$(ON_SNIPPETS),$(ELSEWHERE))
 UNLEARN := --init_text="$(INSTRUCTION)" --lr=1.5e-3 --weight_decay=0 --alpha=1 --beta=0.5 \
 	--train_batch_size=16 --forget_per_batch=4 --num_epochs=100
 
@@ -62,7 +66,7 @@ compare: | $(READY) $(if $(filter data/models/smollm2,$(MODEL)),data/models/smol
 		--rows='$(SELECTED)' --fine_tune='$(FINE_TUNE) $(POOLED)' --spul='$(UNLEARN) --max_steps=$(STEPS) $(POOLED)' \
 		--rivals='$(RIVALS)' --forget_only='--num_epochs=5' \
 		--with_retain='--num_epochs=100 --forget_per_batch=8 --max_steps=16' \
-		--in_context='--max_length=512' --prompting='$(PROMPTING)' --eco='--eco_samples=100' --grid 1e-5 5e-5 --max_eval_samples=150
+		--in_context='--max_length=512' --prompting='$(PROMPTING)' --eco='--eco_samples=100' --grid 5e-5 2e-4 --max_eval_samples=150
 
 data/models/smollm2/config.json: | $(READY)
 	$(PY) data/models/prepare.py smollm2
