@@ -2,6 +2,8 @@
 
 import copy
 from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import tiny
@@ -9,9 +11,9 @@ import torch
 from accelerate import dispatch_model
 from transformers import AutoModelForCausalLM, MambaConfig
 
-from utils import losses, models
+from utils import losses, models, reference
 from utils.cli import note_once
-from utils.data import Example, collate
+from utils.data import Example, collate, load_splits
 from utils.forward import completion_hidden, completion_logits, prompt_prefix
 from utils.prompt_encoders import VirtualTokens
 
@@ -260,6 +262,20 @@ def test_the_reference_is_what_the_model_says_without_the_prompt(model):
     logits, reference = completion_logits(model, batch, prompt_prefix(model, prompt), hidden)
     assert torch.allclose(reference, plain_logits(model, rows(seed=9)[:2]), atol=2e-5)
     assert torch.allclose(logits, plain_logits(model, rows(), prompt), atol=2e-5)
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="needs /proc")
+def test_the_reference_file_is_mapped_and_small(tmp_path, small_data):
+    model, path = tiny.build_model("llama"), tmp_path / "reference.safetensors"
+    frames, examples = load_splits(small_data), rows()
+    loaded = models.Loaded(model, SimpleNamespace(pad_token_id=1), None, [SimpleNamespace(sha256="0", path=tmp_path)])
+    args = SimpleNamespace(logits_path=path, dataset="none", max_length=64, eval_batch_size=2)
+    found = reference.load_reference(loaded, examples, range(len(examples)), frames, args)
+    assert str(path) in Path("/proc/self/maps").read_text()
+    expected = completion_hidden(model, collate(examples, 1, "cpu"))
+    assert torch.allclose(found.of(range(len(examples))), expected, atol=1e-5)
+    numbers = sum(len(e.completion) for e in examples) * model.config.hidden_size
+    assert 4 * numbers < path.stat().st_size < 4 * numbers + 1024
 
 
 def test_an_empty_reference(llama):

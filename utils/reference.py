@@ -72,7 +72,8 @@ def load_reference(loaded, examples, rows, frames, args, measure=hidden_states, 
 
     measure: function(loaded, batch) -> (N, d). frames: {split: DataFrame} that the rows come from. settings: what else
     the numbers depend on, as JSON. The file is args.logits_path or saved_logits/<model>-<dataset>-<key>; it stores the
-    key: all that the numbers depend on. Raises UserError when the file there has another key.
+    key: all that the numbers depend on. It is memory-mapped: a step reads the pages of its rows, not the whole. Raises
+    UserError when the file there has another key.
     """
     key = {
         "model": [link.sha256 for link in loaded.chain],
