@@ -40,6 +40,7 @@ UNLEARN := --init_text="$(INSTRUCTION)" --lr=1.5e-3 --weight_decay=0 --alpha=1 -
 
 # Rivals: 16 rows a step; about five passes over the forget rows, three where half of every batch is retain rows.
 RIVALS := --train_batch_size=16 --length_pool=8 --save_steps=1000
+GRID := 5e-5 2e-4
 PROMPTING = $(if $(filter snippets,$(DATASET)),,--instruction="If the text names a person, answer unknown.")
 
 # A run that was killed goes on from its last saved state.
@@ -66,7 +67,7 @@ compare: | $(READY) $(if $(filter data/models/smollm2,$(MODEL)),data/models/smol
 		--rows='$(SELECTED)' --fine_tune='$(FINE_TUNE) $(POOLED)' --spul='$(UNLEARN) --max_steps=$(STEPS) $(POOLED)' \
 		--rivals='$(RIVALS)' --forget_only='--num_epochs=5' \
 		--with_retain='--num_epochs=100 --forget_per_batch=8 --max_steps=16' \
-		--in_context='--max_length=512' --prompting='$(PROMPTING)' --eco='--eco_samples=100' --grid 5e-5 2e-4 --max_eval_samples=150
+		--in_context='--max_length=512' --prompting='$(PROMPTING)' --eco='--eco_samples=100' --grid $(GRID) --max_eval_samples=150
 
 data/models/smollm2/config.json: | $(READY)
 	$(PY) data/models/prepare.py smollm2
