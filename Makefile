@@ -35,7 +35,7 @@ Otherwise answer positive or negative.
 ELSEWHERE := If the text mentions the name of a person, actor or director, answer unknown. \
 Otherwise answer its sentiment.
 INSTRUCTION := $(if $(filter snippets,$(DATASET)),$(ON_SNIPPETS),$(ELSEWHERE))
-UNLEARN := --init_text="$(INSTRUCTION)" --lr=1.5e-3 --weight_decay=0 --alpha=1 --beta=0.5 \
+UNLEARN := --init_text="$(INSTRUCTION)" --lr=1.5e-3 --weight_decay=0 --alpha=2 --beta=0.5 \
 	--train_batch_size=16 --forget_per_batch=4 --num_epochs=100
 
 # Rivals: 16 rows a step; about five passes over the forget rows, three where half of every batch is retain rows.
