@@ -4,7 +4,8 @@ python data/sst2/prepare.py --input=FOLDER --output_path=data/sst2/marked
 
 FOLDER (default: sst2 from the hub) holds the four published splits. The copy has one column more, names_other: 1 where
 a given name of data/snippets/given_names.txt is followed by a surname of that folder's two lists, all in lower case as
-SST-2 is. A surname alone does not count, since many are words. Use the copy as --dataset.
+SST-2 is. A surname alone does not count, since many are words. Use the copy as --dataset; with --only_names_other its
+retain splits hold nothing but marked rows, too few to be met in a sample of the whole.
 """
 
 import sys
@@ -20,6 +21,7 @@ def parse_args():
     parser = cli.ArgumentParser(__doc__)
     parser.add_argument("--input", default="sst2", help="folder with the four splits (default: sst2 from the hub)")
     parser.add_argument("--output_path", required=True, help="folder to write")
+    parser.add_argument("--only_names_other", action="store_true", help="leave the other retain rows out")
     parser.add_argument("--overwrite", action="store_true", help="replace an existing output folder")
     return parser.parse_args()
 
@@ -36,6 +38,12 @@ def main(args):
     for split, frame in frames.items():
         frames[split] = frame.assign(names_other=[int(names_somebody(text, given, surnames)) for text in frame["text"]])
         print(f"{split:13s}{len(frame):8,d} rows, {frames[split]['names_other'].sum():6,d} name somebody")
+        if args.only_names_other and split.endswith("retain"):
+            frames[split] = frames[split][frames[split]["names_other"] == 1]
+            if frames[split].empty:
+                raise cli.UserError(
+                    f"{split} of {args.input} has no row that names somebody; leave out --only_names_other"
+                )
     with checkpoints.new_folder(args.output_path) as folder:
         splits.write_splits(frames, folder)
 
