@@ -17,10 +17,6 @@ STEPS ?= 300
 VENV := .venv
 PY := $(VENV)/bin/python
 READY := $(VENV)/.installed
-RUN := $(notdir $(MODEL:/=))-$(notdir $(DATASET:/=))-seed$(SEED)
-FINE_TUNED := qlora_checkpoints/demo-$(RUN)
-UNLEARNT := unlearn_checkpoints/demo-$(RUN)-$(STEPS)steps
-RESULTS := results/demo$(if $(filter-out 42,$(SEED)),-seed$(SEED))
 SELECTED := --max_length=128 --max_train_samples=512 --forget_share=0.08
 ROWS := --dataset=$(DATASET) $(SELECTED)
 POOLED := --length_pool=8 --save_steps=20
@@ -37,6 +33,13 @@ Otherwise answer its sentiment.
 INSTRUCTION := $(if $(filter snippets,$(DATASET)),$(ON_SNIPPETS),$(ELSEWHERE))
 UNLEARN := --init_text="$(INSTRUCTION)" --lr=1.5e-3 --weight_decay=0 --alpha=2 --beta=0.5 \
 	--train_batch_size=16 --forget_per_batch=4 --num_epochs=100
+
+# A name for every setting, so that no checkpoint stands for another: what was chosen, and a checksum of all flags.
+checksum = $(firstword $(shell printf '%s' '$(subst ','\'',$(1))' | cksum))
+RUN := $(notdir $(MODEL:/=))-$(notdir $(DATASET:/=))-seed$(SEED)
+FINE_TUNED := qlora_checkpoints/demo-$(RUN)-$(call checksum,$(MODEL) $(DATASET) $(SELECTED) $(FINE_TUNE))
+UNLEARNT := unlearn_checkpoints/demo-$(RUN)-$(call checksum,$(FINE_TUNED) $(UNLEARN) $(STEPS))
+RESULTS := $(UNLEARNT:unlearn_checkpoints/%=results/%)
 
 # Rivals: 16 rows a step; about five passes over the forget rows, three where half of every batch is retain rows.
 RIVALS := --train_batch_size=16 --length_pool=8 --save_steps=1000

@@ -20,6 +20,7 @@ from utils.corruption import FAMILIES, ORDERS, has_strength
 from utils.methods import CONSTANTS, IN_CONTEXT, METHODS
 
 ECO_METRICS = ("accuracy", "f1", "precision", "recall", "label_accuracy", "out_of_label")
+NO_TRAINING = ("forget_per_batch", "retain_ratio", "max_steps", "eval_steps", "micro_batch_size", "resume")
 ECO_SEARCH = (
     "eco_metric", "eco_target", "eco_samples", "eco_steps", "eco_start", "eco_eps", "eco_lr", "eco_sigma_min",
     "eco_bisect",
@@ -145,8 +146,14 @@ def refuse_contradictions(parser, args):
         training = ("retain_loss", "retain_weight", "stop_at_forget_accuracy", "logits_path", *CONSTANTS)
         ignored = [flag for flag in training if getattr(args, flag) is not None] + ["tune"] * (args.tune == "lora")
         ignored += ["dry_run"] * bool(args.dry_run)
+        ignored += [flag for flag in NO_TRAINING if getattr(args, flag)]
         if ignored:
             parser.error(f"{name} trains nothing; leave out --{ignored[0]}")
+    lora = [flag for flag in vars(args) if flag.startswith("lora_")]
+    if args.tune != "lora" and (flag := given(parser, args, lora)):
+        parser.error(f"--{flag} goes with --tune=lora")
+    if name != "icul" and (flag := given(parser, args, ["icul_flipped", "icul_correct"])):
+        parser.error(f"--{flag} goes with --unlearn_method=icul")
     if name == "prompting" and not (args.instruction or args.forget_names or args.dataset == "snippets"):
         parser.error("prompting needs --forget_names or --instruction (only snippets has a list of names)")
     if name == "eco":
@@ -249,7 +256,8 @@ def unlearn(args, output, frames):
     )
     only_adapter_dropout(model)
     if args.dry_run:
-        return planning.print_probe(run, loaded, frames, words, reference=objective.reference is not None)
+        referred = objective.reference.examples(rows.all) if objective.reference else []
+        return planning.print_probe(run, loaded, frames, words, referred)
     log = run.run()
     model.eval()
     if args.tune == "full":

@@ -7,6 +7,7 @@ saved_results/<checkpoint>-<dataset>, or to --output_path.
 """
 
 import dataclasses
+import hashlib
 import json
 import sys
 import time
@@ -16,6 +17,7 @@ import pandas as pd
 
 from utils import cli
 
+LONGEST_NAME = 150  # characters of a default output folder
 PREDICTION_COLUMNS = [
     "method", "checkpoint", "split", "text", "label_text", "prediction", "correct", "label_prediction",
     "label_probabilities", "loss",
@@ -59,7 +61,8 @@ def parse_args():
 def main(args):
     from utils import checkpoints, data, processes, report
 
-    args.dataset = args.dataset or checkpoints.recorded_dataset(args.model_checkpoints[0]) or "sst2"
+    recorded = filter(None, map(checkpoints.recorded_dataset, args.model_checkpoints))
+    args.dataset = args.dataset or next(recorded, "sst2")
     frames = data.select_rows(
         data.load_splits(args.dataset), args.forget_size, args.max_train_samples, args.forget_share
     )
@@ -69,6 +72,9 @@ def main(args):
         return predict(args, words, texts)
 
     names = "+".join(Path(name).name for name in args.model_checkpoints)
+    if len(names) > LONGEST_NAME:
+        digest = hashlib.sha256(names.encode()).hexdigest()[:8]
+        names = f"{names[:LONGEST_NAME]}...{len(args.model_checkpoints)}-{digest}"
     output = args.output_path or f"saved_results/{names}-{data.dataset_name(args.dataset)}"
     checkpoints.check_output(output, args.overwrite or not args.output_path, args.model_checkpoints)
     records, predictions = evaluate(args, frames, words)
@@ -92,6 +98,7 @@ def evaluate(args, frames, words):
 
     chains = resolve(args)
     router = find_router(args, chains)
+    note_other_rows(args, chains, frames)
     records, predictions, names = [], [], method_names(chains)
     for method, name in zip(names, args.model_checkpoints):
         loaded = models.load(name, args, args.parent_path)
@@ -122,6 +129,22 @@ def resolve(args):
     from utils import models
 
     return [models.resolve_chain(name, args.trust_remote_code, args.parent_path) for name in args.model_checkpoints]
+
+
+def note_other_rows(args, chains, frames):
+    """Say which checkpoints were trained on other rows than those that the train columns of the table are about."""
+    from utils import data
+
+    used = {n: data.fingerprint({split: frames[split] for split in data.TRAIN_SPLITS[:n]}) for n in (1, 2)}
+    for chain in chains:
+        manifest = chain[-1].manifest
+        if manifest is None or (chain[-1].kind == "lora" and args.forget_size < 1):  # it knows more rows than these
+            continue
+        if manifest["data_fingerprint"] != used[1 if manifest["arguments"].get("exclude_forget") else 2]:
+            cli.note_once(
+                f"{chain[-1].path} was trained on other rows than the train columns show; give this command the "
+                "--dataset, --max_train_samples, --forget_share and --forget_size of its training"
+            )
 
 
 def find_router(args, chains):

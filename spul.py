@@ -117,7 +117,8 @@ def main(args):
         evaluate=lambda: metrics.accuracies(prompted(), frames, words, args),
     )
     if args.dry_run:
-        return planning.print_probe(run, prompted(), frames, words, evaluations=2, reference=bool(args.beta))
+        referred = unprompted.examples(examples) if unprompted else []
+        return planning.print_probe(run, prompted(), frames, words, referred, evaluations=2)
     log = run.run()
 
     if args.max_eval_samples != 0:

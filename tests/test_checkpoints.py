@@ -228,6 +228,13 @@ def test_a_failed_write_leaves_what_was_there(tmp_path, error):
     assert tree(tmp_path) == before
 
 
+@pytest.mark.parametrize("name", ["notes", "notes.old"])
+def test_a_file_is_never_replaced(tmp_path, name):
+    (tmp_path / name).write_text("mine")
+    with pytest.raises(UserError, match=f"{name} is a file; choose another --output_path"):
+        checkpoints.check_output(tmp_path / "notes", True)
+
+
 def test_leftovers_of_a_kill_do_not_matter(tmp_path):
     (tmp_path / "out.tmp").mkdir()
     (tmp_path / "out.tmp" / "half").write_text("half")

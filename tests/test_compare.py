@@ -13,7 +13,7 @@ from utils import cli, compare
 
 METHODS = ("spul", "gradient_ascent", "npo", "prompting", "eco")
 FLAGS = {
-    "rows": "--max_length=200 --dtype=float32 --max_train_samples=20",
+    "rows": "--max_length=200 --dtype=float32 --max_train_samples 20",
     "fine_tune": "--quantization=none --train_batch_size=8 --num_epochs=2 --lr=2e-3",
     "spul": "--train_batch_size=8 --num_epochs=1 --ptuning_num_tokens=4 --ptuning_hidden_size=16",
     "rivals": "--train_batch_size=8 --num_epochs=3",
@@ -27,15 +27,13 @@ FLAGS = {
 def run(tmp_path, monkeypatch, tiny_model, small_data):
     """Runs the comparison in `tmp_path`, its scripts in this process; returns the commands that it called."""
 
-    def call(self, command, accept=(0,)):
+    def call(self, command):
         called.append(command)
         result = scripts.call(tmp_path, command[0].removesuffix(".py"), *command[1:])
-        if result.code not in accept:
-            raise cli.UserError(result.stderr)
-        return result.code
+        return result.code, result.stderr
 
     called = []
-    monkeypatch.setattr(compare.Workplace, "_call", call)
+    monkeypatch.setattr(compare.Workplace, "_run", call)
     monkeypatch.chdir(tmp_path)
 
     def start(*more):
@@ -86,6 +84,28 @@ def test_the_search_never_sees_test_rows(run, tmp_path, small_data):
     trained = texts(folder, "train_retain") | texts(folder, "train_forget")
     assert held_out and not trained & held_out
     assert trained | held_out <= texts(small_data, "train_retain") | texts(small_data, "train_forget")
+
+
+def test_a_search_that_fails_for_another_reason_ends_the_comparison(run, tmp_path):
+    """And leaves nothing behind that would count as a result."""
+    with pytest.raises(cli.UserError, match="baselines.py ended with exit code 2; finished runs are kept"):
+        run("--rivals=--train_batch_size=8 --num_epoch=3")
+    assert not list((tmp_path / "out" / "search").glob("*.json"))
+    run()
+
+
+def test_another_model_under_the_same_path_is_another_run(run, tiny_model, tmp_path, monkeypatch):
+    model = shutil.copytree(tiny_model, tmp_path / "model")
+    assert run(f"--model_name={model}")
+    assert run(f"--model_name={model}") == []
+    (model / "config.json").write_text((model / "config.json").read_text() + " ")
+    assert [command[0] for command in run(f"--model_name={model}")][:2] == ["qlora.py", "qlora.py"]
+
+
+def test_what_a_process_says(tmp_path, capfdbinary):
+    work = compare.Workplace.__new__(compare.Workplace)
+    code, said = work._run(["qlora.py", "--model_name=none/at/all", "--lora_fropout=x"])
+    assert code == 2 and "lora_fropout" in said.strip().split("\n")[-1]
 
 
 def texts(folder, split):

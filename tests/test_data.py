@@ -310,7 +310,19 @@ def test_a_part_of_the_forget_set_is_unlearnt_from_rows_that_were_learnt():
     assert unlearnt["train_retain"].equals(learnt["train_retain"])
 
 
-@pytest.mark.parametrize(("share", "forget"), [(0.5, 20), (0.001, 1), (0.9, 30)])
+def test_a_share_that_cannot_be_had_is_refused():
+    with pytest.raises(UserError, match="--forget_share is a share of --max_train_samples; give both"):
+        data.select_rows(frames_of(300, 30), forget_share=0.5)
+    with pytest.raises(
+        UserError, match="train_forget has 30 rows, --max_train_samples=40 and --forget_share ask for 36"
+    ):
+        data.select_rows(frames_of(300, 30), max_train_samples=40, forget_share=0.9)
+    with pytest.raises(UserError, match="train_retain has 20 rows, .* ask for 35"):
+        data.select_rows(frames_of(20, 30), max_train_samples=50, forget_share=0.3)
+    assert len(data.select_rows(frames_of(20, 30), max_train_samples=500)["train_retain"]) == 20
+
+
+@pytest.mark.parametrize(("share", "forget"), [(0.5, 20), (0.001, 1), (0.75, 30)])
 def test_the_share_of_forget_rows_can_be_chosen(share, forget):
     selected = data.select_rows(frames_of(300, 30), max_train_samples=40, forget_share=share)
     assert (len(selected["train_retain"]), len(selected["train_forget"])) == (40 - forget, forget)

@@ -108,6 +108,21 @@ def test_single_token_labels(tokenizer, neutral):
     assert list(rows["loss"]) == pytest.approx(expected, rel=1e-5)
 
 
+def test_labels_of_unequal_length(tokenizer, neutral):
+    """The other label is recognised whole, not by as many of its tokens as the true one has."""
+    seen = {FILM: {neutral[0]: 9.0}, BAD: {" positive": 5.0}, WELL: {" of": 9.0}}
+    loaded = scripted(tokenizer, chain(neutral), seen)
+    rows = score(loaded, ["a film", "a film", "a bad"], ["positive", "neutral", "neutral"], ["neutral", "positive"])
+    assert list(rows["prediction"]) == ["neutral", "neutral", "positive"]
+    assert list(rows["correct"]) == [False, True, False]
+    assert (
+        metrics.scores(rows.assign(label_text=["positive", "neutral", "neutral"]), ["neutral", "positive"])[
+            "out_of_label"
+        ]
+        == 0
+    )
+
+
 def test_multi_token_labels(tokenizer):
     """All tokens must be right; the label whose tokens are jointly most probable counts, not the best first token."""
     good, poor = completion_ids(tokenizer, "good enough"), completion_ids(tokenizer, "rather poor")
@@ -128,7 +143,7 @@ def test_multi_token_labels(tokenizer):
     assert rows["loss"][0] == pytest.approx(total["good enough"], rel=1e-4)
     assert rows["label_prediction"][0] == min(total, key=total.get)
     assert not rows["correct"][0]
-    assert rows["prediction"][0] == tokenizer.decode([poor[0], *good[1:]]).strip()  # the label's tokens are read
+    assert len(good) != len(poor) and rows["prediction"][0] == "rather poor"  # not `rather enough`
     assert rows["correct"][1]
     assert rows["prediction"][1] == rows["label_prediction"][1] == "good enough"
 

@@ -1,5 +1,7 @@
 """Loading any causal language model from a folder, its tokenizer, and LoRA on it."""
 
+import json
+import shutil
 from argparse import Namespace
 
 import pytest
@@ -93,6 +95,17 @@ def test_one_model_on_all_gpus_is_never_spread_beyond_them(tiny_model, monkeypat
     monkeypatch.setattr(models, "pick_device", lambda name: name)
     with pytest.raises(UserError, match="tiny-llama does not fit the GPUs"):
         load(tiny_model, device="balanced")
+
+
+def test_a_tokenizer_without_pad_and_end_pads_with_some_token(tiny_model, tmp_path):
+    folder = shutil.copytree(tiny_model, tmp_path / "model")
+    for file in folder.glob("*token*.json"):
+        settings = json.loads(file.read_text())
+        for key in ("pad_token", "eos_token"):
+            settings.pop(key, None)
+        file.write_text(json.dumps(settings))
+    tokenizer = models.load_tokenizer(models.resolve_chain(str(folder)), False)
+    assert tokenizer.eos_token is None and tokenizer.pad_token_id == 0
 
 
 def test_of_several_processes_each_has_its_own_gpu(monkeypatch):

@@ -4,6 +4,7 @@ import importlib.metadata
 import json
 import re
 import shlex
+import shutil
 from argparse import Namespace
 from pathlib import Path
 from unittest import mock
@@ -546,6 +547,23 @@ def inference(cwd, dataset, *arguments):
     paths = [argument for argument in arguments if not str(argument).startswith("--")]
     flags = [argument for argument in arguments if str(argument).startswith("--")]
     return call(cwd, "inference_spul", f"--dataset={dataset}", *scripts.ROWS, "--model_checkpoints", *paths, *flags)
+
+
+def test_many_checkpoints_have_a_short_name_and_the_data_of_any_of_them(tiny_model, fine_tuned, small_data, tmp_path):
+    """The plain model comes first and records no data set."""
+    place = tmp_path / "a" / "b"
+    place.mkdir(parents=True)
+    base = shutil.copytree(tiny_model, tmp_path / ("x" * 200))
+    command = "--model_checkpoints", base, fine_tuned, *scripts.ROWS, "--max_eval_samples=2"
+    said = done(call(place, "inference_spul", *command))
+    (folder,) = (place / "saved_results").iterdir()
+    assert len(folder.name) < 200 and folder.name.endswith("-data")
+    assert "was trained on other rows" not in said.stderr
+    more = *command, "--max_train_samples=12"
+    assert (
+        "fine-tuned was trained on other rows than the train columns show"
+        in done(call(place, "inference_spul", *more)).stderr
+    )
 
 
 def test_several_checkpoints_give_one_table(tiny_model, fine_tuned, prompt, small_data, tmp_path):

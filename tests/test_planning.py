@@ -10,6 +10,8 @@ import torch
 from scripts import done, refused, tree
 
 from utils import planning
+from utils.data import Example
+from utils.methods import METHODS
 
 ARGUMENTS = Namespace(
     device="cpu",
@@ -50,6 +52,23 @@ def test_a_dry_run_leaves_no_trace(run, kind, depth, tiny_model, small_data, tmp
     assert numbers(said, "rows") == [24, 16, 8]
     assert numbers(said, "steps") == [6, 8, 48]  # 24 rows in batches of 8, twice
     assert ("time" in said) == (depth == "probe")
+
+
+@pytest.mark.parametrize(
+    ("method", "tokens"),
+    [("undial", 8), ("npo --retain_loss=none", 8), ("dpo", 16), ("gradient_ascent_kl", 16), ("wga", 0), ("rmu", None)],
+)
+def test_the_reference_of_a_rival(method, tokens, tiny_model, small_data, tmp_path):
+    """One token a label: of 8 forget rows (dpo: twice), of 16 retain rows; rmu: at every token of those."""
+    command = f"--model_checkpoints={tiny_model}", f"--dataset={small_data}", *scripts.BASELINES, "--dry_run=probe"
+    said = done(scripts.call(tmp_path, "baselines", *command, *f"--unlearn_method={method}".split())).stdout
+    assert ("reference" in said.split("after loading")[1]) == (tokens != 0)
+    name, *more = method.split()
+    args = Namespace(unlearn_method=name, retain_loss=METHODS[name].retain_loss)
+    if more:
+        args.retain_loss = "none"
+    examples = [Example((1,) * 5, (2,), forget=i < 8) for i in range(24)]
+    assert planning.reference_tokens("full", args, examples) == (16 * 5 if tokens is None else tokens)
 
 
 def test_retain_ratio_shortens_the_epochs(tiny_model, small_data, tmp_path):

@@ -33,6 +33,12 @@ def test_given_name_and_surname_count_together(published):
     assert pd.read_csv(published / "marked" / "train_forget.csv")["text"].tolist() == TEXTS
 
 
+def test_the_input_is_not_replaced(published):
+    flags = "--input=published", "--output_path=published", "--overwrite"
+    refused(published, "would replace published, which this run reads", "sst2_prepare", *flags)
+    assert "names_other" not in pd.read_csv(published / "published" / "test_retain.csv")
+
+
 def test_only_rows_that_name_others(published):
     done(call(published, "sst2_prepare", "--input=published", "--output_path=others", "--only_names_other"))
     assert marked(published / "others", "train_retain") == marked(published / "others", "test_retain") == [1]

@@ -46,6 +46,9 @@ def check_output(path, overwrite, inputs=()):
     path = Path(os.path.abspath(path))
     if path.exists() and not overwrite:
         raise UserError(f"{path} exists; choose another --output_path or add --overwrite")
+    for file in (path, path.with_name(f"{path.name}.old"), path.with_name(f"{path.name}.tmp")):
+        if file.exists() and not file.is_dir():
+            raise UserError(f"{file} is a file; choose another --output_path")
     if path.is_dir() and any(path.iterdir()) and not any((path / name).exists() for name in OURS):
         raise UserError(f"{path} is no folder that this project wrote; --overwrite does not delete it")
     for other in inputs:

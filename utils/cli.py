@@ -140,6 +140,8 @@ def _resource_message(error):
         return "the GPU has too little memory; lower --micro_batch_size or --eval_batch_size"
     number = getattr(error, "errno", None)
     text = str(error)
+    if number == errno.ENAMETOOLONG:
+        return f"a path is too long ({text}); choose a shorter --output_path"
     if number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) or "os error 28" in text or "os error 27" in text:
         return (
             f"the disk is full or a file-size limit was hit ({text}); free some space or choose another --output_path"

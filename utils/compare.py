@@ -115,7 +115,7 @@ class Workplace:
 
         self.folder, self.args = folder, args
         frames = data.load_splits(args.dataset)
-        self._data = data.fingerprint(frames)
+        self._data = [data.fingerprint(frames), *_marks(frames), *_contents(args)]
         self._parts = _cut(frames, args.rows)
         self._digest = hashlib.sha256(json.dumps(data.fingerprint(self._parts)).encode()).hexdigest()[:8]
 
@@ -130,14 +130,14 @@ class Workplace:
 
     def try_out(self, flags, tuned):
         """Scores {split: ...} of one run of a search, or None if its loss was not finite. Only the scores are kept."""
-        rows = _without_selection(self.args.rows)
+        _, rows = _selection(self.args.rows)  # the search's folder holds the selected ones
         command = [*self._command("baselines", [tuned]), f"--dataset={self._search_data()}", *rows]
         command += [*self._settings("baselines", flags), "--max_eval_samples=100", *flags]
         path = self._place("search", flags[0].split("=")[1], command)
         scores = path.with_suffix(".json")
         if not scores.exists():
-            code = self._call([*command, f"--output_path={path}", *_resume(path)], accept=(0, 2))
-            splits = json.loads((path / "metrics.json").read_text())[-1]["splits"] if code == 0 else None
+            finite = self._call([*command, f"--output_path={path}", *_resume(path)], or_not_finite=True)
+            splits = json.loads((path / "metrics.json").read_text())[-1]["splits"] if finite else None
             scores.write_text(json.dumps(splits))
             shutil.rmtree(path, ignore_errors=True)
         return json.loads(scores.read_text())
@@ -189,12 +189,42 @@ class Workplace:
             write_splits(self._parts, folder)
         return folder
 
-    def _call(self, command, accept=(0,)):
+    def _call(self, command, or_not_finite=False):
+        """Run a script; True if it ended well. A loss that was not finite gives False if that is allowed, and anything
+        else raises UserError."""
         print("$ python", shlex.join(command), flush=True)
-        code = subprocess.run([sys.executable, str(ROOT / command[0]), *command[1:]], check=False).returncode
-        if code not in accept:
+        code, said = self._run(command)
+        if code == 2 and or_not_finite and "not finite" in said.strip().split("\n")[-1]:
+            return False
+        if code:
             raise cli.UserError(f"{command[0]} ended with exit code {code}; finished runs are kept, start again")
-        return code
+        return True
+
+    def _run(self, command):
+        """(exit code, the end of what it said on stderr) of a script in a process of its own."""
+        started = [sys.executable, str(ROOT / command[0]), *command[1:]]
+        with subprocess.Popen(started, stderr=subprocess.PIPE) as process:
+            said = b""
+            while part := process.stderr.read1(4096):
+                sys.stderr.buffer.write(part)
+                sys.stderr.flush()
+                said = (said + part)[-4096:]
+        return process.returncode, said.decode(errors="replace")
+
+
+def _marks(frames):
+    """The names_other columns, which scores depend on and the fingerprint of texts and labels leaves out."""
+    return [frame["names_other"].tolist() for frame in frames.values() if "names_other" in frame]
+
+
+def _contents(args):
+    """Hashes of the base model and of the files that flags name: a path alone does not say what lies there."""
+    from utils import checkpoints, data
+
+    flags = [*args.rows, *args.fine_tune, *args.spul, *args.rivals, *args.in_context, *args.prompting, *args.eco]
+    paths = [args.model_name, data.SNIPPETS_FOLDER / "forget_names.txt", *(flag.split("=", 1)[-1] for flag in flags)]
+    found = [Path(path) for path in paths if Path(path).exists()]
+    return [checkpoints.weights_sha256(p) if p.is_dir() else checkpoints.file_sha256(p) for p in found]
 
 
 def _cut(frames, rows):
@@ -204,10 +234,7 @@ def _cut(frames, rows):
     from utils import data
     from utils.splits import split_rows
 
-    known = cli.ArgumentParser("")
-    known.add_argument("--max_train_samples", type=cli.positive_int)
-    known.add_argument("--forget_share", type=cli.fraction)
-    selection, _ = known.parse_known_args(rows)
+    selection, _ = _selection(rows)
     frames = data.select_rows(frames, 1.0, selection.max_train_samples, selection.forget_share)
     kept = [frames[split].assign(forget=split == "train_forget") for split in data.TRAIN_SPLITS]
     parts = split_rows(pd.concat(kept, ignore_index=True), CUT, data.SUBSET_SEED)
@@ -217,9 +244,12 @@ def _cut(frames, rows):
     return parts
 
 
-def _without_selection(rows):
-    """`rows` without the flags that select train rows: the search's folder holds the selected ones."""
-    return [flag for flag in rows if not flag.startswith(("--max_train_samples", "--forget_share"))]
+def _selection(rows):
+    """(the flags of `rows` that select train rows, the other flags)."""
+    known = cli.ArgumentParser("")
+    known.add_argument("--max_train_samples", type=cli.positive_int)
+    known.add_argument("--forget_share", type=cli.fraction)
+    return known.parse_known_args(rows)
 
 
 def _resume(path):

@@ -176,17 +176,25 @@ def select_rows(frames, forget_size=1.0, max_train_samples=None, forget_share=No
     `max_train_samples` keeps so many train rows in all, of them `forget_share` forget rows (default: the share the data
     has). `forget_size` < 1 then keeps int(size * n) rows of train_forget, drawn with NumPy default_rng(42) (the
     published protocol). Nothing depends on the training seed, and what a `forget_size` keeps is part of what is kept
-    without one, so spul.py sees rows that qlora.py has seen. Raises UserError when a split would be left without a row.
+    without one, so spul.py sees rows that qlora.py has seen. Raises UserError when a split would be left without a row,
+    or has not as many as were asked for.
     """
     frames = dict(frames)
     sizes = {split: len(frames[split]) for split in TRAIN_SPLITS}
-    if max_train_samples and max_train_samples < sum(sizes.values()):
-        share = forget_share or sizes["train_forget"] / sum(sizes.values())
-        forget = min(max(1, round(max_train_samples * share)), sizes["train_forget"])
-        if max_train_samples - forget < 1:
+    if forget_share and not max_train_samples:
+        raise UserError("--forget_share is a share of --max_train_samples; give both")
+    if max_train_samples and (forget_share or max_train_samples < sum(sizes.values())):
+        forget = max(1, round(max_train_samples * (forget_share or sizes["train_forget"] / sum(sizes.values()))))
+        wanted = {"train_retain": max_train_samples - forget, "train_forget": forget}
+        if wanted["train_retain"] < 1:
             raise UserError(f"--max_train_samples={max_train_samples} leaves no retain row; use more rows")
-        frames["train_forget"] = sample_rows(frames["train_forget"], forget)
-        frames["train_retain"] = sample_rows(frames["train_retain"], max_train_samples - forget)
+        for split in TRAIN_SPLITS:
+            if wanted[split] > sizes[split]:
+                raise UserError(
+                    f"{split} has {sizes[split]} rows, --max_train_samples={max_train_samples} and --forget_share ask "
+                    f"for {wanted[split]}; change one of them"
+                )
+            frames[split] = sample_rows(frames[split], wanted[split])
     if forget_size < 1:
         kept = int(forget_size * len(frames["train_forget"]))
         if not kept:

@@ -24,8 +24,9 @@ def score_rows(loaded, frame, words, max_length, batch_size, progress=None):
     """One row of results per row of `frame` (text, label_text): prediction, correct, label_prediction,
     label_probabilities, loss.
 
-    prediction: what the arg max over the vocabulary spells at the positions of the label's tokens; label_prediction:
-    the most probable of `words`; label_probabilities: {word: f(word | text)}, scaled to sum to 1; loss: - log f(label |
+    prediction: what the arg max over the vocabulary spells at the positions of the label's tokens (if the words differ
+    in length and the label is missed: the greedy answer, as `answer` gives it); label_prediction: the most probable of
+    `words`; label_probabilities: {word: f(word | text)}, scaled to sum to 1; loss: - log f(label |
     text), nats. With a gate also flagged and gate_probability. The order is that of `frame`. Several processes each
     score a part, and every one returns all rows.
     """
@@ -56,6 +57,12 @@ def score_rows(loaded, frame, words, max_length, batch_size, progress=None):
             }
         if progress is not None:
             progress.update(n_rows)
+    if len(set(map(len, completions))) > 1:  # as many positions as the label has may cut another answer short
+        wrong = [i for i, result in results.items() if not result["correct"]]
+        texts = list(frame["text"].iloc[wrong])
+        for i, (spelled, _) in zip(wrong, answer(loaded, texts, words, max_length, batch_size) if wrong else ()):
+            same = spelled == frame["label_text"].iloc[i]
+            results[i]["prediction"] = f"{spelled} (in other tokens)" if same else spelled
     everybody = {i: result for part in processes.gather(results) for i, result in part.items()}
     return pd.DataFrame([everybody[i] for i in range(len(examples))])
 

@@ -131,7 +131,8 @@ def pick_dtype(name, device):
 
 def load_tokenizer(chain, set_pad_id, trust_remote_code=False):
     """The tokenizer of the last Link that has one. It pads with its own pad token, or with the end-of-sequence token
-    when `set_pad_id` or when it has none; masks go by length, so the choice changes no result."""
+    when `set_pad_id` or when it has none (or token 0 if there is none either); masks go by length, so the choice
+    changes no result."""
     has_files = (link for link in reversed(chain) if link.path.is_file() or list(link.path.glob("tokenizer*")))
     link = next(has_files, chain[0])
     source = loading_arguments(link.path)
@@ -139,8 +140,12 @@ def load_tokenizer(chain, set_pad_id, trust_remote_code=False):
         tokenizer = AutoTokenizer.from_pretrained(**source, trust_remote_code=trust_remote_code, use_fast=True)
     except (OSError, ValueError, KeyError) as error:
         raise UserError(f"cannot load the tokenizer of {link.name} ({_first_line(error)})")
+    if not tokenizer.is_fast:
+        raise UserError(
+            f"the tokenizer of {link.name} has no fast version, which texts are cut with; add tokenizer.json"
+        )
     if set_pad_id or tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.eos_token
+        tokenizer.pad_token = tokenizer.eos_token or tokenizer.convert_ids_to_tokens(0)
     return tokenizer
 
 

@@ -33,6 +33,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from utils import data, losses, metrics, models
 from utils.cli import UserError
 from utils.forward import completion_hidden, completion_logits, prompt_prefix
+from utils.methods import METHODS
 from utils.prompt_encoders import VirtualTokens
 from utils.reference import Reference, hidden_states, token_counts
 from utils.training import Training
@@ -65,8 +66,7 @@ def print_plan(kind, args, name, frames):
     print(f"steps    {len(batches):,} of {args.train_batch_size} rows; {seen:,} rows are read")
     print(f"tokens   {real:,} and {padded - real:,} of padding ({1 - real / padded:.1%}); longest row {longest:,}")
     sizes = memory(config, kind, args, *shapes(args, tokenizer, frames, examples, micro))
-    hidden = sum(len(e.completion) for e in examples if not e.forget) * sizes["hidden bytes"]
-    sizes["reference"] = hidden if getattr(args, "beta", 0) else 0
+    sizes["reference"] = reference_tokens(kind, args, examples) * sizes["hidden bytes"]
     print(disk_line(sizes))
     print(memory_line(models.pick_device(args.device), sizes))
 
@@ -89,6 +89,20 @@ def training_rows(kind, args, tokenizer, frames):
         return examples
     words = data.draw_unlearning_labels(len(forget), args.seed) if kind == "prompt" else forget["label_text"]
     return examples + data.tokenize(tokenizer, forget["text"], words, args.max_length, forget=True)
+
+
+def reference_tokens(kind, args, examples):
+    """How many vectors of d numbers the run's reference has: what spul.py or the rival compares with (kl: of retain
+    rows; dpo: also of the preferred answers; rmu: at every token, its activations)."""
+    if kind == "prompt":
+        return sum(len(e.completion) for e in examples if not e.forget) if args.beta else 0
+    method = METHODS.get(getattr(args, "unlearn_method", None))
+    if method is None:
+        return 0
+    if method.forget is None:
+        return sum(len(e) for e in examples if not e.forget)
+    forget, retain = method.reference * (1 + method.preferred), args.retain_loss == "kl"
+    return sum(len(e.completion) * (forget if e.forget else retain) for e in examples)
 
 
 def schedule(args, examples):
@@ -300,20 +314,22 @@ def _parts(rows, size):
 def blank_reference(loaded, examples, rows, frames, args, measure=hidden_states, settings=None):
     """A Reference of zeros: it costs a step what the real one does, takes no time to make and writes no file."""
     sizes = token_counts(examples, rows, measure)
-    model, d = loaded.model, loaded.model.config.get_text_config().hidden_size
+    model = loaded.model
+    head = model.get_output_embeddings().weight.shape[-1]  # of some OPT models narrower than their layers
+    d = head if measure is hidden_states else model.config.get_text_config().hidden_size
     return Reference(torch.zeros(sum(sizes.values()), d, dtype=model.dtype), sizes)
 
 
-def print_probe(run, loaded, frames, words, evaluations=1, reference=False):
-    """Time a few of the run's steps, evaluation batches and, if there is a `reference`, its pass, and print what the
-    whole run will take. `evaluations`: how often the run evaluates, beside what --eval_steps asks for."""
+def print_probe(run, loaded, frames, words, referred=(), evaluations=1):
+    """Time a few of the run's steps, evaluation batches and passes over `referred`, the examples that its reference is
+    about, and print what the whole run will take. `evaluations`: how often it evaluates, beside --eval_steps."""
     args, examples = run.args, run.examples
     batches = [rows for _, rows in run.steps_from(0)]
     by_size = sorted(batches, key=lambda rows: padded_size(rows, examples))
     run.accumulate(by_size[-1])  # the first step is slow, and the largest has the peak of memory
     seconds = {"training": len(batches) * _mean_seconds(run.accumulate, by_size)}
-    if reference:
-        rows = sorted((e for e in examples if not e.forget), key=len)
+    if referred:
+        rows = sorted(referred, key=len)
         seconds["reference"] = _seconds(
             lambda part: completion_hidden(loaded.model, data.collate(part, loaded.pad_id, loaded.model.device)),
             _parts(rows, args.eval_batch_size),

@@ -32,6 +32,10 @@ class Reference:
     def has(self, row):
         return row in self._spans
 
+    def examples(self, examples):
+        """Those of `examples` that have vectors here."""
+        return [examples[i] for i in self._spans]
+
     def of(self, rows):
         """The vectors (M, d) of those among the example numbers `rows` that have any, in that order, on the CPU."""
         spans = [self.values[slice(*self._spans[i])] for i in rows if i in self._spans]
@@ -78,12 +82,12 @@ def load_reference(loaded, examples, rows, frames, args, measure=hidden_states, 
     key = {
         "model": [link.sha256 for link in loaded.chain],
         "data": fingerprint(frames),
+        "tokenisation": _digest([(examples[i].prompt, examples[i].completion) for i in rows]),
         "max_length": args.max_length,
         "dtype": str(loaded.model.dtype),
         "quantity": [measure.__name__, settings],
     }
-    digest = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:12]
-    name = f"{loaded.chain[-1].path.name}-{dataset_name(args.dataset)}-{digest}.safetensors"
+    name = f"{loaded.chain[-1].path.name}-{dataset_name(args.dataset)}-{_digest(key)[:12]}.safetensors"
     path = Path(args.logits_path or f"saved_logits/{name}")
     sizes = token_counts(examples, rows, measure)
     if not processes.from_main(path.exists()):
@@ -103,6 +107,10 @@ def load_reference(loaded, examples, rows, frames, args, measure=hidden_states, 
     if different:
         raise UserError(f"{path} was computed for another {different[0]}; delete it or pass another --logits_path")
     return Reference(values, sizes)
+
+
+def _digest(value):
+    return hashlib.sha256(json.dumps(value).encode()).hexdigest()
 
 
 def _compute(loaded, examples, sizes, batch_size, measure):

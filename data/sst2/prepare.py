@@ -27,7 +27,7 @@ def parse_args():
 
 
 def main(args):
-    checkpoints.check_output(args.output_path, args.overwrite)
+    checkpoints.check_output(args.output_path, args.overwrite, [args.input])
     frames = data.load_splits(args.input)
     lists = {
         name: read_names(data.SNIPPETS_FOLDER / f"{name}.txt")
