@@ -70,7 +70,7 @@ compare: | $(READY) $(if $(filter data/models/smollm2,$(MODEL)),data/models/smol
 		--rows='$(SELECTED)' --fine_tune='$(FINE_TUNE) $(POOLED)' --spul='$(UNLEARN) --max_steps=$(STEPS) $(POOLED)' \
 		--rivals='$(RIVALS)' --forget_only='--num_epochs=5' \
 		--with_retain='--num_epochs=100 --forget_per_batch=8 --max_steps=16' \
-		--in_context='--max_length=512' --prompting='$(PROMPTING)' --eco='--eco_samples=100' --grid $(GRID) --max_eval_samples=150
+		--in_context='--max_length=512' --prompting='$(PROMPTING)' --eco='--eco_samples=100 --eco_max_fpr=0.002' --grid $(GRID) --max_eval_samples=150
 
 data/models/smollm2/config.json: | $(READY)
 	$(PY) data/models/prepare.py smollm2

@@ -168,7 +168,7 @@ class Training:
         if bad:
             saved = f"; the last saved state is {self.state_path}" if self.state_path.exists() else ""
             raise UserError(
-                f"{bad[-1]} became {line[bad[-1]]} at step {line['step']}; "
+                f"{bad[-1]} became {line[bad[-1]]} at step {line['step']}, the loss is not finite; "
                 f"lower --lr (now {self.args.lr}) or use --dtype=float32{saved}"
             )
 
