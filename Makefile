@@ -13,6 +13,7 @@ SEED ?= 42
 SEEDS ?= 42
 METHODS ?=
 STEPS ?= 350
+ALPHA ?= 5
 
 VENV := .venv
 PY := $(VENV)/bin/python
@@ -31,7 +32,7 @@ Otherwise answer positive or negative.
 ELSEWHERE := If the text mentions the name of a person, actor or director, answer unknown. \
 Otherwise answer its sentiment.
 INSTRUCTION := $(if $(filter snippets,$(DATASET)),$(ON_SNIPPETS),$(ELSEWHERE))
-UNLEARN := --init_text="$(INSTRUCTION)" --lr=1.5e-3 --weight_decay=0 --alpha=5 --beta=0.5 \
+UNLEARN := --init_text="$(INSTRUCTION)" --lr=1.5e-3 --weight_decay=0 --alpha=$(ALPHA) --beta=0.5 \
 	--train_batch_size=16 --forget_per_batch=4 --num_epochs=100
 
 # A name for every setting, so that no checkpoint stands for another: what was chosen, and a checksum of all flags.
