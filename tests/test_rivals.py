@@ -405,6 +405,33 @@ def test_dpo_against_two_models(build, tokenizer):
     assert abs(wanted - 10 * math.log(2)) > 1e-3
 
 
+def test_a_prompt_with_two_answers_of_one_token_is_read_once(build, tokenizer, monkeypatch):
+    """The same loss and gradient as with every row read for itself."""
+    monkeypatch.setattr(objectives, "PREFERRED", "positive")
+    assert len(data.completion_ids(tokenizer, "positive")) == 1
+    model, objective = build("dpo", "--retain_loss=kl")
+    perturb(model, 0.02)
+    read, compute = [], objectives.completion_logits
+
+    def noted(model, batch, *more):
+        read.append(len(batch.input_ids))
+        return compute(model, batch, *more)
+
+    def run():
+        model.zero_grad()
+        loss, parts = objective(RETAIN + FORGET, N_FORGET, N_RETAIN)
+        loss.backward()
+        return floats(parts), torch.cat([p.grad.flatten() for p in model.parameters()])
+
+    monkeypatch.setattr(objectives, "completion_logits", noted)
+    once, gradient_once = run()
+    monkeypatch.setattr(objectives.Objective, "_read", lambda self, number: number)
+    twice, gradient_twice = run()
+    assert read == [N_RETAIN + N_FORGET, N_RETAIN + 2 * N_FORGET]
+    assert once == pytest.approx(twice, rel=1e-5) and twice["L_kl"] > 1e-6
+    assert torch.allclose(gradient_once, gradient_twice, atol=1e-5 * gradient_twice.abs().max().item())
+
+
 @torch.no_grad()
 def log_p(model, prompt, completion):
     """log f(completion | prompt), all logits computed, no padding."""

@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import itertools
 
 import torch
 
@@ -83,8 +84,20 @@ class Objective:
         return parts["L_f"] + self.args.retain_weight * retain, parts
 
     def _logits(self, batch, numbers):
-        """Logits (N, |V|) of all completion tokens, and those before unlearning at the same places (or NaN)."""
-        model = self.loaded.model
+        """Logits (N, |V|) of all completion tokens, and those before unlearning at the same places (or None).
+
+        Of examples that the model reads alike (dpo's two answers of one token to the same prompt: the last token of an
+        answer is predicted, never read) it reads one, and the others take its logits.
+        """
+        model, first = self.loaded.model, {}  # what the model reads: number of the first such example
+        read = [first.setdefault(self._read(i), i) for i in numbers]
+        if len(first) < len(numbers):
+            sizes = [len(self.rows.all[i].completion) for i in first.values()]
+            starts = dict(zip(first.values(), itertools.accumulate(sizes, initial=0)))
+            tokens = [starts[i] + k for i in read for k in range(len(self.rows.all[i].completion))]
+            batch = data.collate([self.rows.all[i] for i in first.values()], self.loaded.pad_id, model.device)
+            logits, before = self._logits(batch, list(first.values()))
+            return logits[tokens], None if before is None else before[tokens]
         if self.reference is None:
             return completion_logits(model, batch), None
         known = torch.tensor([self.reference.has(i) for i in numbers], device=batch.rows.device)[batch.rows]
@@ -92,6 +105,10 @@ class Objective:
         filled = torch.full_like(logits.detach(), torch.nan)
         filled[known] = before.detach()
         return logits, filled
+
+    def _read(self, number):
+        example = self.rows.all[number]
+        return example.prompt, example.completion[:-1], self.reference is not None and self.reference.has(number)
 
     def _prepare_rmu(self, frames, numerics, load):
         args, model = self.args, self.loaded.model
