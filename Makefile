@@ -45,6 +45,7 @@ RESULTS := $(UNLEARNT:unlearn_checkpoints/%=results/%)
 # Rivals: 16 rows a step; about five passes over the forget rows, three where half of every batch is retain rows.
 RIVALS := --train_batch_size=16 --length_pool=8 --save_steps=1000
 GRID := 5e-5 2e-4
+ECO := --eco_samples=100 --eco_max_fpr=0.002
 PROMPTING = $(if $(filter snippets,$(DATASET)),,--instruction="If the text names a person, answer unknown.")
 
 # A run that was killed goes on from its last saved state.
@@ -71,7 +72,7 @@ compare: | $(READY) $(if $(filter data/models/smollm2,$(MODEL)),data/models/smol
 		--rows='$(SELECTED)' --fine_tune='$(FINE_TUNE) $(POOLED)' --spul='$(UNLEARN) --max_steps=$(STEPS) $(POOLED)' \
 		--rivals='$(RIVALS)' --forget_only='--num_epochs=5' \
 		--with_retain='--num_epochs=100 --forget_per_batch=8 --max_steps=16' \
-		--in_context='--max_length=512' --prompting='$(PROMPTING)' --eco='--eco_samples=100 --eco_max_fpr=0.002' --grid $(GRID) --max_eval_samples=150
+		--in_context='--max_length=512' --prompting='$(PROMPTING)' --eco='$(ECO)' --grid $(GRID) --max_eval_samples=150
 
 data/models/smollm2/config.json: | $(READY)
 	$(PY) data/models/prepare.py smollm2

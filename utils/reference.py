@@ -82,10 +82,10 @@ def load_reference(loaded, examples, rows, frames, args, measure=hidden_states, 
     key = {
         "model": [link.sha256 for link in loaded.chain],
         "data": fingerprint(frames),
-        "tokenisation": _digest([(examples[i].prompt, examples[i].completion) for i in rows]),
         "max_length": args.max_length,
         "dtype": str(loaded.model.dtype),
         "quantity": [measure.__name__, settings],
+        "tokenisation": _digest([(examples[i].prompt, examples[i].completion) for i in rows]),
     }
     name = f"{loaded.chain[-1].path.name}-{dataset_name(args.dataset)}-{_digest(key)[:12]}.safetensors"
     path = Path(args.logits_path or f"saved_logits/{name}")
