@@ -57,7 +57,7 @@ resume = $(if $(wildcard $(1).training.safetensors),--resume) --overwrite
 demo: $(UNLEARNT)/manifest.json
 	$(PY) inference_spul.py $(ROWS) --model_checkpoints $(MODEL) $(FINE_TUNED) $(UNLEARNT) --seed=$(SEED) \
 		--max_eval_samples=250 --show_examples=2 --output_path=$(RESULTS) --overwrite
-	cp $(UNLEARNT)/training.png $(RESULTS)/
+	@cp $(UNLEARNT)/training.png $(RESULTS)/
 
 $(UNLEARNT)/manifest.json: $(FINE_TUNED)/manifest.json
 	$(PY) spul.py $(ROWS) $(SILENT) $(UNLEARN) --model_checkpoints=$(FINE_TUNED) --output_path=$(UNLEARNT) \

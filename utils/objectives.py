@@ -60,7 +60,7 @@ class Objective:
             return self._rmu(numbers, n_forget, n_retain)
         numbers = [*numbers, *(self.rows.alternative[i] for i in numbers if i in self.rows.alternative)]
         batch = data.collate([self.rows.all[i] for i in numbers], self.loaded.pad_id, self.loaded.model.device)
-        logits, reference_logits = self._logits(batch, numbers)
+        logits, reference_logits = self._logits(numbers)
         alternative = torch.tensor([i >= len(self.rows.trained) for i in numbers], device=batch.forget.device)
         own, retain = batch.forget & ~alternative, ~batch.forget
         parts = {"L_f": logits.new_zeros(())}
@@ -83,30 +83,29 @@ class Objective:
         retain = sum(value for key, value in parts.items() if key != "L_f")
         return parts["L_f"] + self.args.retain_weight * retain, parts
 
-    def _logits(self, batch, numbers):
+    def _logits(self, numbers):
         """Logits (N, |V|) of all completion tokens, and those before unlearning at the same places (or None).
 
         Of examples that the model reads alike (dpo's two answers of one token to the same prompt: the last token of an
         answer is predicted, never read) it reads one, and the others take its logits.
         """
-        model, first = self.loaded.model, {}  # what the model reads: number of the first such example
-        read = [first.setdefault(self._read(i), i) for i in numbers]
-        if len(first) < len(numbers):
-            sizes = [len(self.rows.all[i].completion) for i in first.values()]
-            starts = dict(zip(first.values(), itertools.accumulate(sizes, initial=0)))
-            tokens = [starts[i] + k for i in read for k in range(len(self.rows.all[i].completion))]
-            batch = data.collate([self.rows.all[i] for i in first.values()], self.loaded.pad_id, model.device)
-            logits, before = self._logits(batch, list(first.values()))
-            return logits[tokens], None if before is None else before[tokens]
+        model, examples = self.loaded.model, self.rows.all
+        first = {}  # what the model reads: number of the first such example
+        alike = [first.setdefault(self._read(i), i) for i in numbers]
+        distinct = list(first.values())
+        starts = dict(zip(distinct, itertools.accumulate((len(examples[i].completion) for i in distinct), initial=0)))
+        tokens = [starts[i] + k for i in alike for k in range(len(examples[i].completion))]
+        batch = data.collate([examples[i] for i in distinct], self.loaded.pad_id, model.device)
         if self.reference is None:
-            return completion_logits(model, batch), None
-        known = torch.tensor([self.reference.has(i) for i in numbers], device=batch.rows.device)[batch.rows]
-        logits, before = completion_logits(model, batch, None, self.reference.of(numbers), self.head)
+            return completion_logits(model, batch)[tokens], None
+        known = torch.tensor([self.reference.has(i) for i in distinct], device=batch.rows.device)[batch.rows]
+        logits, before = completion_logits(model, batch, None, self.reference.of(distinct), self.head)
         filled = torch.full_like(logits.detach(), torch.nan)
         filled[known] = before.detach()
-        return logits, filled
+        return logits[tokens], filled[tokens]
 
     def _read(self, number):
+        """What the model reads of an example, and whether its answer is compared with the reference."""
         example = self.rows.all[number]
         return example.prompt, example.completion[:-1], self.reference is not None and self.reference.has(number)
 
