@@ -236,6 +236,11 @@ def test_compilation_elsewhere_than_on_cuda(place, script):
     check(place, script, "--compile is for CUDA, this model goes to cpu; leave it out", "--compile", "--device=cpu")
 
 
+def test_a_mistyped_flag_that_is_required(tmp_path):
+    sentence = "unknown argument --model_nam, did you mean --model_name?"
+    refused(tmp_path, sentence, "qlora", "--dataset=snippets", "--model_nam=x")
+
+
 def test_lora_on_layers_that_are_not_there(place):
     check(place, "qlora", "cannot place LoRA", "--lora_target_modules=nonesuch")
 

@@ -36,13 +36,20 @@ class ArgumentParser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: error: {message} (see --help)\n")
 
     def parse_args(self, args=None, namespace=None):
+        words = sys.argv[1:] if args is None else args
+        flags = [word.split("=")[0] for word in words if word.startswith("--") and word != "--"]
+        # Before anything else, since what is mistyped may be required.
+        self._refuse_unknown([flag for flag in flags if flag not in self._option_string_actions])
         parsed, unknown = self.parse_known_args(args, namespace)
-        if unknown:
-            flag = unknown[0].split("=")[0]
+        self._refuse_unknown(unknown)
+        return parsed
+
+    def _refuse_unknown(self, words):
+        if words:
+            flag = words[0].split("=")[0]
             close = difflib.get_close_matches(flag, self._option_string_actions, n=1)
             hint = f", did you mean {close[0]}?" if close else ""
             self.error(f"unknown argument {flag}{hint}")
-        return parsed
 
 
 def positive_int(text):
