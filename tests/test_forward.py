@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, MambaConfig
 from utils import losses, models, reference
 from utils.cli import note_once
 from utils.data import Example, collate, load_splits
-from utils.forward import completion_hidden, completion_logits, prompt_prefix
+from utils.forward import GROUPED, completion_hidden, completion_logits, prompt_prefix
 from utils.prompt_encoders import VirtualTokens
 
 ARCHITECTURES = list(tiny.CONFIGS)
@@ -80,15 +80,40 @@ def test_logits_and_gradient_equal_the_plain_path(model):
     assert wanted.abs().max() > 1e-3
 
 
-@pytest.mark.parametrize("architecture", ["llama", "mistral", "opt"])
-def test_sdpa_attention_gives_the_same(architecture):
-    """What runs on a GPU; the plain path is computed with eager attention."""
+def with_attention(architecture, attention):
+    """The tiny model and its copy that computes attention by `attention`."""
     eager = tiny.build_model(architecture)
-    model = AutoModelForCausalLM.from_config(tiny.CONFIGS[architecture], attn_implementation="sdpa").float().eval()
+    model = AutoModelForCausalLM.from_config(tiny.CONFIGS[architecture], attn_implementation=attention).float().eval()
     model.load_state_dict(eager.state_dict())
-    prompt = virtual_tokens(model).detach()
+    return eager, model
+
+
+@pytest.mark.parametrize("attention", ["sdpa", GROUPED])
+@pytest.mark.parametrize("architecture", ["llama", "qwen2", "mistral", "opt", "gpt2"])
+def test_other_attention_gives_the_same(architecture, attention):
+    """What runs on a GPU and, for short rows, on a CPU; the plain path is computed with eager attention."""
+    eager, model = with_attention(architecture, attention)
+    prompt = virtual_tokens(model)
+    expected = plain_logits(eager, rows(), prompt)
+    wanted = gradient(prompt, expected)
     logits = completion_logits(model, collate(rows(), 1, "cpu"), prompt_prefix(model, prompt))
-    assert torch.allclose(logits, plain_logits(eager, rows(), prompt), atol=2e-5)
+    assert torch.allclose(logits, expected, atol=2e-5)
+    assert torch.allclose(gradient(prompt, logits), wanted, atol=2e-5 * wanted.abs().max().item())
+
+
+def test_grouped_attention_drops_out_like_eager_attention():
+    """Only in training mode, and the same shares for the same random state."""
+    eager, model = with_attention("llama", GROUPED)
+    ids = torch.arange(2, 14)[None]
+    answers = []
+    for each in (eager, model):
+        for layer in each.model.layers:
+            layer.self_attn.attention_dropout = 0.5
+        torch.manual_seed(3)
+        answers.append((each(ids).logits, each.train()(ids).logits))
+    (still, dropped), (grouped_still, grouped_dropped) = answers
+    assert torch.allclose(still, grouped_still, atol=2e-5) and torch.allclose(dropped, grouped_dropped, atol=2e-5)
+    assert not torch.allclose(still, dropped, atol=1e-2)
 
 
 def test_the_prompt_is_computed_once(model):
@@ -97,12 +122,12 @@ def test_the_prompt_is_computed_once(model):
     assert all(keys.shape[2] == values.shape[2] == TOKENS for keys, values in prefix)
 
 
-@pytest.mark.parametrize("architecture, attention", [("mistral", "eager"), ("mistral", "sdpa"), ("gemma2", "eager")])
+@pytest.mark.parametrize(
+    "architecture, attention", [("mistral", "eager"), ("mistral", "sdpa"), ("mistral", GROUPED), ("gemma2", "eager")]
+)
 def test_a_prompt_longer_than_the_sliding_window(architecture, attention):
     """Most virtual tokens are out of sight for the later tokens of a row, and some for every token."""
-    eager, p = tiny.build_model(architecture), tiny.CONFIGS[architecture].sliding_window + 4
-    model = AutoModelForCausalLM.from_config(tiny.CONFIGS[architecture], attn_implementation=attention).float().eval()
-    model.load_state_dict(eager.state_dict())
+    (eager, model), p = with_attention(architecture, attention), tiny.CONFIGS[architecture].sliding_window + 4
     prompt = virtual_tokens(model, p)
     expected = plain_logits(eager, rows(), prompt)
     wanted = gradient(prompt, expected)

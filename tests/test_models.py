@@ -10,6 +10,7 @@ import torch
 
 from utils import models
 from utils.cli import UserError
+from utils.forward import GROUPED
 
 ARGUMENTS = Namespace(
     device="cpu", dtype="float32", attn_implementation="auto", set_pad_id=False, trust_remote_code=False
@@ -145,16 +146,16 @@ def attention_of(model, width, p=0):
 def test_attention_is_chosen_by_the_width_of_a_batch_on_a_cpu(tiny_model):
     """Virtual tokens count."""
     model = models.load_base(models.resolve_chain(str(tiny_model))[0], ARGUMENTS)
-    limit = models.EAGER_UP_TO
-    assert [attention_of(model, width) for width in (8, limit, limit + 1, 8)] == ["eager", "eager", "sdpa", "eager"]
-    assert [attention_of(model, limit - 4, p) for p in (4, 5)] == ["eager", "sdpa"]
+    limit = models.GROUPED_UP_TO
+    assert [attention_of(model, width) for width in (8, limit, limit + 1, 8)] == [GROUPED, GROUPED, "sdpa", GROUPED]
+    assert [attention_of(model, limit - 4, p) for p in (4, 5)] == [GROUPED, "sdpa"]
 
 
 @pytest.mark.parametrize("choice", ["eager", "sdpa"])
 def test_attention_as_asked_for(tiny_model, choice):
     link = models.resolve_chain(str(tiny_model))[0]
     model = models.load_base(link, Namespace(**vars(ARGUMENTS) | {"attn_implementation": choice}))
-    assert [attention_of(model, width) for width in (8, models.EAGER_UP_TO + 1)] == [choice, choice]
+    assert [attention_of(model, width) for width in (8, models.GROUPED_UP_TO + 1)] == [choice, choice]
 
 
 def test_attention_that_is_not_there_is_refused(tiny_model, tmp_path):

@@ -178,7 +178,7 @@ def add_model_arguments(parser):
         "--attn_implementation",
         choices=["auto", "eager", "sdpa", "flash_attention_2"],
         default="auto",
-        help="auto: SDPA where the model has it, but eager for short rows on a CPU",
+        help="auto: SDPA where the model has it, but for short rows on a CPU eager attention without copies",
     )
     group.add_argument("--trust_remote_code", action="store_true", help="run code that comes with the model")
     group.add_argument("--eval_batch_size", type=positive_int, default=32, help="rows at a time in evaluation")

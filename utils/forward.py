@@ -5,15 +5,21 @@ before the head gives the same N rows of logits as computing all B x T and gathe
 the virtual tokens see only themselves, so their keys and values are the same for every row: computing them once and
 expanding over the batch gives the same numbers, and by the chain rule the same gradient (the sum over rows). Sliding
 windows change nothing of that: they take keys away from what a position sees, by its distance, and all p keys of every
-layer are kept, so that the mask decides as it does without a cache.
+layer are kept, so that the mask decides as it does without a cache. Query heads that share a key head are rows of one
+matrix product, q_1 K^T above q_2 K^T, so `grouped_attention` needs no copy of K and V for each of them.
 """
 
 from contextlib import contextmanager
 
 import torch
+from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.cache_utils import Cache, DynamicLayer
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import eager_mask
 
 from utils.cli import note_once
+
+GROUPED = "grouped"  # the name of grouped_attention among transformers' attention implementations
 
 
 def completion_logits(model, batch, prompt=None, reference=None, reference_head=None):
@@ -84,6 +90,27 @@ class _PrefixLayer(DynamicLayer):
     def update(self, keys, values, *args, **kwargs):
         pairs = (self.keys, keys), (self.values, values)
         return tuple(torch.cat([kept.expand(len(new), -1, -1, -1), new], dim=-2) for kept, new in pairs)
+
+
+def grouped_attention(module, query, key, value, attention_mask, dropout=0.0, scaling=None, **kwargs):
+    """Attention for short rows on a CPU: (B, T, heads, width) and None, as transformers' interface has it.
+
+    query: (B, heads, T, width); key, value: (B, groups, S, width); attention_mask: (B, 1, T, S), added to the scores.
+    For what SDPA computes and no more; without a mask, or with a bias of positions, it is SDPA.
+    """
+    if attention_mask is None or kwargs.get("position_bias") is not None:
+        return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **kwargs)
+    size, heads, length, width = query.shape
+    rows, kept = (size * key.shape[1], -1, width), key.shape[2]
+    scores = torch.bmm(query.reshape(rows), key.reshape(rows).transpose(1, 2)).view(size, heads, length, kept)
+    scores = torch.add(attention_mask, scores, alpha=width**-0.5 if scaling is None else scaling)
+    shares = torch.nn.functional.dropout(scores.softmax(-1), dropout, module.training)
+    mixed = torch.bmm(shares.view(rows[0], -1, kept), value.reshape(rows[0], kept, -1))
+    return mixed.view(size, heads, length, -1).transpose(1, 2).contiguous(), None
+
+
+AttentionInterface.register(GROUPED, grouped_attention)
+AttentionMaskInterface.register(GROUPED, eager_mask)
 
 
 def _run(model, batch, prompt, seen):

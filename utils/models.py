@@ -17,8 +17,9 @@ from transformers.utils import is_flash_attn_2_available
 from utils import in_context, processes
 from utils.checkpoints import Link, base_name, parent_path, read_manifest, recover, verify_parent
 from utils.cli import UserError
+from utils.forward import GROUPED
 
-EAGER_UP_TO = 256  # tokens, virtual ones included; README, "Speed and memory"
+GROUPED_UP_TO = 256  # tokens, virtual ones included; README, "Speed and memory"
 HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
 
 
@@ -203,11 +204,12 @@ def refuse_attention(choice, device, dtype):
 def set_attention(model, choice, device):
     """Let `model` compute attention by `choice` (--attn_implementation).
 
-    auto: SDPA where the architecture has it; on a CPU eager attention for short batches, which is faster there. Raises
-    UserError where the architecture does not have the one asked for.
+    auto: SDPA where the architecture has it; on a CPU utils.forward.grouped_attention for short batches, which is
+    faster there. Raises UserError where the architecture does not have the one asked for.
     """
     if choice == "auto":
-        if device == "cpu" and model.config._attn_implementation == "sdpa":
+        interchangeable = model.config._attn_implementation == "sdpa" and model._supports_attention_backend
+        if device == "cpu" and interchangeable:
             model.base_model.register_forward_pre_hook(_attention_by_width, with_kwargs=True)
         return
     try:
@@ -220,7 +222,7 @@ def _attention_by_width(decoder, args, kwargs):
     tokens = next(t for t in (*args, kwargs.get("input_ids"), kwargs.get("inputs_embeds")) if t is not None)
     kept = kwargs.get("past_key_values")
     width = tokens.shape[1] + (0 if kept is None else kept.get_seq_length())
-    decoder.set_attn_implementation("eager" if width <= EAGER_UP_TO else "sdpa")
+    decoder.set_attn_implementation(GROUPED if width <= GROUPED_UP_TO else "sdpa")
 
 
 def checkpoint_layers(model):
