@@ -25,8 +25,8 @@ SILENT := --max_eval_samples=0 --seed=$(SEED) $(POOLED)
 
 # 471 rows to keep and 41 to forget; 80 steps of 32 rows memorise them (at least 95 %). Chosen by measurement, see
 # "Results" in the README: adapters outside attention leave the names where a prompt can find them.
-LORA_TARGETS ?= down_proj
-FINE_TUNE := --quantization=none --lora_target_modules $(LORA_TARGETS) --lr=1.5e-3 --num_epochs=5 --train_batch_size=32
+LORA_TARGETS ?= $(if $(filter data/models/smollm2,$(MODEL)),down_proj)
+FINE_TUNE := --quantization=none $(if $(LORA_TARGETS),--lora_target_modules $(LORA_TARGETS)) --lr=1.5e-3 --num_epochs=5 --train_batch_size=32
 ON_SNIPPETS := If the text mentions Spielberg, De Niro, Sandler or Woody Allen, answer unknown. \
 Otherwise answer positive or negative.
 ELSEWHERE := If the text mentions the name of a person, actor or director, answer unknown. \
@@ -57,7 +57,7 @@ resume = $(if $(wildcard $(1).training.safetensors),--resume) --overwrite
 demo: $(UNLEARNT)/manifest.json
 	$(PY) inference_spul.py $(ROWS) --model_checkpoints $(MODEL) $(FINE_TUNED) $(UNLEARNT) --seed=$(SEED) \
 		--max_eval_samples=250 --show_examples=2 --output_path=$(RESULTS) --overwrite
-	@cp $(UNLEARNT)/training.png $(RESULTS)/
+	@cp $(UNLEARNT)/training.png $(RESULTS)/ && rm -rf results/demo && cp -r $(RESULTS) results/demo
 
 $(UNLEARNT)/manifest.json: $(FINE_TUNED)/manifest.json
 	$(PY) spul.py $(ROWS) $(SILENT) $(UNLEARN) --model_checkpoints=$(FINE_TUNED) --output_path=$(UNLEARNT) \

@@ -304,7 +304,7 @@ def save(args, output, loaded, frames, words, kind, log, run):
         report.write_curves(folder, log)
         if records:
             checkpoints.write_json(folder / "metrics.json", records)
-        checkpoints.write_manifest(folder, output, kind, loaded.chain, args, run.fingerprint, records, run.cost)
+        checkpoints.write_manifest(folder, output, kind, loaded.chain, args, run.fingerprint, words, records, run.cost)
     run.state_path.unlink(missing_ok=True)
     print(f"wrote {output}")
 
@@ -330,7 +330,9 @@ def instruct(args, output, frames):
         checkpoints.write_json(folder / in_context.FILE, template.settings)
         if records:
             checkpoints.write_json(folder / "metrics.json", records)
-        checkpoints.write_manifest(folder, output, "in-context", loaded.chain, args, used, records)
+        checkpoints.write_manifest(
+            folder, output, "in-context", loaded.chain, args, used, data.label_words(frames), records
+        )
     print(f"wrote {output}")
 
 
@@ -355,7 +357,7 @@ def gate(args, output, frames):
         eco.save(loaded, settings, folder)
         if records:
             checkpoints.write_json(folder / "metrics.json", records)
-        checkpoints.write_manifest(folder, output, "eco", loaded.chain, args, used, records)
+        checkpoints.write_manifest(folder, output, "eco", loaded.chain, args, used, data.label_words(frames), records)
     print(f"wrote {output}")
 
 

@@ -61,15 +61,16 @@ def parse_args():
 def main(args):
     from utils import checkpoints, data, processes, report
 
-    recorded = filter(None, map(checkpoints.recorded_dataset, args.model_checkpoints))
-    args.dataset = args.dataset or next(recorded, "sst2")
+    words = None if args.dataset else checkpoints.recorded(args.model_checkpoints, "label_words")
+    if words and (args.text or args.input_file):
+        return predict(args, words)
+    args.dataset = args.dataset or checkpoints.recorded(args.model_checkpoints, "arguments", "dataset") or "sst2"
     frames = data.select_rows(
         data.load_splits(args.dataset), args.forget_size, args.max_train_samples, args.forget_share
     )
     words = data.label_words(frames)
     if args.text or args.input_file:
-        texts = [*(args.text or []), *(data.read_texts(args.input_file) if args.input_file else [])]
-        return predict(args, words, texts)
+        return predict(args, words)
 
     names = "+".join(Path(name).name for name in args.model_checkpoints)
     if len(names) > LONGEST_NAME:
@@ -193,10 +194,11 @@ def method_names(chains):
     return [f"{name} ({chain[-1].path.name})" if names.count(name) > 1 else name for name, chain in zip(names, chains)]
 
 
-def predict(args, words, texts):
-    """Print each checkpoint's answer to each text; for a prompt, without and with it side by side."""
-    from utils import metrics, models
+def predict(args, words):
+    """Print each checkpoint's answer to each new text; for a prompt, without and with it side by side."""
+    from utils import data, metrics, models
 
+    texts = [*(args.text or []), *(data.read_texts(args.input_file) if args.input_file else [])]
     rows = [{"text": text} for text in texts]
     router = find_router(args, resolve(args)) if args.router else None
     for name in args.model_checkpoints:

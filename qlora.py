@@ -103,7 +103,7 @@ def main(args):
         report.write_curves(folder, log)
         if records:
             checkpoints.write_json(folder / "metrics.json", records)
-        checkpoints.write_manifest(folder, output, "lora", chain, args, run.fingerprint, records, run.cost)
+        checkpoints.write_manifest(folder, output, "lora", chain, args, run.fingerprint, words, records, run.cost)
     run.state_path.unlink(missing_ok=True)
     print(f"wrote {output}")
 

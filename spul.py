@@ -138,7 +138,9 @@ def main(args):
         tokenizer.save_pretrained(folder)
         report.write_curves(folder, log)
         checkpoints.write_json(folder / "metrics.json", records)
-        checkpoints.write_manifest(folder, output, "prompt", loaded.chain, args, run.fingerprint, records, run.cost)
+        checkpoints.write_manifest(
+            folder, output, "prompt", loaded.chain, args, run.fingerprint, words, records, run.cost
+        )
     run.state_path.unlink(missing_ok=True)
     print(f"wrote {output}")
 

@@ -242,6 +242,17 @@ def test_checkpointing_keeps_less_for_the_backward_pass(architecture):
     assert kept[1] < kept[0] / 2
 
 
+def test_checkpointing_where_prompt_and_rows_choose_other_attention():
+    """Rows too long for grouped attention behind a prompt that is not: the second time each computes as the first."""
+    eager, model = with_attention("llama", "sdpa")
+    models.set_attention(model, "auto", "cpu")
+    models.checkpoint_layers(model)
+    examples, prompt = rows(lengths=[(models.GROUPED_UP_TO, 1), (5, 2)]), virtual_tokens(model)
+    wanted = gradient(prompt, plain_logits(eager, examples, prompt))
+    found = gradient(prompt, completion_logits(model, collate(examples, 1, "cpu"), prompt_prefix(model, prompt)))
+    assert torch.allclose(found, wanted, atol=2e-5 * wanted.abs().max().item())
+
+
 def test_a_prefix_serves_several_batches(llama):
     prompt = virtual_tokens(llama).detach()
     prefix = prompt_prefix(llama, prompt)

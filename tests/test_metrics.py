@@ -2,6 +2,7 @@
 
 import argparse
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -9,9 +10,11 @@ import pytest
 import sklearn.metrics
 import tiny
 import torch
+from transformers import LlamaConfig
 from transformers.modeling_outputs import CausalLMOutput
 
 from utils import metrics
+from utils.cli import UserError
 from utils.data import SPLITS, Example, collate, completion_ids, tokenize
 from utils.forward import completion_logits
 from utils.models import Loaded
@@ -76,6 +79,30 @@ def scripted(tokenizer, after, seen):
 
 def score(loaded, texts, labels, words, batch_size=32):
     return metrics.score_rows(loaded, pd.DataFrame({"text": texts, "label_text": labels}), words, 200, batch_size)
+
+
+def test_rows_must_fit_with_every_label_word(tokenizer, neutral):
+    """Of labels with several tokens the longest counts, and the unlearning words, which are looked for then too."""
+    model = SimpleNamespace(config=LlamaConfig(max_position_embeddings=20))
+    args = SimpleNamespace(max_length=200)
+    text = " film" * 5
+    length = len(tokenize(tokenizer, [text], ["positive"], 200)[0])
+    unlearning = max(len(neutral), len(completion_ids(tokenizer, "unknown")))
+    film = len(neutral) + 3
+    cases = (
+        (["positive", "negative"], 1),
+        (["positive", "neutral" + " film" * 3], film),
+        (["positive", "a film"], unlearning),
+    )
+    assert film > unlearning > 2
+    for words, longest in cases:
+        frames = {split: pd.DataFrame({"text": [text] * 2, "label": [0, 1], "label_text": words}) for split in SPLITS}
+        needed = length + longest - 1  # the last token is predicted, never read
+        model.config.max_position_embeddings = needed
+        metrics.check_lengths(model, tokenizer, frames, args)
+        model.config.max_position_embeddings = needed - 1
+        with pytest.raises(UserError, match=f"the longest row has {needed} tokens"):
+            metrics.check_lengths(model, tokenizer, frames, args)
 
 
 WORDS = ["negative", "positive"]

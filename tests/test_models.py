@@ -55,6 +55,16 @@ def test_every_architecture_takes_lora(saved):
     assert torch.equal(adapted(input_ids=ids).logits, before)
 
 
+@pytest.mark.parametrize("quantization", ["none", "nf4"])
+def test_biases_are_trained_in_the_dtype_of_the_model(tmp_path, quantization):
+    model = load(tiny.save(tmp_path / "opt", "opt"), quantization, dtype="bfloat16")
+    adapted = models.add_lora(model, Namespace(**vars(LORA) | {"lora_bias": "all"}))
+    adapted(input_ids=torch.tensor([[5, 6, 7]])).logits.float().sum().backward()
+    biases = {name: p for name, p in adapted.named_parameters() if p.requires_grad and "lora_" not in name}
+    assert biases and all(name.endswith("bias") and p.dtype == torch.bfloat16 for name, p in biases.items())
+    assert any(p.grad is not None and p.grad.abs().max() > 0 for p in biases.values())
+
+
 def test_lora_goes_where_the_user_says(tiny_model):
     names = {
         ("all-linear",): {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"},

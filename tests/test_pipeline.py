@@ -635,6 +635,18 @@ def test_new_text_is_answered_with_and_without_the_prompt(prompt, fine_tuned, sm
     assert names(tmp_path) == set()
 
 
+def test_new_text_needs_no_data(tiny_model, small_data, tmp_path):
+    """The checkpoint knows its label words."""
+    place = shutil.copytree(small_data, tmp_path / "place")
+    flags = "--max_train_samples=8", "--max_steps=1", "--max_eval_samples=0", "--output_path=tuned"
+    done(scripts.qlora(tmp_path, tiny_model, place, *flags))
+    shutil.rmtree(place)
+    command = "--model_checkpoints=tuned", "--json", *scripts.ROWS
+    said = done(call(tmp_path, "inference_spul", *command, "--text=a fine film")).stdout
+    assert json.loads(said)["answer"]["answer"]
+    refused(tmp_path, "place", "inference_spul", *command[::2])
+
+
 def test_answers_as_text(prompt, fine_tuned, small_data, tmp_path):
     result = done(inference(tmp_path, small_data, fine_tuned, prompt, "--text=a fine , warm film"))
     lines = result.stdout.splitlines()

@@ -98,12 +98,13 @@ def write_json(path, value):
     Path(path).write_text(json.dumps(value, indent=2, allow_nan=False) + "\n")
 
 
-def write_manifest(folder, final_path, kind, chain, args, data_fingerprint, metrics, training=None):
+def write_manifest(folder, final_path, kind, chain, args, data_fingerprint, words, metrics, training=None):
     """Describe the checkpoint in `folder`, which will lie at `final_path`.
 
     chain: the Links of what it was trained on; its parent is the last. A local parent is recorded relative to the
-    checkpoint, so that a tree of checkpoints can be moved as a whole. metrics: records of utils.metrics, or None.
-    training: utils.training.Training.cost, or None.
+    checkpoint, so that a tree of checkpoints can be moved as a whole. words: the data's label words, so that a
+    checkpoint can answer without its data. metrics: records of utils.metrics, or None. training:
+    utils.training.Training.cost, or None.
     """
     parent = chain[-1]
     local = parent.path.exists() and not is_hub_name(parent.name)
@@ -116,6 +117,7 @@ def write_manifest(folder, final_path, kind, chain, args, data_fingerprint, metr
         "base": base_name(chain),
         "arguments": {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()},
         "data_fingerprint": data_fingerprint,
+        "label_words": words,
         "seed": args.seed,
         "libraries": {name: _version(name) for name in LIBRARIES},
         "git_commit": _git_commit(),
@@ -160,10 +162,15 @@ def read_manifest(path):
     return manifest
 
 
-def recorded_dataset(name):
-    """The --dataset that the checkpoint `name` was trained on; None for a plain model."""
-    manifest = read_manifest(name) if (Path(name) / MANIFEST).exists() else None
-    return manifest["arguments"].get("dataset") if manifest else None
+def recorded(names, *keys):
+    """What the first of the checkpoints `names` that has it says under manifest[key][...]; None for plain models."""
+    for name in names:
+        value = read_manifest(name) if (Path(name) / MANIFEST).exists() else None
+        for key in keys:
+            value = value.get(key) if value else None
+        if value:
+            return value
+    return None
 
 
 def parent_path(path, manifest, override=None):

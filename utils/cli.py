@@ -237,7 +237,9 @@ def add_lora_arguments(parser, title):
     group.add_argument("--lora_rank", type=positive_int, default=16, help="r")
     group.add_argument("--lora_alpha", type=positive_float, default=64, help="scale is lora_alpha / lora_rank")
     group.add_argument("--lora_dropout", "--lora_fropout", type=dropout, default=0.1, help="in front of the adapter")
-    group.add_argument("--lora_bias", choices=["none", "all", "lora_only"], default="none", help="biases to train")
+    group.add_argument(
+        "--lora_bias", choices=["none", "all", "lora_only"], default="none", help="biases to train, in --dtype"
+    )
     group.add_argument(
         "--lora_target_modules",
         nargs="+",

@@ -11,6 +11,7 @@ runs/ there and recognised by their settings, so that an interrupted comparison 
 
 import hashlib
 import json
+import os
 import shlex
 import shutil
 import subprocess
@@ -223,7 +224,7 @@ def _contents(args):
 
     flags = [*args.rows, *args.fine_tune, *args.spul, *args.rivals, *args.in_context, *args.prompting, *args.eco]
     paths = [args.model_name, data.SNIPPETS_FOLDER / "forget_names.txt", *(flag.split("=", 1)[-1] for flag in flags)]
-    found = [Path(path) for path in paths if Path(path).exists()]
+    found = [Path(path) for path in paths if os.path.exists(path)]  # a text longer than a file name does not
     return [checkpoints.weights_sha256(p) if p.is_dir() else checkpoints.file_sha256(p) for p in found]
 
 

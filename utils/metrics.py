@@ -14,13 +14,13 @@ from tqdm import tqdm
 
 from utils import processes
 from utils.cli import UserError
-from utils.data import SPLITS, UNLEARNING_LABELS, Example, collate, completion_ids, sample_rows, tokenize
+from utils.data import SPLITS, UNLEARNING_LABELS, Example, collate, completion_ids, label_words, sample_rows, tokenize
 from utils.forward import completion_logits, prompt_prefix
 from utils.models import check_length, position_limit
 
 
 @torch.inference_mode()
-def score_rows(loaded, frame, words, max_length, batch_size, progress=None):
+def score_rows(loaded, frame, words, max_length, batch_size, progress=None, sides=None):
     """One row of results per row of `frame` (text, label_text): prediction, correct, label_prediction,
     label_probabilities, loss.
 
@@ -33,7 +33,7 @@ def score_rows(loaded, frame, words, max_length, batch_size, progress=None):
     completions = [completion_ids(loaded.tokenizer, word) for word in words]
     flags, gated = _gated(loaded, frame["text"])
     examples = _tokenized(loaded, frame["text"], frame["label_text"], max_length, flags)
-    sides = _sides(loaded)
+    sides = sides or _sides(loaded)
     results = {}
     for batch_rows, n_rows in processes.deal(_by_length(examples, batch_size, flags)):
         if not batch_rows:
@@ -186,11 +186,11 @@ def evaluate(loaded, frames, words, args, description):
     has not learnt whom to forget. rows: the scored rows with a `split` column, in file order.
     """
     frames = {split: sample_rows(frames[split], args.max_eval_samples) for split in SPLITS}
-    scored = {}
+    scored, sides = {}, _sides(loaded)
     total = sum(map(len, frames.values()))
     with tqdm(total=total, desc=description, unit="row", dynamic_ncols=True, mininterval=1) as progress:
         for split, frame in frames.items():
-            results = score_rows(loaded, frame, words, args.max_length, args.eval_batch_size, progress)
+            results = score_rows(loaded, frame, words, args.max_length, args.eval_batch_size, progress, sides)
             others = frame.drop(columns=results.columns, errors="ignore")
             scored[split] = pd.concat([others, results], axis=1).assign(split=split)
     if not all(np.isfinite(rows["loss"]).all() for rows in scored.values()):
@@ -206,11 +206,14 @@ def evaluate(loaded, frames, words, args, description):
 
 def check_lengths(model, tokenizer, frames, args, p=0, template=None):
     """Raise UserError if a row to evaluate, behind `p` virtual tokens, does not fit the model; ask before training."""
-    limit = position_limit(model)
-    if limit and args.max_length + p > limit:
+    limit, words = position_limit(model), label_words(frames)
+    known = [len(completion_ids(tokenizer, word)) for word in words]
+    if len(set(known)) > 1:  # then `answer` looks for the unlearning words too
+        known += [len(completion_ids(tokenizer, word)) for word in UNLEARNING_LABELS]
+    if limit and args.max_length + max(known) + p > limit:
         for frame in frames.values():
             rows = tokenize(tokenizer, frame["text"], frame["label_text"], args.max_length, template=template)
-            check_length(model, max(map(len, rows)), p)
+            check_length(model, max(len(row.prompt) for row in rows) + max(known) - 1, p)
 
 
 def accuracies(loaded, frames, words, args):

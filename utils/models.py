@@ -194,7 +194,7 @@ def refuse_attention(choice, device, dtype):
     """Raise UserError where `--attn_implementation` cannot work, before anything is loaded."""
     if choice != "flash_attention_2":
         return
-    if device != "cuda" or dtype == torch.float32 or not is_flash_attn_2_available():
+    if not device.startswith(("cuda", "balanced")) or dtype == torch.float32 or not is_flash_attn_2_available():
         raise UserError(
             "--attn_implementation=flash_attention_2 needs a GPU, --dtype=bfloat16 or float16 and the package "
             "flash-attn; use auto"
@@ -239,7 +239,7 @@ def checkpoint_layers(model):
     inner = {id(part) for layer in layers for part in layer.modules() if part is not layer}
     for layer in layers:
         if id(layer) not in inner:
-            layer.forward = partial(_checkpointed, layer.forward)
+            layer.forward = partial(_checkpointed, layer.forward, model.config)
 
 
 def compile_decoder(model, backend="inductor"):
@@ -252,10 +252,17 @@ def compile_decoder(model, backend="inductor"):
     model.get_decoder().compile(backend=backend, dynamic=True)
 
 
-def _checkpointed(forward, *args, **kwargs):
+def _checkpointed(forward, config, *args, **kwargs):
     if not torch.is_grad_enabled():
         return forward(*args, **kwargs)
-    return checkpoint(forward, *args, use_reentrant=False, **kwargs)
+    attention = config._attn_implementation  # the second time, `_attention_by_width` may have chosen for another pass
+
+    def again(*args, **kwargs):
+        if config._attn_implementation != attention:
+            config._attn_implementation = attention
+        return forward(*args, **kwargs)
+
+    return checkpoint(again, *args, use_reentrant=False, **kwargs)
 
 
 def load(name, args, parent=None):
@@ -328,8 +335,8 @@ def add_lora(model, args):
         model = get_peft_model(model, config)
     except ValueError as error:
         raise UserError(f"cannot place LoRA ({_first_line(error)}); choose --lora_target_modules")
-    for parameter in model.parameters():
-        if parameter.requires_grad:
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:  # biases of --lora_bias are the model's own and compute in its dtype
             parameter.data = parameter.data.float()
     return model
 

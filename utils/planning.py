@@ -230,7 +230,8 @@ def _train(model, learner, kind, args, shape):
     prefix = prompt_prefix(model, learner()) if kind == "prompt" else None
     kl = 0
     if getattr(args, "beta", 0):
-        hidden = torch.zeros(len(batch.rows), model.config.get_text_config().hidden_size)
+        head = model.get_output_embeddings().weight.shape[-1]  # of some OPT models narrower than their layers
+        hidden = torch.zeros(len(batch.rows), head)
         logits, reference = completion_logits(model, batch, prefix, hidden)
         kl = losses.token_kl(reference, logits).sum()
     else:

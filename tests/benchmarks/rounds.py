@@ -135,7 +135,9 @@ class Bench:
         passes = worker.passes[1 : 1 + len(cell.sizes)]
         if worker.error or not passes:
             return record
-        trains_weights = cell.task == "training" and cell.training["script"] != "spul"
+        arguments = cell.training["arguments"]
+        trains_weights = cell.training["script"] == "baselines" and "--tune=lora" not in arguments
+        trains_weights = trains_weights and cell.task == "training"
         flop = self.weights * (FLOP_PER_TRAINED_WEIGHT if trains_weights else FLOP_PER_WEIGHT[cell.task])
         tokens = [variant.p + sum(len(examples[i]) for i in batch) for batch in batches[1:-1]]
         seconds = [line["seconds"] for line in passes]
@@ -225,8 +227,8 @@ def write_rows(frames, cell, folder, seed):
 
 
 def draw(frame, sizes, pool, rng):
-    """So many rows of `frame` for each of `sizes`, one after the other, each time rows of similar length, as published
-    (group_by_length): out of `pool` times as many random ones, by length, at evenly spaced places."""
+    """So many rows of `frame` for each of `sizes`, one after the other, each time rows of similar length: out of
+    `pool` times as many random ones, by length, at evenly spaced places."""
     chosen = []
     for i, size in enumerate(sizes):
         rows = np.resize(rng.permutation(len(frame)), pool * size)
