@@ -18,7 +18,8 @@ ALPHA ?= 5
 VENV := .venv
 PY := $(VENV)/bin/python
 READY := $(VENV)/.installed
-SELECTED := --max_length=128 --max_train_samples=512 --forget_share=0.08
+FORGET_ONLY ?= $(if $(filter snippets,$(DATASET)),data/snippets/demo_names.txt)
+SELECTED := --max_length=128 --max_train_samples=512 --forget_share=0.08 $(addprefix --forget_only=,$(FORGET_ONLY))
 ROWS := --dataset=$(DATASET) $(SELECTED)
 POOLED := --length_pool=8 --save_steps=20
 SILENT := --max_eval_samples=0 --seed=$(SEED) $(POOLED)

@@ -59,7 +59,9 @@ def parse_args():
     group.add_argument("--rmu_steering", type=cli.positive_float, help="c of rmu")
     cli.add_lora_arguments(parser, "LoRA (with --tune=lora)")
     group = parser.add_argument_group("prompting and icul")
-    group.add_argument("--forget_names", help="prompting: file with the people to forget (default: that of snippets)")
+    group.add_argument(
+        "--forget_names", help="prompting: file with the people to forget (default: --forget_only, or that of snippets)"
+    )
     group.add_argument("--instruction", help="prompting: the instruction itself, instead of one made of the names")
     group.add_argument("--icul_flipped", type=cli.positive_int, default=1, help="icul: forget rows, labels flipped")
     group.add_argument("--icul_correct", type=cli.non_negative_int, default=2, help="icul: retain rows behind them")
@@ -93,7 +95,9 @@ def add_eco_arguments(parser):
     group.add_argument(
         "--eco_tokens", choices=["all", "entities"], default="all", help="all but the last, or names only"
     )
-    group.add_argument("--eco_names", help="list of names (default: that of snippets): entities, evasion test")
+    group.add_argument(
+        "--eco_names", help="list of names (default: --forget_only, or that of snippets): entities, evasion test"
+    )
     group.add_argument("--eco_token_classifier", help="finds names for --eco_tokens=entities (hub id, folder)")
     group.add_argument("--eco_strength", type=cli.non_negative_float, help="sigma; given, there is no search")
     group.add_argument("--eco_metric", choices=ECO_METRICS, default="accuracy", help="what the search compares")
@@ -154,7 +158,9 @@ def refuse_contradictions(parser, args):
         parser.error(f"--{flag} goes with --tune=lora")
     if name != "icul" and (flag := given(parser, args, ["icul_flipped", "icul_correct"])):
         parser.error(f"--{flag} goes with --unlearn_method=icul")
-    if name == "prompting" and not (args.instruction or args.forget_names or args.dataset == "snippets"):
+    if name == "prompting" and not (
+        args.instruction or args.forget_names or args.forget_only or args.dataset == "snippets"
+    ):
         parser.error("prompting needs --forget_names or --instruction (only snippets has a list of names)")
     if name == "eco":
         refuse_eco_contradictions(parser, args)
@@ -183,7 +189,7 @@ def refuse_eco_contradictions(parser, args):
     no_encoder = args.eco_classifier in ("tfidf", "features")
     if no_encoder and (flag := given(parser, args, ["eco_classifier_epochs", "eco_classifier_lr"])):
         parser.error(f"--{flag} goes with an encoder as --eco_classifier")
-    names = args.eco_names or args.eco_token_classifier or args.dataset == "snippets"
+    names = args.eco_names or args.forget_only or args.eco_token_classifier or args.dataset == "snippets"
     if args.eco_tokens == "entities" and not names:
         parser.error("--eco_tokens=entities needs --eco_names or --eco_token_classifier")
     if args.eco_tokens == "all" and args.eco_token_classifier:
@@ -197,7 +203,7 @@ def main(args):
     stem = f"{args.unlearn_method}_{name}_{data.dataset_name(args.dataset)}-{args.forget_size}"
     output = training.output_path(args, stem)
     frames = data.select_rows(
-        data.load_splits(args.dataset), args.forget_size, args.max_train_samples, args.forget_share
+        data.load_splits(args.dataset), args.forget_size, args.max_train_samples, args.forget_share, args.forget_only
     )
     if args.dry_run:
         planning.print_plan("lora" if args.tune == "lora" else "full", args, args.model_checkpoints, frames)

@@ -66,7 +66,7 @@ def main(args):
         return predict(args, words)
     args.dataset = args.dataset or checkpoints.recorded(args.model_checkpoints, "arguments", "dataset") or "sst2"
     frames = data.select_rows(
-        data.load_splits(args.dataset), args.forget_size, args.max_train_samples, args.forget_share
+        data.load_splits(args.dataset), args.forget_size, args.max_train_samples, args.forget_share, args.forget_only
     )
     words = data.label_words(frames)
     if args.text or args.input_file:
@@ -144,7 +144,7 @@ def note_other_rows(args, chains, frames):
         if manifest["data_fingerprint"] != used[1 if manifest["arguments"].get("exclude_forget") else 2]:
             cli.note_once(
                 f"{chain[-1].path} was trained on other rows than the train columns show; give this command the "
-                "--dataset, --max_train_samples, --forget_share and --forget_size of its training"
+                "--dataset, --max_train_samples, --forget_share, --forget_only and --forget_size of its training"
             )
 
 

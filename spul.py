@@ -58,7 +58,7 @@ def main(args):
     model_name = models.short_name(args.model_checkpoints)
     output = training.output_path(args, f"spul_{model_name}_{data.dataset_name(args.dataset)}-{args.forget_size}")
     frames = data.select_rows(
-        data.load_splits(args.dataset), args.forget_size, args.max_train_samples, args.forget_share
+        data.load_splits(args.dataset), args.forget_size, args.max_train_samples, args.forget_share, args.forget_only
     )
     words = data.label_words(frames)
     if args.dry_run:

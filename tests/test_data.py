@@ -310,6 +310,22 @@ def test_a_part_of_the_forget_set_is_unlearnt_from_rows_that_were_learnt():
     assert unlearnt["train_retain"].equals(learnt["train_retain"])
 
 
+def test_only_rows_that_name_certain_people_are_to_be_forgotten(tmp_path):
+    (tmp_path / "people.txt").write_text("Jane Doe: Doe\nTwo\n")
+    frames = frames_of(30, 6)
+    frames["train_forget"]["text"] = ["by Doe", "a doe", "Doe 's film", "by Smith", "Two and Smith", "Twofold"]
+    frames["test_forget"]["text"] = ["by Smith", "One", "Two", "three"]
+    selected = data.select_rows(frames, forget_only=str(tmp_path / "people.txt"))
+    assert list(selected["train_forget"]["text"]) == ["by Doe", "Doe 's film", "Two and Smith"]
+    assert list(selected["test_forget"]["text"]) == ["Two"]
+    assert selected["train_retain"].equals(frames["train_retain"])
+    drawn = data.select_rows(frames, 1.0, 10, 0.2, str(tmp_path / "people.txt"))["train_forget"]
+    assert len(drawn) == 2 and set(drawn["text"]) < set(selected["train_forget"]["text"])
+    (tmp_path / "people.txt").write_text("Smith\n")
+    with pytest.raises(UserError, match="no row of test_forget names anybody of .*people.txt"):
+        data.select_rows({**frames, "test_forget": frames["test_forget"][1:]}, forget_only=str(tmp_path / "people.txt"))
+
+
 def test_a_share_that_cannot_be_had_is_refused():
     with pytest.raises(UserError, match="--forget_share is a share of --max_train_samples; give both"):
         data.select_rows(frames_of(300, 30), forget_share=0.5)

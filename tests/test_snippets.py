@@ -73,6 +73,16 @@ def test_forget_rows_and_no_others_name_a_listed_person(frames, names):
         assert all(named) if split.endswith("forget") else not any(named)
 
 
+def test_the_people_of_the_demo_are_of_the_list(frames):
+    """Line by line, and every one of them is named in both forget splits."""
+    lines = [set((FOLDER / name).read_text().splitlines()[1:]) for name in ("demo_names.txt", "forget_names.txt")]
+    assert len(lines[0]) == 4 and lines[0] < lines[1]
+    people = read_names(FOLDER / "demo_names.txt")
+    for split, rows in ("train_forget", 75), ("test_forget", 26):
+        found = [mentions(text, people) for text in frames[split]["text"]]
+        assert sum(map(bool, found)) == rows and {person for some in found for person in some} == set(dict(people))
+
+
 def test_the_list_of_people(frames, names):
     people = [person for person, _ in names]
     assert len(set(people)) == len(people)

@@ -187,6 +187,10 @@ def add_model_arguments(parser):
     )
     group.add_argument("--max_train_samples", type=positive_int, help="train rows to use, forget share kept")
     group.add_argument("--forget_share", type=fraction, help="share of forget rows among --max_train_samples")
+    group.add_argument(
+        "--forget_only", metavar="FILE",
+        help="leave out forget rows that name nobody of this list (its form: data/snippets/forget_names.txt)",
+    )  # fmt: skip
     group.add_argument("--seed", type=non_negative_int, default=42, help="of sampling, labels and initialisation")
     group.add_argument("--output_path", help="folder to write (default: the published name)")
     group.add_argument("--overwrite", action="store_true", help="replace an existing output folder")

@@ -236,7 +236,7 @@ def _cut(frames, rows):
     from utils.splits import split_rows
 
     selection, _ = _selection(rows)
-    frames = data.select_rows(frames, 1.0, selection.max_train_samples, selection.forget_share)
+    frames = data.select_rows(frames, 1.0, selection.max_train_samples, selection.forget_share, selection.forget_only)
     kept = [frames[split].assign(forget=split == "train_forget") for split in data.TRAIN_SPLITS]
     parts = split_rows(pd.concat(kept, ignore_index=True), CUT, data.SUBSET_SEED)
     empty = [split for split, frame in parts.items() if not len(frame)]
@@ -250,6 +250,7 @@ def _selection(rows):
     known = cli.ArgumentParser("")
     known.add_argument("--max_train_samples", type=cli.positive_int)
     known.add_argument("--forget_share", type=cli.fraction)
+    known.add_argument("--forget_only")
     return known.parse_known_args(rows)
 
 

@@ -12,6 +12,7 @@ import pandas as pd
 import torch
 
 from utils.cli import UserError
+from utils.names import mentions, read_names
 from utils.splits import SPLITS, UNLEARNING_LABELS
 
 TRAIN_SPLITS = SPLITS[:2]
@@ -170,16 +171,24 @@ def label_words(frames):
     return list(pairs.sort_values("label")["label_text"])
 
 
-def select_rows(frames, forget_size=1.0, max_train_samples=None, forget_share=None):
+def select_rows(frames, forget_size=1.0, max_train_samples=None, forget_share=None, forget_only=None):
     """The training protocol's row selection; returns new frames, order kept.
 
-    `max_train_samples` keeps so many train rows in all, of them `forget_share` forget rows (default: the share the data
-    has). `forget_size` < 1 then keeps int(size * n) rows of train_forget, drawn with NumPy default_rng(42) (the
-    published protocol). Nothing depends on the training seed, and what a `forget_size` keeps is part of what is kept
-    without one, so spul.py sees rows that qlora.py has seen. Raises UserError when a split would be left without a row,
-    or has not as many as were asked for.
+    `forget_only` names a file with a list of people (utils.names): forget rows, train and test, that name none of them
+    are left out. `max_train_samples` keeps so many train rows in all, of them `forget_share` forget rows (default: the
+    share the data has). `forget_size` < 1 then keeps int(size * n) rows of train_forget, drawn with NumPy
+    default_rng(42) (the published protocol). Nothing depends on the training seed, and what a `forget_size` keeps is
+    part of what is kept without one, so spul.py sees rows that qlora.py has seen. Raises UserError when a split would
+    be left without a row, or has not as many as were asked for.
     """
     frames = dict(frames)
+    if forget_only:
+        people = read_names(forget_only)
+        for split in ("train_forget", "test_forget"):
+            named = [bool(mentions(text, people)) for text in frames[split]["text"]]
+            frames[split] = frames[split][named].reset_index(drop=True)
+            if not len(frames[split]):
+                raise UserError(f"no row of {split} names anybody of {forget_only}; name others")
     sizes = {split: len(frames[split]) for split in TRAIN_SPLITS}
     if forget_share and not max_train_samples:
         raise UserError("--forget_share is a share of --max_train_samples; give both")

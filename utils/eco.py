@@ -305,7 +305,8 @@ def _target(args, loaded, frames, words, forget):
 
 
 def _names(args):
-    path = args.eco_names or (SNIPPETS_FOLDER / "forget_names.txt" if args.dataset == "snippets" else None)
+    known = SNIPPETS_FOLDER / "forget_names.txt" if args.dataset == "snippets" else None
+    path = args.eco_names or args.forget_only or known
     return read_names(path) if path else []
 
 

@@ -85,8 +85,8 @@ def load(link):
         if settings["method"] == "prompting":
             return Instruction(settings)
         arguments = link.manifest["arguments"]
-        selection = [arguments[key] for key in ("forget_size", "max_train_samples", "forget_share")]
-        frames = select_rows(load_splits(arguments["dataset"]), *selection)
+        keys = "forget_size", "max_train_samples", "forget_share", "forget_only"
+        frames = select_rows(load_splits(arguments["dataset"]), *map(arguments.get, keys))
         if fingerprint({split: frames[split] for split in TRAIN_SPLITS}) != link.manifest["data_fingerprint"]:
             raise UserError(f"{arguments['dataset']} has changed since {link.path} was made from it; make it again")
         return Demonstrations(settings, frames)
@@ -95,7 +95,7 @@ def load(link):
 
 
 def _people(args):
-    path = args.forget_names or SNIPPETS_FOLDER / "forget_names.txt"
+    path = args.forget_names or args.forget_only or SNIPPETS_FOLDER / "forget_names.txt"
     return [person for person, _ in read_names(path)]
 
 
