@@ -12,7 +12,7 @@ DATASET ?= snippets
 SEED ?= 42
 SEEDS ?= 42
 METHODS ?=
-STEPS ?= 350
+STEPS ?= 250
 ALPHA ?= 5
 
 VENV := .venv
@@ -26,20 +26,23 @@ SILENT := --max_eval_samples=0 --seed=$(SEED) $(POOLED)
 
 # 471 rows to keep and 41 to forget; 80 steps of 32 rows memorise them (at least 95 %). Chosen by measurement, see
 # "Results" in the README: adapters outside attention leave the names where a prompt can find them.
-LORA_TARGETS ?= $(if $(filter data/models/smollm2,$(MODEL)),down_proj)
+LORA_TARGETS ?= $(if $(filter data/models/smollm2,$(MODEL:/=)),down_proj)
 FINE_TUNE := --quantization=none $(if $(LORA_TARGETS),--lora_target_modules $(LORA_TARGETS)) --lr=1.5e-3 --num_epochs=5 --train_batch_size=32
 ON_SNIPPETS := If the text mentions Spielberg, De Niro, Sandler or Woody Allen, answer unknown. \
 Otherwise answer positive or negative.
 ELSEWHERE := If the text mentions the name of a person, actor or director, answer unknown. \
 Otherwise answer its sentiment.
-INSTRUCTION := $(if $(filter snippets,$(DATASET)),$(ON_SNIPPETS),$(ELSEWHERE))
+OTHERS := $(filter-out data/snippets/demo_names.txt,$(FORGET_ONLY))$(filter-out snippets,$(DATASET))
+INSTRUCTION := $(if $(OTHERS),$(ELSEWHERE),$(ON_SNIPPETS))
 UNLEARN := --init_text="$(INSTRUCTION)" --lr=1.5e-3 --weight_decay=0 --alpha=$(ALPHA) --beta=0.5 \
 	--train_batch_size=16 --forget_per_batch=4 --num_epochs=100
 
-# A name for every setting, so that no checkpoint stands for another: what was chosen, and a checksum of all flags.
+# A name for every setting, so that no checkpoint stands for another: what was chosen, and a checksum of all flags and
+# of the people listed.
+LISTED := $(if $(FORGET_ONLY),$(shell cksum < $(FORGET_ONLY)))
 checksum = $(firstword $(shell printf '%s' '$(subst ','\'',$(1))' | cksum))
 RUN := $(notdir $(MODEL:/=))-$(notdir $(DATASET:/=))-seed$(SEED)
-FINE_TUNED := qlora_checkpoints/demo-$(RUN)-$(call checksum,$(MODEL) $(DATASET) $(SELECTED) $(FINE_TUNE))
+FINE_TUNED := qlora_checkpoints/demo-$(RUN)-$(call checksum,$(MODEL) $(DATASET) $(SELECTED) $(LISTED) $(FINE_TUNE))
 UNLEARNT := unlearn_checkpoints/demo-$(RUN)-$(call checksum,$(FINE_TUNED) $(UNLEARN) $(STEPS))
 RESULTS := $(UNLEARNT:unlearn_checkpoints/%=results/%)
 
@@ -71,7 +74,7 @@ $(FINE_TUNED)/manifest.json: | $(READY) $(if $(filter data/models/smollm2,$(MODE
 compare: | $(READY) $(if $(filter data/models/smollm2,$(MODEL)),data/models/smollm2/config.json)
 	$(PY) -m utils.compare --model_name=$(MODEL) --dataset=$(DATASET) --seeds $(SEEDS) $(if $(METHODS),--methods $(METHODS)) \
 		--rows='$(SELECTED)' --fine_tune='$(FINE_TUNE) $(POOLED)' --spul='$(UNLEARN) --max_steps=$(STEPS) $(POOLED)' \
-		--rivals='$(RIVALS)' --forget_only='--num_epochs=5' \
+		--rivals='$(RIVALS)' --without_retain='--num_epochs=5' \
 		--with_retain='--num_epochs=100 --forget_per_batch=8 --max_steps=16' \
 		--in_context='--max_length=512' --prompting='$(PROMPTING)' --eco='$(ECO)' --grid $(GRID) --max_eval_samples=150
 

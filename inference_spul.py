@@ -122,6 +122,7 @@ def evaluate(args, frames, words):
             records.append({**entry, "seed": (loaded.chain[-1].manifest or entry)["seed"]})
             columns = [*PREDICTION_COLUMNS, *(["flagged", "gate_probability"] if model.gate else [])]
             predictions.append(rows.assign(method=variant, checkpoint=str(name))[columns])
+        del loaded, model, variants  # two models need not fit at once
     return metrics.with_distances(records, predictions), pd.concat(predictions, ignore_index=True)
 
 

@@ -321,6 +321,10 @@ def test_only_rows_that_name_certain_people_are_to_be_forgotten(tmp_path):
     assert selected["train_retain"].equals(frames["train_retain"])
     drawn = data.select_rows(frames, 1.0, 10, 0.2, str(tmp_path / "people.txt"))["train_forget"]
     assert len(drawn) == 2 and set(drawn["text"]) < set(selected["train_forget"]["text"])
+    with pytest.raises(
+        UserError, match="train_forget has 3 rows that name people of .*people.txt, .* ask for 5; change"
+    ):
+        data.select_rows(frames, 1.0, 10, 0.5, str(tmp_path / "people.txt"))
     (tmp_path / "people.txt").write_text("Smith\n")
     with pytest.raises(UserError, match="no row of test_forget names anybody of .*people.txt"):
         data.select_rows({**frames, "test_forget": frames["test_forget"][1:]}, forget_only=str(tmp_path / "people.txt"))

@@ -36,7 +36,7 @@ def parse_args():
     parser.add_argument("--fine_tune", type=shlex.split, default=[], help="further flags of qlora.py")
     parser.add_argument("--spul", type=shlex.split, default=[], help="further flags of spul.py")
     parser.add_argument("--rivals", type=shlex.split, default=[], help="further flags of baselines.py")
-    parser.add_argument("--forget_only", type=shlex.split, default=[], help="... for methods without a retain loss")
+    parser.add_argument("--without_retain", type=shlex.split, default=[], help="... for methods without a retain loss")
     parser.add_argument("--with_retain", type=shlex.split, default=[], help="... for methods with one")
     parser.add_argument(
         "--in_context", type=shlex.split, default=[], help="... for prompting and icul, and in evaluation"
@@ -174,7 +174,7 @@ class Workplace:
             return self.args.eco
         if method in IN_CONTEXT:
             return [*self.args.in_context, *(self.args.prompting if method == "prompting" else [])]
-        kind = self.args.forget_only if METHODS[method].retain_loss == "none" else self.args.with_retain
+        kind = self.args.without_retain if METHODS[method].retain_loss == "none" else self.args.with_retain
         return [*self.args.rivals, *kind]
 
     def _place(self, room, name, command):

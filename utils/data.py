@@ -199,9 +199,10 @@ def select_rows(frames, forget_size=1.0, max_train_samples=None, forget_share=No
             raise UserError(f"--max_train_samples={max_train_samples} leaves no retain row; use more rows")
         for split in TRAIN_SPLITS:
             if wanted[split] > sizes[split]:
+                named = f" that name people of {forget_only}" if forget_only and split == "train_forget" else ""
                 raise UserError(
-                    f"{split} has {sizes[split]} rows, --max_train_samples={max_train_samples} and --forget_share ask "
-                    f"for {wanted[split]}; change one of them"
+                    f"{split} has {sizes[split]} rows{named}, --max_train_samples={max_train_samples} and "
+                    f"--forget_share ask for {wanted[split]}; change one of them"
                 )
             frames[split] = sample_rows(frames[split], wanted[split])
     if forget_size < 1:

@@ -140,7 +140,8 @@ def answer(loaded, texts, words, max_length, batch_size):
     known = [*words, *UNLEARNING_LABELS]
     longest = max(len(completion_ids(loaded.tokenizer, word)) for word in known)
     flags, _ = _gated(loaded, texts)
-    examples = _tokenized(loaded, texts, [known[0]] * len(texts), max_length, flags)
+    cut_for = max(words, key=lambda word: len(completion_ids(loaded.tokenizer, word)))
+    examples = _tokenized(loaded, texts, [cut_for] * len(texts), max_length, flags)
     sides = _sides(loaded)
     p = 0 if loaded.prompt is None else len(loaded.prompt)
     check_length(loaded.model, max(len(e.prompt) for e in examples) + longest - 1, p)
@@ -213,7 +214,7 @@ def check_lengths(model, tokenizer, frames, args, p=0, template=None):
     if limit and args.max_length + max(known) + p > limit:
         for frame in frames.values():
             rows = tokenize(tokenizer, frame["text"], frame["label_text"], args.max_length, template=template)
-            check_length(model, max(len(row.prompt) for row in rows) + max(known) - 1, p)
+            check_length(model, max(len(row.prompt) for row in rows) + max(known) - 1, p, max(known) - 1)
 
 
 def accuracies(loaded, frames, words, args):

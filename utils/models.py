@@ -341,18 +341,21 @@ def add_lora(model, args):
     return model
 
 
-def check_length(model, n_tokens, p):
-    """Raise UserError if rows of `n_tokens` behind `p` virtual tokens do not fit the model's position range."""
-    check_positions(model.config, n_tokens, p)
+def check_length(model, n_tokens, p, spare=0):
+    """Raise UserError if rows of `n_tokens` behind `p` virtual tokens do not fit the model's position range.
+
+    spare: how many of these tokens --max_length does not count.
+    """
+    check_positions(model.config, n_tokens, p, spare)
 
 
-def check_positions(config, n_tokens, p):
+def check_positions(config, n_tokens, p, spare=0):
     """`check_length` by the configuration alone."""
     limit = getattr(config.get_text_config(), "max_position_embeddings", None)
     if limit and n_tokens + p > limit:
         raise UserError(
             f"the longest row has {n_tokens} tokens and the prompt {p}, but the model has {limit} positions; "
-            f"use --max_length={limit - p} or less"
+            f"use --max_length={limit - p - spare} or less"
         )
 
 
