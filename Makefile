@@ -12,8 +12,8 @@ DATASET ?= snippets
 SEED ?= 42
 SEEDS ?= 42
 METHODS ?=
-STEPS ?= 250
-ALPHA ?= 5
+STEPS ?= 300
+ALPHA ?= 15
 
 VENV := .venv
 PY := $(VENV)/bin/python
