@@ -1,4 +1,4 @@
-# make demo  the main job on embedded data with a real small model, about 15 minutes on two cores
+# make demo  the main job on embedded data with a real small model, about 17 minutes on two cores
 # make compare  SPUL and every rival on the same rows, in one table; at most 90 minutes on two cores
 # make test  every test
 # make bench speed and memory against the plain path, about 20 minutes; BENCH_ARGS="--parts training" does a part
