@@ -61,15 +61,17 @@ def parse_args():
 def main(args):
     from utils import checkpoints, data, processes, report
 
-    words = None if args.dataset else checkpoints.recorded(args.model_checkpoints, "label_words")
-    if words and (args.text or args.input_file):
-        return predict(args, words)
-    args.dataset = args.dataset or checkpoints.recorded(args.model_checkpoints, "arguments", "dataset") or "sst2"
+    new_text = args.text or args.input_file
+    if not args.dataset:
+        manifest = checkpoints.first_manifest(args.model_checkpoints)
+        if new_text and "label_words" in manifest:
+            return predict(args, manifest["label_words"])
+        args.dataset = manifest["arguments"]["dataset"] if manifest else "sst2"
     frames = data.select_rows(
         data.load_splits(args.dataset), args.forget_size, args.max_train_samples, args.forget_share, args.forget_only
     )
     words = data.label_words(frames)
-    if args.text or args.input_file:
+    if new_text:
         return predict(args, words)
 
     names = "+".join(Path(name).name for name in args.model_checkpoints)

@@ -162,15 +162,10 @@ def read_manifest(path):
     return manifest
 
 
-def recorded(names, *keys):
-    """What the first of the checkpoints `names` that has it says under manifest[key][...]; None for plain models."""
-    for name in names:
-        value = read_manifest(name) if (Path(name) / MANIFEST).exists() else None
-        for key in keys:
-            value = value.get(key) if value else None
-        if value:
-            return value
-    return None
+def first_manifest(names):
+    """The manifest of the first of the checkpoints `names` that has one; {} where all are plain models."""
+    path = next((name for name in names if (Path(name) / MANIFEST).exists()), None)
+    return read_manifest(path) if path else {}
 
 
 def parent_path(path, manifest, override=None):

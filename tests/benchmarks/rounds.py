@@ -135,9 +135,8 @@ class Bench:
         passes = worker.passes[1 : 1 + len(cell.sizes)]
         if worker.error or not passes:
             return record
-        arguments = cell.training["arguments"]
-        trains_weights = cell.training["script"] == "baselines" and "--tune=lora" not in arguments
-        trains_weights = trains_weights and cell.task == "training"
+        full = cell.training["script"] == "baselines" and "--tune=lora" not in cell.training["arguments"]
+        trains_weights = cell.task == "training" and full
         flop = self.weights * (FLOP_PER_TRAINED_WEIGHT if trains_weights else FLOP_PER_WEIGHT[cell.task])
         tokens = [variant.p + sum(len(examples[i]) for i in batch) for batch in batches[1:-1]]
         seconds = [line["seconds"] for line in passes]
