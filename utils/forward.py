@@ -19,6 +19,7 @@ from transformers.masking_utils import eager_mask
 
 from utils.cli import note_once
 
+SOFTMAX_LANES = 32  # torch's bfloat16 softmax on a CPU takes up to 5 times as long for rows of any other length
 GROUPED = "grouped"  # the name of grouped_attention among transformers' attention implementations
 
 
@@ -101,6 +102,10 @@ def grouped_attention(module, query, key, value, attention_mask, dropout=0.0, sc
     if attention_mask is None or kwargs.get("position_bias") is not None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **kwargs)
     size, heads, length, width = query.shape
+    spare = -key.shape[2] % SOFTMAX_LANES  # keys that nobody sees: see SOFTMAX_LANES
+    if spare:
+        key, value = (torch.nn.functional.pad(kept, (0, 0, 0, spare)) for kept in (key, value))
+        attention_mask = torch.nn.functional.pad(attention_mask, (0, spare), value=-torch.inf)
     rows, kept = (size * key.shape[1], -1, width), key.shape[2]
     scores = torch.bmm(query.reshape(rows), key.reshape(rows).transpose(1, 2)).view(size, heads, length, kept)
     scores = torch.add(attention_mask, scores, alpha=width**-0.5 if scaling is None else scaling)
