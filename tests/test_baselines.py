@@ -346,7 +346,7 @@ def test_a_prompt_is_no_model_to_train(trained, prompt, small_data, tmp_path, ki
         ("icul", "--max_steps=3", "icul trains nothing; leave out --max_steps"),
         ("npo", "--icul_correct=3", "--icul_correct goes with --unlearn_method=icul"),
         ("npo", "--lora_rank=3", "--lora_rank goes with --tune=lora"),
-        ("prompting", "", "prompting needs --forget_names or --instruction"),
+        ("prompting", "", "prompting needs --forget_names, --forget_only or --instruction"),
         ("prompting", "--instruction=x --forget_names=y", "leave out one of them"),
         ("prompting", "--forget_names=none.txt", "cannot read the names file none.txt"),
         ("icul", "--instruction=x", "--instruction and --forget_names go with --unlearn_method=prompting"),
