@@ -12,7 +12,7 @@ DATASET ?= snippets
 SEED ?= 42
 SEEDS ?= 42
 METHODS ?=
-STEPS ?= 250
+STEPS ?= 225
 ALPHA ?= 15
 
 VENV := .venv
@@ -65,7 +65,7 @@ demo: $(UNLEARNT)/manifest.json
 
 $(UNLEARNT)/manifest.json: $(FINE_TUNED)/manifest.json
 	$(PY) spul.py $(ROWS) $(SILENT) $(UNLEARN) --model_checkpoints=$(FINE_TUNED) --output_path=$(UNLEARNT) \
-		--max_steps=$(STEPS) --eval_steps=125 --curve_samples=64 $(call resume,$(UNLEARNT))
+		--max_steps=$(STEPS) --eval_steps=75 --curve_samples=64 $(call resume,$(UNLEARNT))
 
 $(FINE_TUNED)/manifest.json: | $(READY) $(if $(filter data/models/smollm2,$(MODEL)),data/models/smollm2/config.json)
 	$(PY) qlora.py $(ROWS) $(SILENT) $(FINE_TUNE) --model_name=$(MODEL) --output_path=$(FINE_TUNED) \
