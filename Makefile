@@ -1,4 +1,4 @@
-# make demo  the main job on embedded data with a real small model, about 17 minutes on two cores
+# make demo  the main job on embedded data with a real small model, a quarter of an hour on two cores
 # make compare  SPUL and every rival on the same rows, in one table; an estimated one to two hours on two cores
 # make test  every test
 # make bench speed and memory against the plain path, an estimated half hour; BENCH_ARGS="--parts training" does a part
