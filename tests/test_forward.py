@@ -120,6 +120,8 @@ def test_the_prompt_is_computed_once(model):
     prefix = prompt_prefix(model, virtual_tokens(model))
     assert len(prefix) == tiny.SIZES["num_hidden_layers"]
     assert all(keys.shape[2] == values.shape[2] == TOKENS for keys, values in prefix)
+    loaded = models.Loaded(model, None, virtual_tokens(model), [])
+    assert loaded.prefix is loaded.prefix  # in inference once for all splits
 
 
 @pytest.mark.parametrize(

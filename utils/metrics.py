@@ -15,7 +15,7 @@ from tqdm import tqdm
 from utils import processes
 from utils.cli import UserError
 from utils.data import SPLITS, UNLEARNING_LABELS, Example, collate, completion_ids, label_words, sample_rows, tokenize
-from utils.forward import completion_logits, prompt_prefix
+from utils.forward import completion_logits
 from utils.models import check_length, position_limit
 
 
@@ -96,8 +96,7 @@ class _Side:
 
 def _sides(loaded):
     """{flag: _Side}. A batch is all of one side, so that rows that are not flagged run as the plain model does."""
-    prefix = None if loaded.prompt is None else prompt_prefix(loaded.model, loaded.prompt)
-    return {True: _Side(loaded, prefix, loaded.corruption), False: _Side(loaded, None, None)}
+    return {True: _Side(loaded, loaded.prefix, loaded.corruption), False: _Side(loaded, None, None)}
 
 
 def _by_length(examples, batch_size, flags):

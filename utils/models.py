@@ -2,7 +2,7 @@
 
 import re
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 
 import torch
@@ -17,7 +17,7 @@ from transformers.utils import is_flash_attn_2_available
 from utils import in_context, processes
 from utils.checkpoints import Link, base_name, parent_path, read_manifest, recover, verify_parent
 from utils.cli import UserError
-from utils.forward import GROUPED
+from utils.forward import GROUPED, prompt_prefix
 
 GROUPED_UP_TO = 256  # tokens, virtual ones included; README, "Speed and memory"
 HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
@@ -46,6 +46,11 @@ class Loaded:
     @property
     def base_name(self):
         return base_name(self.chain)
+
+    @cached_property
+    def prefix(self):
+        """What `utils.forward.prompt_prefix` makes of the prompt, computed once; None without a prompt."""
+        return None if self.prompt is None else prompt_prefix(self.model, self.prompt)
 
 
 def resolve_chain(name, trust_remote_code=False, parent=None, weights=True):
