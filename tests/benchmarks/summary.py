@@ -145,15 +145,13 @@ def draw(result, path):
 
 
 def _draw_lengths(ax, records):
-    for path, style in (("plain", "k--o"), ("ours", "k-s")):
+    for path, style, floor in (("plain", "k--o", "k:"), ("ours", "k-s", "k-.")):
         found = [record for record in records if record["path"] == path]
         if found:
             lengths = [record["length"] for record in found]
             ax.plot(lengths, [1000 / r["rows_per_second"] for r in found], style, label=label(found[0]))
             floors = [1000 * r["floor_share"] / r["rows_per_second"] for r in found]
-            ax.plot(
-                lengths, floors, style[1:-1] + ".", alpha=0.4, linestyle=":", label=f"floor {SHORT[found[0]['dtype']]}"
-            )
+            ax.plot(lengths, floors, floor, alpha=0.4, label=f"floor {SHORT[found[0]['dtype']]}")
             ax.set_xticks(lengths, lengths)
     if records:
         ax.set_xscale("log", base=2)
