@@ -161,7 +161,7 @@ def refuse_contradictions(parser, args):
     if name == "prompting" and not (
         args.instruction or args.forget_names or args.forget_only or args.dataset == "snippets"
     ):
-        parser.error("prompting needs --forget_names, --forget_only or --instruction (only snippets has a list of names)")
+        parser.error("prompting needs --forget_names, --forget_only or --instruction (only snippets has a list)")
     if name == "eco":
         refuse_eco_contradictions(parser, args)
     elif flag := given(parser, args, [flag for flag in vars(args) if flag.startswith("eco_")]):
