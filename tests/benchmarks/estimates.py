@@ -38,12 +38,15 @@ def parse_args():
 def main(args):
     import rounds
 
-    from utils import checkpoints, data
+    from utils import checkpoints, data, models
 
+    chain = models.resolve_chain(args.model)
+    if len(chain) > 1:
+        raise cli.UserError(f"{args.model} is a checkpoint of this project; --model takes a plain model")
     frames, records = data.load_splits(args.dataset), []
     with tempfile.TemporaryDirectory() as work:
         work = Path(work)
-        kept = {part: cut_down(args.model, work / str(part), part, args.seed) for part in (1, 4)}
+        kept = {part: cut_down(chain[0].path, work / str(part), part, args.seed) for part in (1, 4)}
         for length, batch in ((None, args.train_batch_size), (args.tokens, args.long_batch_size)):
             sizes, losses = [batch] * args.steps, {"losses": {"retain": 1}}
             rows = work / f"rows-{length}"
