@@ -86,6 +86,8 @@ def main(args):
     if args.beta:
         make = planning.blank_reference if args.dry_run else reference.load_reference
         unprompted = make(loaded, examples, range(len(retain)), {"train_retain": retain}, args)
+    elif args.logits_path:
+        cli.note_once("without L_kl (--beta=0) there is no reference, so --logits_path is not used")
     torch.manual_seed(args.seed)
     encoder = build_encoder(args, loaded).to(model.device)
     print(f"training {sum(p.numel() for p in encoder.parameters()):,} parameters on {len(examples):,} rows")

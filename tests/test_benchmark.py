@@ -21,13 +21,16 @@ def benchmark_on_path():
 def test_both_paths_train_on_the_same_batches_with_the_same_loss(tmp_path, tiny_model, monkeypatch):
     import bench
 
-    some = {name: bench.BASELINES[name] for name in ("RL", "GA+KL")}  # without retain rows, and with; half the time
-    monkeypatch.setattr(bench, "BASELINES", some)
+    every = bench.rivals()
+    assert len(every) == len(METHODS)
+    # Without retain rows and with; then with a second model's answers, with its activations, with none.
+    some = {name: every[name] for name in ("RL", "GA+KL", "dpo", "rmu", "ceu")}
+    monkeypatch.setattr(bench, "rivals", lambda: some)
     arguments = f"--model={tiny_model}", "--parts", "training", "baselines", "lengths", "--output_path=out"
     said = scripts.done(scripts.call(tmp_path, "bench", *SMALL, *arguments)).stdout
     result = json.loads((tmp_path / "out" / "bench.json").read_text())
     records = {(r["name"], r["path"], r["dtype"]): r for r in result["records"]}
-    names = ["SPUL, p = 30", "RL", "GA+KL", "SPUL, 64 tokens"]
+    names = ["SPUL, p = 30", *some, "SPUL, 64 tokens"]
     assert list(dict.fromkeys(name for name, _, _ in records)) == names
     for name in names:
         plain, ours = (records[name, path, "float32"] for path in ("plain", "ours"))

@@ -20,6 +20,7 @@ from scripts import call, done, refused, start, tree
 
 import spul
 from utils import checkpoints, data, models
+from utils.cli import note_once
 
 PUBLISHED = {
     "qlora": """--dataset=sst2 --model_name=meta-llama/Llama-2-7b-hf \
@@ -498,6 +499,14 @@ def test_each_setting_has_its_own_reference(fine_tuned, small_data, tmp_path):
 def test_the_reference_lies_where_logits_path_says(fine_tuned, small_data, tmp_path):
     prompt_after(tmp_path, fine_tuned, small_data, "a", "--logits_path=my/reference")
     assert names(tmp_path) == {"a", "my"} and names(tmp_path / "my") == {"reference"}
+
+
+@pytest.mark.parametrize("script, flags", [("spul", ["--beta=0"]), ("baselines", ["--unlearn_method=wga"])])
+def test_a_logits_path_that_serves_nothing_is_named(script, flags, tiny_model, small_data, tmp_path):
+    note_once.cache_clear()
+    flags = f"--model_checkpoints={tiny_model}", f"--dataset={small_data}", "--max_length=96", *flags, "--max_steps=1"
+    said = done(scripts.call(tmp_path, script, *flags, "--max_eval_samples=0", "--logits_path=r", "--output_path=a"))
+    assert "--logits_path is not used" in said.stderr and names(tmp_path) == {"a"}
 
 
 def test_a_reference_of_something_else_is_refused(fine_tuned, tiny_model, small_data, tmp_path):

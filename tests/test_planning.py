@@ -119,6 +119,9 @@ def test_weights_and_trained_parameters_by_hand():
     assert full["trained"] == 12 * every  # parameter and two moments; the gradient is in the step
     assert full["step"] > 4 * every
     assert sizes("prompt", dtype="bfloat16")["weights"] == 2 * every
+    rmu = sizes("full", unlearn_method="rmu", rmu_layer=1)
+    assert rmu["trained"] == 12 * 2 * layer and rmu["weights"] == 4 * (every - 2 * layer)
+    assert rmu["step"] < full["step"] / 2  # two of four layers, and no head
     linear = 4 * (layer - 2 * 128)
     assert sizes("lora", quantization="nf4")["weights"] == int(linear * (0.5 + 1 / 16)) + 4 * (every - linear)
 

@@ -479,6 +479,24 @@ def test_rmu_starts_at_the_retain_activations_and_leaves_no_hook(build):
         assert not module._forward_hooks and not module._forward_pre_hooks
 
 
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_rmu_ends_the_pass_behind_its_layer_and_keeps_the_gradient(build, checkpointing):
+    change = {"change": models.checkpoint_layers} if checkpointing else {}
+    model, objective = build("rmu", "--rmu_layer=1", **change)
+    perturb(model, 0.02)
+    run = []
+    for number, layer in enumerate(models.decoder_layers(model)):
+        layer.register_forward_hook(lambda *_, number=number: run.append(number))
+    found = []
+    for layers in (objective.layers, (objective.layers[0], None)):
+        objective.layers = layers
+        objective(RETAIN + FORGET, N_FORGET, N_RETAIN)[0].backward()
+        found.append([p.grad.clone() for p in model.parameters() if p.grad is not None])
+        model.zero_grad()
+    assert run == [0, 1, 0, 1, 2, 3]
+    assert len(found[0]) > 10 and all(map(torch.equal, *found))
+
+
 @pytest.mark.parametrize("layer, trained", [("1", {0, 1}), ("3", {1, 2, 3}), ("0", {0})])
 @pytest.mark.parametrize("tune", ["full", "lora"])
 def test_rmu_trains_its_layer_and_the_two_before(build, layer, trained, tune):

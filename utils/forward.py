@@ -169,16 +169,32 @@ def _gather_before_head(model, batch, reference=None, reference_head=None):
             handle.remove()
 
 
+class _Enough(Exception):
+    """Ends a pass that has given what was asked of it."""
+
+
 @contextmanager
-def record_activations(layer):
-    """While open, every pass leaves the output (B, T, d) of module `layer` in the yielded dict under `activations`."""
+def record_activations(layer, until=None):
+    """While open, every pass leaves the output (B, T, d) of module `layer` in the yielded dict under `activations`.
+
+    until: None, or the module that the pass reaches next; there it ends, and with it this context: what would follow
+    has no share in the activations or in their gradient.
+    """
     seen = {}
 
     def keep(_, inputs, output):
         seen["activations"] = output if isinstance(output, torch.Tensor) else output[0]
 
-    handle = layer.register_forward_hook(keep)
+    def stop(*_):
+        raise _Enough
+
+    handles = [layer.register_forward_hook(keep)]
+    if until is not None:
+        handles.append(until.register_forward_pre_hook(stop))
     try:
         yield seen
+    except _Enough:
+        pass
     finally:
-        handle.remove()
+        for handle in handles:
+            handle.remove()

@@ -7,7 +7,7 @@ import itertools
 import torch
 
 from utils import data, losses, models, reference
-from utils.cli import UserError
+from utils.cli import UserError, note_once
 from utils.forward import completion_logits, record_activations
 from utils.methods import ForgetTokens
 
@@ -54,6 +54,8 @@ class Objective:
             settings = [args.unlearn_method, args.retain_loss, numerics]
             self.reference = load(loaded, rows.all, referred, frames, args, settings=settings)
             self.head = frozen_head(loaded.model)
+        if args.logits_path and self.reference is None:
+            note_once(f"{args.unlearn_method} compares with no earlier model, so --logits_path is not used")
 
     def __call__(self, numbers, n_forget, n_retain):
         if self.method.forget is None:
@@ -111,12 +113,11 @@ class Objective:
 
     def _prepare_rmu(self, frames, numerics, load):
         args, model = self.args, self.loaded.model
-        layers = models.decoder_layers(model)
-        self.layer = layers[rmu_layer(args, len(layers))]
+        self.layers, number = rmu_layers(model, args)
         direction = torch.rand(model.config.get_text_config().hidden_size, generator=_generator(args.seed))
         self.target = (self.constants[1] * direction / direction.norm()).to(model.device)
         retain = [i for i, example in enumerate(self.rows.trained) if not example.forget]
-        measure, settings = reference.activations_of(self.layer), [rmu_layer(args, len(layers)), numerics]
+        measure, settings = reference.activations_of(*self.layers), [number, numerics]
         self.reference = load(
             self.loaded, self.rows.trained, retain, {"train_retain": frames["train_retain"]}, args, measure, settings
         )
@@ -124,7 +125,7 @@ class Objective:
     def _rmu(self, numbers, n_forget, n_retain):
         chosen = [self.rows.trained[i] for i in numbers]
         batch = data.collate(chosen, self.loaded.pad_id, self.loaded.model.device)
-        with record_activations(self.layer) as seen:
+        with record_activations(*self.layers) as seen:
             completion_logits(self.loaded.model, batch)
         real = batch.attention_mask.bool()
         activations = seen["activations"].to(real.device)  # the layer may be on another one
@@ -163,6 +164,13 @@ def restrict_to_rmu_layers(model, args):
         raise UserError(f"LoRA has nothing on layer {last} or the two before it; choose other --lora_target_modules")
     for parameter in model.parameters():
         parameter.requires_grad_(parameter in trained)
+
+
+def rmu_layers(model, args):
+    """((layer l, the layer after it or None), l); nothing behind l has a share in the loss."""
+    layers = models.decoder_layers(model)
+    number = rmu_layer(args, len(layers))
+    return (layers[number], layers[number + 1] if number + 1 < len(layers) else None), number
 
 
 def rmu_layer(args, n_layers):

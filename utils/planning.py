@@ -30,9 +30,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from utils import data, losses, metrics, models
+from utils import data, losses, metrics, models, objectives
 from utils.cli import UserError
-from utils.forward import completion_hidden, completion_logits, prompt_prefix
+from utils.forward import completion_hidden, completion_logits, prompt_prefix, record_activations
 from utils.methods import METHODS
 from utils.prompt_encoders import VirtualTokens
 from utils.reference import Reference, hidden_states, token_counts
@@ -150,7 +150,7 @@ def memory(config, kind, args, train, evaluation):
         model = AutoModelForCausalLM.from_config(config, **options).eval()
         every = sum(parameter.numel() for parameter in model.parameters())
         quantization = getattr(args, "quantization", "none") if kind == "lora" else "none"
-        weights, unpacked = (0, 0) if kind == "full" else _weights(model, quantization)
+        weights, unpacked = _weights(model, quantization)
         models.set_attention(model, args.attn_implementation, device)
         if args.gradient_checkpointing:
             models.checkpoint_layers(model)
@@ -161,6 +161,10 @@ def memory(config, kind, args, train, evaluation):
             learner = VirtualTokens(args.prompt_encoder, *sizes)
         elif kind == "lora":
             learner = model = models.add_lora(model, args).train()
+        if getattr(args, "unlearn_method", None) == "rmu":
+            objectives.restrict_to_rmu_layers(model, args)
+        if kind == "full":
+            weights = sum(p.nbytes for p in model.parameters() if not p.requires_grad)
     trained = sum(p.numel() for p in learner.parameters() if p.requires_grad)
     try:
         with FakeTensorMode():
@@ -227,6 +231,11 @@ def _batch(rows, tokens, completion):
 def _train(model, learner, kind, args, shape):
     """Forward and backward pass of one micro-batch, as the scripts have them."""
     batch = _batch(*shape)
+    if getattr(args, "unlearn_method", None) == "rmu":
+        layers, _ = objectives.rmu_layers(model, args)
+        with record_activations(*layers) as seen:
+            completion_logits(model, batch)
+        return losses.rmu(seen["activations"], torch.zeros(())).sum().backward()
     prefix = prompt_prefix(model, learner()) if kind == "prompt" else None
     kl = 0
     if getattr(args, "beta", 0):

@@ -53,12 +53,13 @@ def completion_nll(loaded, batch):
     return token_nll(completion_logits(loaded.model, batch), batch.targets)[:, None]
 
 
-def activations_of(layer):
-    """The measure that gives the outputs of module `layer` at every real token, (tokens, d)."""
+def activations_of(layer, until=None):
+    """The measure that gives the outputs of module `layer` at every real token, (tokens, d). until: see
+    utils.forward.record_activations."""
 
     @torch.no_grad()
     def activations(loaded, batch):
-        with record_activations(layer) as seen:
+        with record_activations(layer, until) as seen:
             completion_hidden(loaded.model, batch)
         return seen["activations"].to(batch.rows.device)[batch.attention_mask.bool()]
 

@@ -28,16 +28,25 @@ SPUL = {
 }
 
 
-def _baseline(method, losses, flipped=False):
-    return {"script": "baselines", "arguments": [f"--unlearn_method={method}"], "losses": losses, "flipped": flipped}
-
-
-BASELINES = {
-    "GA": _baseline("gradient_ascent", {"forget": -1.0}),
-    "RL": _baseline("random_label", {"forget": 1.0}, flipped=True),
-    "GA+KL": _baseline("gradient_ascent_kl", {"forget": -1.0, "kl": 1.0}),
-    "GA+GD": _baseline("gradient_ascent_descent", {"forget": -1.0, "retain": 1.0}),
+# The published rivals by the paper's names; the plain path of every other one is that of its authors' code: its loss on
+# logits of every position, and a second, frozen model where the loss compares with one.
+PUBLISHED = {
+    "gradient_ascent": ("GA", {"forget": -1.0}),
+    "random_label": ("RL", {"forget": 1.0}),
+    "gradient_ascent_kl": ("GA+KL", {"forget": -1.0, "kl": 1.0}),
+    "gradient_ascent_descent": ("GA+GD", {"forget": -1.0, "retain": 1.0}),
 }
+
+
+def rivals():
+    """Every rival that trains, {name: training}."""
+    from utils.methods import METHODS
+
+    found = {}
+    for method in METHODS:
+        name, losses = PUBLISHED.get(method, (method, _rows_of(method)))
+        found[name] = _baseline(method, losses) | {"published": method in PUBLISHED}
+    return found
 
 
 def adapters():
@@ -46,10 +55,22 @@ def adapters():
 
     both = {"forget": 1.0, "retain": 1.0}
     found = {"LoRA fine-tuning": {"script": "qlora", "arguments": ["--quantization=none"], "losses": both}}
-    for name, method in METHODS.items():
-        found[name] = _baseline(name, {"forget": 1.0} if method.retain_loss == "none" else both)
-        found[name]["arguments"].append("--tune=lora")
-    return {name: {"flipped": False, **training, "forget_share": 0.5} for name, training in found.items()}
+    for method in METHODS:
+        found[method] = _baseline(method, _rows_of(method))
+        found[method]["arguments"].append("--tune=lora")
+    return {name: {"flipped": False, "forget_share": 0.5, **training} for name, training in found.items()}
+
+
+def _baseline(method, losses):
+    arguments = [f"--unlearn_method={method}"]
+    return {"script": "baselines", "arguments": arguments, "losses": losses, "flipped": method == "random_label"}
+
+
+def _rows_of(method):
+    """The kinds of rows that a rival reads, as the keys of `losses` say it."""
+    from utils.methods import METHODS
+
+    return {"forget": 1.0} if METHODS[method].retain_loss == "none" else {"forget": 1.0, "retain": 1.0}
 
 
 def parse_args():
@@ -89,7 +110,7 @@ def cells(args):
     batch = [args.batch_size]
     variants = [plain, Variant("plain", "bfloat16", p), ours]
     yield Cell("training", f"SPUL, p = {p}", "training", variants, batch * args.rounds, SPUL)
-    for name, training in BASELINES.items():
+    for name, training in rivals().items():
         variants = [Variant("plain", "float32", 0), Variant("ours", args.dtype, 0)]
         yield Cell("baselines", name, "training", variants, batch * sweep, training)
     for name, training in adapters().items():

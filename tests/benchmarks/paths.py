@@ -2,10 +2,13 @@
 
 `ours` runs the project's own scripts and functions; `plain` is what the paper's code does, repaired just enough to run,
 from library parts: PEFT's prompt encoder (`get_peft_model`) and transformers' Trainer with gradient checkpointing,
-logits of every position, virtual tokens in front of every row, and full-vocabulary rows of reference logits.
+logits of every position, virtual tokens in front of every row, and full-vocabulary rows of reference logits; for the
+rivals that the paper does not have, a second model in place of those.
 """
 
 import contextlib
+import copy
+import functools
 import importlib
 import os
 import sys
@@ -20,8 +23,9 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments
 
 from utils import data, metrics, models, objectives, reference, report  # noqa: F401  (once, before the forks)
-from utils.forward import completion_logits
+from utils.forward import completion_logits, record_activations
 from utils.losses import token_kl
+from utils.methods import METHODS
 from utils.training import Training
 
 
@@ -102,6 +106,11 @@ def our_reference(spec, clock):
 def _run_script(spec):
     """The spec's script as its command line runs it, in this process."""
     module = importlib.import_module(spec["script"])
+    module.main(_parsed(module, spec))
+
+
+def _parsed(module, spec):
+    """What the script's command line for this spec says."""
     sys.argv = [
         f"{spec['script']}.py",
         *spec["arguments"],
@@ -120,29 +129,19 @@ def _run_script(spec):
         sys.argv.append(f"--logits_path={spec['work']}/logits.safetensors")
     if spec["p"]:
         sys.argv.append(f"--ptuning_num_tokens={spec['p']}")
-    module.main(module.parse_args())
+    return module.parse_args()
 
 
 def plain_training(spec, clock):
     """Trainer with the published settings; a pass is what lies between its on_step_begin and on_step_end."""
-    examples, tokenizer = examples_of(spec)
-    model = _plain_model(spec)
-    batches = [
-        _plain_batch(model, [examples[i] for i in rows], tokenizer.pad_token_id, spec) for rows in spec["batches"]
-    ]
-    if spec["script"] == "spul":
-        model = _with_prompt_encoder(model, spec)
-    else:
-        model.requires_grad_(True)
+    model, batches, loss_of = (_published if spec.get("published", True) else _unpublished)(spec)
 
     class PlainTrainer(Trainer):
         def get_train_dataloader(self):
             return torch.utils.data.DataLoader(batches, batch_size=None)
 
         def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-            keys = ("input_ids", "attention_mask", "labels")
-            outputs = model(**{key: inputs[key] for key in keys})  # given labels, the model computes a loss of its own
-            loss = _plain_loss(outputs.logits, inputs, spec["losses"])
+            loss = loss_of(model, inputs)
             clock.loss = loss.item()
             return loss
 
@@ -170,6 +169,89 @@ def plain_training(spec, clock):
         seed=spec["seed"],
     )
     PlainTrainer(model, arguments, train_dataset=batches, callbacks=[Steps()]).train()
+
+
+def _published(spec):
+    """SPUL and the rivals of its paper: (model, batches, loss of a batch)."""
+    examples, tokenizer = examples_of(spec)
+    model = _plain_model(spec)
+    batches = [
+        _plain_batch(model, [examples[i] for i in rows], tokenizer.pad_token_id, spec) for rows in spec["batches"]
+    ]
+    if spec["script"] == "spul":
+        model = _with_prompt_encoder(model, spec)
+    else:
+        model.requires_grad_(True)
+
+    def loss(model, inputs):
+        keys = ("input_ids", "attention_mask", "labels")
+        outputs = model(**{key: inputs[key] for key in keys})  # given labels, the model computes a loss of its own
+        return _plain_loss(outputs.logits, inputs, spec["losses"])
+
+    return model, batches, loss
+
+
+def _unpublished(spec):
+    """The other rivals as their authors' code has them: (model, batches, loss of a batch). The losses are those of
+    baselines.py; what feeds them are logits of every position and, for a reference, a second model in every step."""
+    args = _parsed(importlib.import_module("baselines"), spec)
+    examples, tokenizer = examples_of(spec)
+    model = _plain_model(spec)
+    before = copy.deepcopy(model)
+    model.requires_grad_(True)
+    if args.unlearn_method == "rmu":
+        objectives.restrict_to_rmu_layers(model, args)
+    method, frames = METHODS[args.unlearn_method], data.load_splits(spec["data"])
+    rows = objectives.Rows(tokenizer, frames, method, args)
+    loaded = models.Loaded(model, tokenizer, None, [])
+    objectives.completion_logits = _with_logits_of_every_position
+    objective = PlainObjective(method, loaded, rows, frames, args, None, functools.partial(SecondModel, before))
+
+    def loss(_, inputs):
+        numbers = inputs["numbers"]
+        n_forget = sum(examples[i].forget for i in numbers)
+        return objective(numbers, n_forget, len(numbers) - n_forget)[0]
+
+    return model, [{"numbers": numbers} for numbers in spec["batches"]], loss
+
+
+class PlainObjective(objectives.Objective):
+    """An Objective that reads both answers of dpo, and runs the layers behind the one that rmu steers."""
+
+    def _read(self, number):
+        return number
+
+    def _prepare_rmu(self, *inputs):
+        super()._prepare_rmu(*inputs)
+        self.layers = self.layers[0], None
+
+
+class SecondModel:
+    """In place of a cached Reference: the model `before` unlearning, which runs in every step."""
+
+    def __init__(self, before, loaded, examples, chosen, frames, args, measure=None, settings=None):
+        self.before, self.examples, self.chosen, self.pad_id = before, examples, set(chosen), loaded.pad_id
+        self.layer = measure and objectives.rmu_layers(before, args)[0][0]
+
+    def has(self, number):
+        return number in self.chosen
+
+    @torch.no_grad()
+    def of(self, numbers):
+        """Its logits (N, |V|) at the completion tokens of the examples `numbers`; of rmu, activations (tokens, d)."""
+        batch = data.collate([self.examples[i] for i in numbers if self.has(i)], self.pad_id, self.before.device)
+        if self.layer is None:
+            return _with_logits_of_every_position(self.before, batch)
+        with record_activations(self.layer) as seen:
+            _with_logits_of_every_position(self.before, batch)
+        return seen["activations"][batch.attention_mask.bool()]
+
+
+def _with_logits_of_every_position(model, batch, prompt=None, reference=None, head=None):
+    """Stands in for utils.forward.completion_logits; `reference` holds logits already."""
+    output = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False)
+    logits = _at_completions(output.logits, vars(batch))
+    return logits if reference is None else (logits, reference)
 
 
 def examples_of(spec):
