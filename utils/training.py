@@ -93,7 +93,7 @@ class Training:
         non-finite loss, and on a state file that belongs to other settings.
         """
         args, values = self.args, list(self.parameters.values())
-        optimizer = torch.optim.AdamW(values, lr=args.lr, weight_decay=args.weight_decay)
+        optimizer = torch.optim.AdamW(values, lr=args.lr, weight_decay=args.weight_decay, fused=True)
         total = self.total_steps()
         schedule = get_cosine_schedule_with_warmup(optimizer, math.ceil(self.warmup * total), total)
         log = self._load(optimizer, schedule) if args.resume else []
