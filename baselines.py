@@ -20,7 +20,11 @@ from utils.corruption import FAMILIES, ORDERS, has_strength
 from utils.methods import CONSTANTS, IN_CONTEXT, METHODS
 
 ECO_METRICS = ("accuracy", "f1", "precision", "recall", "label_accuracy", "out_of_label")
-NO_TRAINING = ("forget_per_batch", "retain_ratio", "max_steps", "eval_steps", "micro_batch_size", "resume")
+NO_TRAINING = (
+    "micro_batch_size", "gradient_checkpointing", "compile", "max_steps", "max_grad_norm", "length_pool", "eval_steps",
+    "curve_samples", "save_steps", "dry_run", "resume", "tune", "retain_loss", "retain_weight", "forget_per_batch",
+    "retain_ratio", "stop_at_forget_accuracy", "logits_path",
+)  # fmt: skip
 ECO_SEARCH = (
     "eco_metric", "eco_target", "eco_samples", "eco_steps", "eco_start", "eco_eps", "eco_lr", "eco_sigma_min",
     "eco_bisect",
@@ -125,7 +129,8 @@ def eco_target(text):
 
 
 def refuse_contradictions(parser, args):
-    """Exit 2 on flags that the chosen method would ignore, or that cannot work together."""
+    """Exit 2 on flags that the chosen method would ignore, or that cannot work together. Those of the published command
+    are taken by every method, so that only its name need be changed."""
     name = args.unlearn_method
     if args.forget_per_batch >= args.train_batch_size:
         parser.error("--forget_per_batch must be smaller than --train_batch_size")
@@ -147,12 +152,8 @@ def refuse_contradictions(parser, args):
             parser.error(f"--retain_ratio needs retain rows; {name} has none without --retain_loss")
         args.retain_weight = args.retain_weight or method.retain_weight
     else:
-        training = ("retain_loss", "retain_weight", "stop_at_forget_accuracy", "logits_path", *CONSTANTS)
-        ignored = [flag for flag in training if getattr(args, flag) is not None] + ["tune"] * (args.tune == "lora")
-        ignored += ["dry_run"] * bool(args.dry_run)
-        ignored += [flag for flag in NO_TRAINING if getattr(args, flag)]
-        if ignored:
-            parser.error(f"{name} trains nothing; leave out --{ignored[0]}")
+        if flag := given(parser, args, [*NO_TRAINING, *CONSTANTS]):
+            parser.error(f"{name} trains nothing; leave out --{flag}")
     lora = [flag for flag in vars(args) if flag.startswith("lora_")]
     if args.tune != "lora" and (flag := given(parser, args, lora)):
         parser.error(f"--{flag} goes with --tune=lora")
@@ -232,7 +233,7 @@ def unlearn(args, output, frames):
 
     used = {split: frames[split] for split in data.TRAIN_SPLITS}
     rows = objectives.Rows(loaded.tokenizer, used, method, args)
-    models.check_length(model, max(map(len, rows.all)), 0)
+    models.check_length(model.config, max(map(len, rows.all)), 0)
     load = planning.blank_reference if args.dry_run else reference.load_reference
     with numerics:
         objective = objectives.Objective(method, loaded, rows, used, args, f"{args.tune} {dtype}", load)
@@ -263,7 +264,7 @@ def unlearn(args, output, frames):
     only_adapter_dropout(model)
     if args.dry_run:
         referred = objective.reference.examples(rows.all) if objective.reference else []
-        return planning.print_probe(run, loaded, frames, words, referred)
+        return planning.print_probe(run, loaded, frames, words, referred, numerics=numerics)
     log = run.run()
     model.eval()
     if args.tune == "full":

@@ -55,6 +55,10 @@ def parse_args():
         parser.error("--force goes with --router")
     if args.json and not (args.text or args.input_file):
         parser.error("--json goes with --text or --input_file")
+    of_evaluation = ("max_eval_samples", "show_examples", "output_path", "overwrite")
+    given = [name for name in of_evaluation if getattr(args, name) != parser.get_default(name)]
+    if given and (args.text or args.input_file):
+        parser.error(f"--{given[0]} is of the evaluation, which --text and --input_file replace; leave it out")
     return args
 
 
@@ -79,7 +83,7 @@ def main(args):
         digest = hashlib.sha256(names.encode()).hexdigest()[:8]
         names = f"{names[:LONGEST_NAME]}...{len(args.model_checkpoints)}-{digest}"
     output = args.output_path or f"saved_results/{names}-{data.dataset_name(args.dataset)}"
-    checkpoints.check_output(output, args.overwrite or not args.output_path, args.model_checkpoints)
+    checkpoints.check_output(output, args.overwrite or not args.output_path, args)
     records, predictions = evaluate(args, frames, words)
     print(report.table(records))
     if sentence := report.meaning(records):

@@ -61,7 +61,7 @@ def main(args):
 
     torch.manual_seed(args.seed)
     base = models.load_base(chain[0], args, args.quantization)
-    models.check_length(base, max(map(len, examples)), 0)
+    models.check_length(base.config, max(map(len, examples)), 0)
     metrics.check_lengths(base, tokenizer, frames, args)
     model = models.add_lora(base, args)
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}

@@ -80,7 +80,7 @@ def main(args):
     retain, forget = frames["train_retain"], frames["train_forget"]
     examples = data.tokenize(tokenizer, retain["text"], retain["label_text"], args.max_length)
     examples += data.tokenize(tokenizer, forget["text"], unlearning, args.max_length, forget=True)
-    models.check_length(model, max(map(len, examples)), args.ptuning_num_tokens)
+    models.check_length(model.config, max(map(len, examples)), args.ptuning_num_tokens)
 
     unprompted = None
     if args.beta:

@@ -15,7 +15,7 @@ import pandas as pd
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from utils.checkpoints import check_output, new_folder
-from utils.cli import ArgumentParser, UserError, fraction, non_negative_int, run
+from utils.cli import ArgumentParser, UserError, first_line, fraction, run, seed
 from utils.names import mentions, read_names
 from utils.splits import SPLITS, UNLEARNING_LABELS, describe, drop_repeats, split_rows, write_splits
 
@@ -30,16 +30,16 @@ def parse_args():
     parser = ArgumentParser(__doc__)
     parser.add_argument("--input", required=True, type=Path, help="a .csv, .jsonl or .parquet file, one row a text")
     parser.add_argument("--output_path", required=True, type=Path, help="folder to write; must be new or empty")
-    parser.add_argument("--text_column", default="text", help="column with the texts (text)")
-    parser.add_argument("--label_column", default="label", help="column with numbers or words as labels (label)")
+    parser.add_argument("--text_column", default="text", help="column with the texts")
+    parser.add_argument("--label_column", default="label", help="column with numbers or words as labels")
     parser.add_argument("--label_names", nargs="+", metavar="NAME", help="words for numeric labels, in ascending order")
     how = parser.add_mutually_exclusive_group(required=True)
     how.add_argument("--forget_names", metavar="FILE", help="forget the rows that name someone of this list")
     how.add_argument("--forget_column", help="forget the rows with one of --forget_values in this column")
     how.add_argument("--forget_fraction", type=fraction, help="forget a random share of the rows")
     parser.add_argument("--forget_values", nargs="+", metavar="VALUE", help="goes with --forget_column")
-    parser.add_argument("--test_fraction", type=fraction, default=0.3, help="share of test rows (0.3)")
-    parser.add_argument("--seed", type=non_negative_int, default=42, help="of the split and of --forget_fraction (42)")
+    parser.add_argument("--test_fraction", type=fraction, default=0.3, help="share of test rows")
+    parser.add_argument("--seed", type=seed, default=42, help="of the split and of --forget_fraction")
     args = parser.parse_args()
     if bool(args.forget_column) != bool(args.forget_values):
         parser.error("--forget_column and --forget_values go together; give both or neither")
@@ -80,8 +80,7 @@ def read_table(path):
     except FileNotFoundError:
         raise UserError(f"{path} does not exist; check --input") from None
     except (ValueError, OSError) as error:  # the parse errors of pandas and pyarrow are ValueErrors
-        reason = str(error).strip().split("\n")[0]
-        raise UserError(f"{path} cannot be read ({reason}); check the file") from None
+        raise UserError(f"{path} cannot be read ({first_line(error)}); check the file") from None
     if path.suffix == ".csv" and not isinstance(table.index, pd.RangeIndex):  # pandas took the surplus for row names
         raise UserError(f"{path} has more cells in a row than in its header; quote cells that contain commas")
     if not len(table):

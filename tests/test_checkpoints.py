@@ -123,12 +123,12 @@ def test_an_adapter_on_another_base_is_refused(forest):
 
 
 @pytest.mark.parametrize("name", ["fine-tuned", "prompt"])
-def test_altered_weights_are_refused(forest, name):
-    file = forest / name / "adapter_model.safetensors"
-    content = bytearray(file.read_bytes())
+@pytest.mark.parametrize("file", ["adapter_model.safetensors", "tokenizer.json"])
+def test_altered_files_are_refused(forest, name, file):
+    content = bytearray((forest / name / file).read_bytes())
     content[-1] ^= 1
-    file.write_bytes(content)
-    refused_prompt(forest, "adapter_model.safetensors is not the file its manifest names (SHA-256 differs)")
+    (forest / name / file).write_bytes(content)
+    refused_prompt(forest, f"{file} is not the file its manifest names (SHA-256 differs)")
 
 
 @pytest.mark.parametrize("name", ["fine-tuned", "prompt"])

@@ -9,7 +9,7 @@ import pytest
 import tiny
 import torch
 from accelerate import dispatch_model
-from transformers import AutoModelForCausalLM, MambaConfig
+from transformers import AutoModelForCausalLM, MambaConfig, OpenAIGPTConfig, RwkvConfig
 
 from utils import losses, models, reference
 from utils.cli import note_once
@@ -21,6 +21,7 @@ ARCHITECTURES = list(tiny.CONFIGS)
 TOKENS = 5  # virtual tokens
 # Rows of different lengths (beyond the sliding window of 16 too), completions of one token and of several.
 LENGTHS = [(30, 1), (7, 3), (18, 1), (3, 4)]
+TWO_LAYERS = {"num_hidden_layers": 2, "vocab_size": tiny.VOCABULARY}
 
 
 @pytest.fixture(scope="module", params=ARCHITECTURES)
@@ -169,9 +170,16 @@ def test_a_compiled_decoder_gives_the_same(architecture, checkpointed):
     assert len(compiled) == graphs
 
 
-def test_a_recurrent_model_takes_the_plain_path_and_says_so_once(capsys):
+@pytest.mark.parametrize(
+    "config, obstacle",
+    [
+        (MambaConfig(hidden_size=128, **TWO_LAYERS), "mamba has layers of the kind linear_attention"),
+        (RwkvConfig(hidden_size=128, **TWO_LAYERS), "rwkv keeps another state than keys and values per layer"),
+        (OpenAIGPTConfig(n_embd=128, n_head=4, **TWO_LAYERS), "openai-gpt keeps no keys and values"),
+    ],
+)
+def test_a_model_without_keys_and_values_takes_the_plain_path_and_says_so_once(config, obstacle, capsys):
     torch.manual_seed(0)
-    config = MambaConfig(hidden_size=128, num_hidden_layers=2, vocab_size=tiny.VOCABULARY)
     model = AutoModelForCausalLM.from_config(config).float().eval()
     prompt = virtual_tokens(model).detach()
     note_once.cache_clear()
@@ -179,9 +187,7 @@ def test_a_recurrent_model_takes_the_plain_path_and_says_so_once(capsys):
         prefix = prompt_prefix(model, prompt)
     assert prefix is prompt
     said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("note: ")]
-    assert said == [
-        "note: the prompt is computed once a row instead of once a batch: mamba has layers of the kind linear_attention"
-    ]
+    assert said == [f"note: the prompt is computed once a row instead of once a batch: {obstacle}"]
     logits = completion_logits(model, collate(rows(), 1, "cpu"), prefix)
     assert torch.allclose(logits, plain_logits(model, rows(), prompt), atol=2e-5)
 

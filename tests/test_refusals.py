@@ -1,6 +1,7 @@
 """Bad input ends in one sentence on stderr and exit code 2, without a traceback and without a trace in the folder."""
 
 import importlib
+import json
 import resource
 import shutil
 import sys
@@ -117,6 +118,7 @@ def test_a_forget_size_without_a_row(place):
             "nobody/no-such-model is no existing folder or .gguf file and the hub does not give it",
         ),
         ("nobody/no such model", "nobody/no such model does not exist"),
+        ("data/no-such-model", "data/no-such-model does not exist; pass an existing folder"),  # no hub is asked
         ("data", "data holds neither manifest.json nor config.json"),
         ("data/train_retain.csv", "data/train_retain.csv is a file but no .gguf model"),
     ],
@@ -171,9 +173,20 @@ def break_tokenizer(folder):
     (folder / "tokenizer.json").write_text("{")
 
 
+def misshape_tokenizer(folder):
+    (folder / "tokenizer.json").write_text('{"version": "1.0", "model": {"type": "BPE"}}')
+
+
+def misshape_config(folder):
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"hidden_size": "many"}))
+
+
 @pytest.mark.parametrize(
     ("damage", "sentence"),
     [
+        (misshape_tokenizer, "cannot load the tokenizer of tiny-llama"),
+        (misshape_config, "tiny-llama"),
         (remove_weights, "cannot load a causal language model from tiny-llama"),
         (cut_weights, "cannot load a causal language model from tiny-llama"),
         (replace_weights, "cannot load a causal language model from tiny-llama"),
@@ -214,15 +227,8 @@ def test_new_text_longer_than_the_model_reads(place):
     import tiny
 
     tiny.save(place / "gpt2", "gpt2")
-    text = "--text=" + "the film was " * 300
-    check(
-        place,
-        "inference_spul",
-        "the model has 512 positions; use --max_length=",
-        text,
-        "--max_length=1024",
-        model="gpt2",
-    )
+    flags = "--model_checkpoints=gpt2", "--dataset=data", "--max_length=1024", "--text=" + "the film was " * 300
+    refused(place, "the model has 512 positions; use --max_length=", "inference_spul", *flags)
 
 
 @pytest.mark.skipif(sys.platform == "darwin", reason="has MPS")
@@ -277,7 +283,8 @@ def test_a_half_deleted_checkpoint(place, script):
         (["stray"], "unknown argument stray"),
         (["--max_length=0"], "argument --max_length: '0' is not a whole number of at least 1"),
         (["--max_length=1e3"], "argument --max_length: '1e3' is not a whole number of at least 1"),
-        (["--seed=-1"], "argument --seed: '-1' is not a whole number of at least 0"),
+        (["--seed=-1"], "argument --seed: '-1' is not a whole number from 0 to 4294967295"),
+        (["--seed=4294967296"], "argument --seed: '4294967296' is not a whole number from 0 to"),
         (["--dtype=int8"], "argument --dtype: invalid choice: 'int8'"),
         (["--max_eval_samples"], "argument --max_eval_samples: expected one argument"),
         (["--overwrite=1"], "argument --overwrite: ignored explicit argument '1'"),
@@ -305,6 +312,7 @@ def test_flags_of_every_script(tmp_path, script, flags, sentence):
         ("inference_spul", ["--json"], "--json goes with --text or --input_file"),
         ("inference_spul", ["--max_eval_samples=0"], "--max_eval_samples=0 leaves nothing to evaluate"),
         ("inference_spul", ["--lr=1"], "unknown argument --lr"),
+        ("inference_spul", ["--text=a"], "--output_path is of the evaluation, which --text and --input_file replace"),
     ],
 )
 def test_flags_of_one_script(tmp_path, script, flags, sentence):
@@ -322,7 +330,8 @@ def test_a_misspelt_flag_in_a_process_of_its_own(tmp_path):
 
 
 def test_new_text_from_a_missing_file(place):
-    check(place, "inference_spul", "texts.txt does not exist", "--input_file=texts.txt")
+    flags = "--model_checkpoints=fine-tuned", "--dataset=data", "--input_file=texts.txt"
+    refused(place, "texts.txt does not exist", "inference_spul", *flags)
 
 
 @pytest.mark.parametrize("script", ["qlora", "spul"])
@@ -374,10 +383,19 @@ def test_overwrite_spares_what_is_not_ours(place):
     check(place, "qlora", "is no folder that this project wrote", "--overwrite")
 
 
-def test_overwrite_spares_what_the_run_reads(place, fine_tuned):
-    parent = place / "parent"
-    shutil.copytree(fine_tuned, parent)
-    check(place, "spul", "would replace", f"--model_checkpoints={parent}", f"--output_path={parent}", "--overwrite")
+def test_overwrite_spares_what_the_run_reads(place):
+    """What the command names, and what that was trained on."""
+    (place / "data" / "metrics.json").write_text("[]")  # so that every folder here looks like one of ours
+    (place / "tiny-llama" / "metrics.json").write_text("[]")
+    for output in ("data", "fine-tuned", "tiny-llama"):
+        sentence = f"/{output} would replace "
+        check(place, "spul", sentence, f"--output_path={output}", "--overwrite")
+        check(place, "inference_spul", sentence, f"--output_path={output}", "--overwrite")
+
+
+def test_overwrite_spares_data_of_the_users_own(place):
+    flags = "--output_path=data", "--overwrite"
+    check(place, "spul", "is no folder that this project wrote", *flags, dataset="snippets")
 
 
 def test_reference_logits_below_a_file(place):

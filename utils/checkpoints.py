@@ -7,7 +7,7 @@ import shutil
 import subprocess
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -16,7 +16,11 @@ from utils.cli import UserError
 MANIFEST = "manifest.json"
 KINDS = ("lora", "full", "prompt", "in-context", "eco")
 LIBRARIES = ("torch", "transformers", "peft", "bitsandbytes", "datasets", "accelerate", "scikit-learn", "numpy")
-OURS = (MANIFEST, "metrics.json", "source.json", "train_retain.csv")  # one of them is in every folder of this project
+OURS = (MANIFEST, "metrics.json", "source.json")  # one of them is in every folder that the scripts write
+READ = (  # arguments that may name a file or folder
+    "model_name", "model_checkpoints", "init_checkpoint", "parent_path", "router", "dataset", "input", "forget_only",
+    "forget_names", "eco_names", "eco_classifier", "eco_token_classifier", "eco_target",
+)  # fmt: skip
 CONFIGURATIONS = ("config.json", "adapter_config.json", "template.json", "eco.json", "vocabulary.json")
 
 
@@ -38,10 +42,11 @@ class Link:
         return weights_sha256(self.path)
 
 
-def check_output(path, overwrite, inputs=()):
+def check_output(path, overwrite, args=None, ours=OURS):
     """Raise UserError before any work if `path` cannot become an output folder; creates nothing.
 
-    What --overwrite may replace is an empty folder or one that this project wrote, and none of the `inputs`.
+    What --overwrite may replace is an empty folder or one that this project wrote, which holds one of the files `ours`;
+    and nothing that the run reads: what the command's `args` (READ) name, and what that was trained on.
     """
     path = Path(os.path.abspath(path))
     if path.exists() and not overwrite:
@@ -49,9 +54,9 @@ def check_output(path, overwrite, inputs=()):
     for file in (path, path.with_name(f"{path.name}.old"), path.with_name(f"{path.name}.tmp")):
         if file.exists() and not file.is_dir():
             raise UserError(f"{file} is a file; choose another --output_path")
-    if path.is_dir() and any(path.iterdir()) and not any((path / name).exists() for name in OURS):
+    if path.is_dir() and any(path.iterdir()) and not any((path / name).exists() for name in ours):
         raise UserError(f"{path} is no folder that this project wrote; --overwrite does not delete it")
-    for other in inputs:
+    for other in _inputs(args):
         if path == Path(os.path.abspath(other)) or path in Path(os.path.abspath(other)).parents:
             raise UserError(f"--output_path={path} would replace {other}, which this run reads; choose another one")
     ancestor = path.parent
@@ -59,6 +64,16 @@ def check_output(path, overwrite, inputs=()):
         ancestor = ancestor.parent
     if not ancestor.is_dir() or not os.access(ancestor, os.W_OK | os.X_OK):
         raise UserError(f"cannot write to {ancestor}; choose another --output_path")
+
+
+def _inputs(args):
+    """The files and folders that `args` name, and the parents that the manifests among them name."""
+    values = [getattr(args, name, None) for name in READ]
+    found = [path for value in values if value for path in (value if isinstance(value, list) else [value])]
+    for path in found:  # which grows
+        with suppress(OSError, ValueError, KeyError, TypeError):
+            found.append(parent_path(path, json.loads((Path(path) / MANIFEST).read_text())))
+    return found
 
 
 @contextmanager
@@ -94,8 +109,10 @@ def recover(path):
 
 
 def write_json(path, value):
-    """Write `value` as indented JSON; NaN is refused with ValueError, since JSON has none."""
-    Path(path).write_text(json.dumps(value, indent=2, allow_nan=False) + "\n")
+    """Write `value` as indented JSON, whole or not at all; NaN is refused with ValueError, since JSON has none."""
+    text, temporary = json.dumps(value, indent=2, allow_nan=False) + "\n", f"{path}.tmp"
+    Path(temporary).write_text(text)
+    os.replace(temporary, path)
 
 
 def write_manifest(folder, final_path, kind, chain, args, data_fingerprint, words, metrics, training=None):
@@ -110,7 +127,7 @@ def write_manifest(folder, final_path, kind, chain, args, data_fingerprint, word
     local = parent.path.exists() and not is_hub_name(parent.name)
     path = os.path.relpath(parent.path.absolute(), Path(final_path).absolute()) if local else parent.name
     configurations = [folder / name for name in CONFIGURATIONS if (folder / name).exists()]
-    hashed = sorted([*folder.glob("*.safetensors"), *configurations, *folder.glob("*/*.*")])
+    hashed = {*folder.glob("*.safetensors"), *configurations, *folder.glob("tokenizer*"), *folder.glob("*/*.*")}
     manifest = {
         "kind": kind,
         "parent": {"path": path, "sha256": parent.sha256},
@@ -121,7 +138,7 @@ def write_manifest(folder, final_path, kind, chain, args, data_fingerprint, word
         "seed": args.seed,
         "libraries": {name: _version(name) for name in LIBRARIES},
         "git_commit": _git_commit(),
-        "files": {p.relative_to(folder).as_posix(): file_sha256(p) for p in hashed},
+        "files": {p.relative_to(folder).as_posix(): file_sha256(p) for p in sorted(hashed)},
         "training": training,
         "metrics": metrics,
     }
@@ -134,10 +151,11 @@ def base_name(chain):
     return recorded[0] if recorded else chain[0].name
 
 
-def read_manifest(path):
+def read_manifest(path, verify=True):
     """The manifest of checkpoint folder `path`, or None for a folder that is a plain model.
 
-    Raises UserError for a folder that is neither, a manifest that is not ours, and weights that are gone or altered.
+    verify=False: the contents of its files are not looked at. Raises UserError for a folder that is neither, a manifest
+    that is not ours, and weights that are gone or altered.
     """
     file = Path(path) / MANIFEST
     if not file.exists():
@@ -150,6 +168,7 @@ def read_manifest(path):
         manifest = json.loads(file.read_text())
         kind, files = manifest["kind"], dict(manifest["files"])
         Path(manifest["parent"]["path"]), manifest["parent"]["sha256"]
+        dict(manifest["arguments"]), manifest["data_fingerprint"], manifest["seed"]
     except (ValueError, KeyError, TypeError):
         raise UserError(f"{file} is not a manifest of this project or is damaged; train the checkpoint again")
     if kind not in KINDS:
@@ -157,13 +176,15 @@ def read_manifest(path):
     for name, digest in files.items():
         if not (Path(path) / name).exists():
             raise UserError(f"{path} has lost its file {name}; restore it or train the checkpoint again")
-        if file_sha256(Path(path) / name) != digest:
+        if verify and file_sha256(Path(path) / name) != digest:
             raise UserError(f"{Path(path) / name} is not the file its manifest names (SHA-256 differs); restore it")
     return manifest
 
 
 def first_manifest(names):
     """The manifest of the first of the checkpoints `names` that has one; {} where all are plain models."""
+    for name in names:
+        recover(name)
     path = next((name for name in names if (Path(name) / MANIFEST).exists()), None)
     return read_manifest(path) if path else {}
 
@@ -203,7 +224,13 @@ def weights_sha256(path):
 
 
 def file_sha256(path):
-    """SHA-256 of one file's bytes, as hex."""
+    """SHA-256 of one file's bytes, as hex; of a file that has not been touched since, once a process."""
+    found = os.stat(path)
+    return _sha256(os.path.abspath(path), found.st_ino, found.st_size, found.st_mtime_ns)
+
+
+@cache
+def _sha256(path, *_):
     with open(path, "rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 

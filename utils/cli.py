@@ -19,7 +19,8 @@ class _Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescription
 
     def _get_help_string(self, action):
         """No `(default: None)`: where a flag has no default its help says what happens without it."""
-        return action.help if action.default in (None, False) else super()._get_help_string(action)
+        absent = action.default is None or action.default is False
+        return action.help if absent else super()._get_help_string(action)
 
 
 class ArgumentParser(argparse.ArgumentParser):
@@ -60,6 +61,11 @@ def positive_int(text):
 def non_negative_int(text):
     """An int of at least 0, for argparse."""
     return _number(int, text, lambda v: v >= 0, "a whole number of at least 0")
+
+
+def seed(text):
+    """An int that every library takes as a seed, for argparse."""
+    return _number(int, text, lambda v: 0 <= v < 2**32, "a whole number from 0 to 4294967295")
 
 
 def positive_float(text):
@@ -110,9 +116,13 @@ def run(parse_args, main):
             _quiet_libraries()
             args = parse_args()
             main(args)
+            sys.stdout.flush()  # here, where a closed pipe is no traceback
         processes.finish()
     except KeyboardInterrupt:
         sys.exit(130)
+    except BrokenPipeError:  # whoever reads our output, `head` say, has had enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
     except Exception as error:
         message = str(error) if isinstance(error, UserError) else _resource_message(error)
         first = processes.failed_first()
@@ -123,6 +133,11 @@ def run(parse_args, main):
     if first:  # printed out here, where an interrupted progress bar has ended its line
         print(f"{os.path.basename(sys.argv[0])}: error: {message}", file=sys.stderr)
     sys.exit(2)
+
+
+def first_line(error):
+    """What a library's error says first, for a sentence of one line."""
+    return str(error).strip().split("\n")[0] or type(error).__name__
 
 
 @functools.cache
@@ -183,7 +198,7 @@ def add_model_arguments(parser):
     group.add_argument("--trust_remote_code", action="store_true", help="run code that comes with the model")
     group.add_argument("--eval_batch_size", type=positive_int, default=32, help="rows at a time in evaluation")
     group.add_argument(
-        "--max_eval_samples", type=non_negative_int, help="evaluate at most so many rows a split (0: do not evaluate)"
+        "--max_eval_samples", type=non_negative_int, help="rows a split of the final evaluation, at most (0: none)"
     )
     group.add_argument("--max_train_samples", type=positive_int, help="train rows to use, forget share kept")
     group.add_argument("--forget_share", type=fraction, help="share of forget rows among --max_train_samples")
@@ -191,7 +206,7 @@ def add_model_arguments(parser):
         "--forget_only", metavar="FILE",
         help="leave out forget rows that name nobody of this list (its form: data/snippets/forget_names.txt)",
     )  # fmt: skip
-    group.add_argument("--seed", type=non_negative_int, default=42, help="of sampling, labels and initialisation")
+    group.add_argument("--seed", type=seed, default=42, help="of batches, unlearning labels and initialisation")
     group.add_argument("--output_path", help="folder to write (default: the published name)")
     group.add_argument("--overwrite", action="store_true", help="replace an existing output folder")
 

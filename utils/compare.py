@@ -29,7 +29,7 @@ def parse_args():
     parser = cli.ArgumentParser(__doc__)
     parser.add_argument("--model_name", required=True, help="hub id, model folder or .gguf file")
     parser.add_argument("--dataset", default="snippets", help="as for the scripts")
-    parser.add_argument("--seeds", type=cli.non_negative_int, nargs="+", default=[42], help="one comparison for each")
+    parser.add_argument("--seeds", type=cli.seed, nargs="+", default=[42], help="one comparison for each")
     known = ["spul", *METHODS, *IN_CONTEXT, "eco"]
     parser.add_argument("--methods", nargs="+", choices=known, default=known, metavar="NAME", help="what to compare")
     parser.add_argument("--rows", type=shlex.split, default=[], help="flags of every script: which rows, how long")
@@ -131,6 +131,8 @@ class Workplace:
 
     def try_out(self, flags, tuned):
         """Scores {split: ...} of one run of a search, or None if its loss was not finite. Only the scores are kept."""
+        from utils.checkpoints import write_json
+
         _, rows = _selection(self.args.rows)  # the search's folder holds the selected ones
         command = [*self._command("baselines", [tuned]), f"--dataset={self._search_data()}", *rows]
         command += [*self._settings("baselines", flags), "--max_eval_samples=100", *flags]
@@ -139,7 +141,7 @@ class Workplace:
         if not scores.exists():
             finite = self._call([*command, f"--output_path={path}", *_resume(path)], or_not_finite=True)
             splits = json.loads((path / "metrics.json").read_text())[-1]["splits"] if finite else None
-            scores.write_text(json.dumps(splits))
+            write_json(scores, splits)
             shutil.rmtree(path, ignore_errors=True)
         return json.loads(scores.read_text())
 

@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 import torch
 
-from utils.cli import UserError
+from utils.cli import UserError, first_line
 from utils.names import mentions, read_names
 from utils.splits import SPLITS, UNLEARNING_LABELS
 
@@ -87,7 +87,7 @@ def _from_hub(hub_id):
     try:
         loaded = load_dataset(hub_id)
     except Exception as error:  # the hub client raises a dozen types: offline, not found, gated, broken
-        raise UserError(f"cannot fetch dataset {hub_id} ({_first_line(error)}); pass a local folder to --dataset")
+        raise UserError(f"cannot fetch dataset {hub_id} ({first_line(error)}); pass a local folder to --dataset")
     return _frames_of(loaded, hub_id)
 
 
@@ -97,7 +97,7 @@ def _from_disk(folder):
     try:
         loaded = load_from_disk(str(folder))
     except Exception as error:
-        raise UserError(f"{folder} is not a readable save_to_disk folder ({_first_line(error)}); write it again")
+        raise UserError(f"{folder} is not a readable save_to_disk folder ({first_line(error)}); write it again")
     return _frames_of(loaded, folder)
 
 
@@ -126,7 +126,7 @@ def _read(path):
     except pd.errors.EmptyDataError:
         raise UserError(f"{path} is empty; it needs a header and at least one row")
     except (ValueError, OSError) as error:  # pandas and pyarrow parse errors are ValueErrors
-        raise UserError(f"{path} cannot be read ({_first_line(error)}); check the file")
+        raise UserError(f"{path} cannot be read ({first_line(error)}); check the file")
     if path.suffix == ".csv" and not isinstance(frame.index, pd.RangeIndex):  # pandas takes surplus cells for row names
         raise UserError(f"{path} has rows with more cells than its header; put quotes around texts with commas")
     return frame
@@ -390,7 +390,3 @@ def _sorted_in_pools(rows, pool, examples):
 
 def _chunks(rows, size):
     return [rows[i : i + size] for i in range(0, len(rows), size)]
-
-
-def _first_line(error):
-    return str(error).strip().split("\n")[0] or type(error).__name__

@@ -12,7 +12,7 @@ from sklearn.model_selection import StratifiedKFold
 
 from utils import gates, metrics, models
 from utils.checkpoints import write_json
-from utils.cli import UserError
+from utils.cli import UserError, first_line
 from utils.corruption import Corruption, has_strength
 from utils.data import SNIPPETS_FOLDER, SPLITS, sample_rows
 from utils.names import read_names, spans
@@ -47,7 +47,7 @@ class Tagger:
             model, info = AutoModelForTokenClassification.from_pretrained(source, output_loading_info=True, **options)
             tokenizer = AutoTokenizer.from_pretrained(source, **options)
         except gates.LOADING_ERRORS as error:
-            raise UserError(f"{name} is no token classifier ({gates.first_line(error)}); use one, or --eco_names")
+            raise UserError(f"{name} is no token classifier ({first_line(error)}); use one, or --eco_names")
         trained = any("TokenClassification" in kind for kind in model.config.architectures or ())
         if info["missing_keys"] or not trained:  # transformers would give it a random head, or one of something else
             raise UserError(f"{name} was not trained to classify tokens; use a model that was, or --eco_names")

@@ -47,22 +47,24 @@ def completion_hidden(model, batch):
 def prompt_prefix(model, prompt):
     """Keys and values of the virtual tokens `prompt` (p, d) per layer, for reuse over batches; `prompt` where a layer
     cannot keep them (chunked attention, recurrent state), with a note that says so once."""
-    obstacle = _obstacle(model.config, model.config.get_text_config())
+    obstacle, cache = _obstacle(model), Cache(layer_class_to_replicate=_KeptLayer)
+    if not obstacle:
+        model(inputs_embeds=_cast(model, prompt)[None], past_key_values=cache, use_cache=True, logits_to_keep=1)
+        obstacle = None if cache.layers else f"{model.config.model_type} keeps no keys and values"
     if obstacle:
         note_once(f"the prompt is computed once a row instead of once a batch: {obstacle}")
         return prompt
-    cache = Cache(layer_class_to_replicate=_KeptLayer)
-    model(inputs_embeds=_cast(model, prompt)[None], past_key_values=cache, use_cache=True, logits_to_keep=1)
     return [(layer.keys, layer.values) for layer in cache.layers]
 
 
-def _obstacle(config, text_config):
+def _obstacle(model):
     """Why a layer's cache is not just keys and values of all positions; None where every layer's is."""
+    config, text_config = model.config, model.config.get_text_config()
     kinds = getattr(text_config, "layer_types", None) or []
     other = sorted(set(kinds) - {"full_attention", "sliding_attention"})
     if other:
         return f"{config.model_type} has layers of the kind {other[0]}"
-    if getattr(config, "is_stateful", False) or getattr(text_config, "num_kv_shared_layers", None):
+    if getattr(model, "_is_stateful", False) or getattr(text_config, "num_kv_shared_layers", None):
         return f"{config.model_type} keeps another state than keys and values per layer"
     return None
 

@@ -16,7 +16,7 @@ from sklearn.metrics import roc_auc_score
 from tqdm import tqdm
 
 from utils import processes
-from utils.cli import UserError
+from utils.cli import UserError, first_line
 
 ROUNDING = 1e-9  # a threshold taken from scores lies just above them, whatever the order of a later sum
 LOADING_ERRORS = (OSError, ValueError, KeyError, RuntimeError, SafetensorError)
@@ -300,8 +300,3 @@ def _pooled(loaded, texts, args):
     if not np.isfinite(result).all():
         raise UserError("the model's hidden states are not finite; use --dtype=float32 or another --eco_classifier")
     return result
-
-
-def first_line(error):
-    """What a library's error says first, for a sentence of one line."""
-    return str(error).strip().split("\n")[0] or type(error).__name__

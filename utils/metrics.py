@@ -20,7 +20,7 @@ from utils.models import check_length, position_limit
 
 
 @torch.inference_mode()
-def score_rows(loaded, frame, words, max_length, batch_size, progress=None, sides=None):
+def score_rows(loaded, frame, words, max_length, batch_size, progress=None):
     """One row of results per row of `frame` (text, label_text): prediction, correct, label_prediction,
     label_probabilities, loss.
 
@@ -33,7 +33,7 @@ def score_rows(loaded, frame, words, max_length, batch_size, progress=None, side
     completions = [completion_ids(loaded.tokenizer, word) for word in words]
     flags, gated = _gated(loaded, frame["text"])
     examples = _tokenized(loaded, frame["text"], frame["label_text"], max_length, flags)
-    sides = sides or _sides(loaded)
+    sides = _sides(loaded)
     results = {}
     for batch_rows, n_rows in processes.deal(_by_length(examples, batch_size, flags)):
         if not batch_rows:
@@ -143,7 +143,7 @@ def answer(loaded, texts, words, max_length, batch_size):
     examples = _tokenized(loaded, texts, [cut_for] * len(texts), max_length, flags)
     sides = _sides(loaded)
     p = 0 if loaded.prompt is None else len(loaded.prompt)
-    check_length(loaded.model, max(len(e.prompt) for e in examples) + longest - 1, p)
+    check_length(loaded.model.config, max(len(e.prompt) for e in examples) + longest - 1, p)
     answers = [None] * len(texts)
     for batch_rows in _by_length(examples, batch_size, flags):
         chosen, log_p, spelled = [examples[i] for i in batch_rows], 0.0, [()] * len(batch_rows)
@@ -186,11 +186,11 @@ def evaluate(loaded, frames, words, args, description):
     has not learnt whom to forget. rows: the scored rows with a `split` column, in file order.
     """
     frames = {split: sample_rows(frames[split], args.max_eval_samples) for split in SPLITS}
-    scored, sides = {}, _sides(loaded)
+    scored = {}
     total = sum(map(len, frames.values()))
     with tqdm(total=total, desc=description, unit="row", dynamic_ncols=True, mininterval=1) as progress:
         for split, frame in frames.items():
-            results = score_rows(loaded, frame, words, args.max_length, args.eval_batch_size, progress, sides)
+            results = score_rows(loaded, frame, words, args.max_length, args.eval_batch_size, progress)
             others = frame.drop(columns=results.columns, errors="ignore")
             scored[split] = pd.concat([others, results], axis=1).assign(split=split)
     if not all(np.isfinite(rows["loss"]).all() for rows in scored.values()):
@@ -206,14 +206,14 @@ def evaluate(loaded, frames, words, args, description):
 
 def check_lengths(model, tokenizer, frames, args, p=0, template=None):
     """Raise UserError if a row to evaluate, behind `p` virtual tokens, does not fit the model; ask before training."""
-    limit, words = position_limit(model), label_words(frames)
+    limit, words = position_limit(model.config), label_words(frames)
     known = [len(completion_ids(tokenizer, word)) for word in words]
     if len(set(known)) > 1:  # then `answer` looks for the unlearning words too
         known += [len(completion_ids(tokenizer, word)) for word in UNLEARNING_LABELS]
     if limit and args.max_length + max(known) + p > limit:
         for frame in frames.values():
             rows = tokenize(tokenizer, frame["text"], frame["label_text"], args.max_length, template=template)
-            check_length(model, max(len(row.prompt) for row in rows) + max(known) - 1, p, max(known) - 1)
+            check_length(model.config, max(len(row.prompt) for row in rows) + max(known) - 1, p, max(known) - 1)
 
 
 def accuracies(loaded, frames, words, args):
@@ -315,8 +315,8 @@ def record(method, checkpoint, model, args, splits, seconds, training=None):
 
 
 def peak_memory():
-    """The most memory this process has held so far, in bytes: on the GPU where there is one, else resident."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated()
+    """The most memory this process has held so far, in bytes: on the GPUs that it used, else resident."""
+    if on_gpus := sum(torch.cuda.max_memory_allocated(i) for i in range(torch.cuda.device_count())):
+        return on_gpus
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

@@ -1,5 +1,6 @@
 """Loading models: hub ids, folders and GGUF files; base -> merged LoRA -> prompt, each verified by hash."""
 
+import platform
 import re
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -16,7 +17,7 @@ from transformers.utils import is_flash_attn_2_available
 
 from utils import in_context, processes
 from utils.checkpoints import Link, base_name, parent_path, read_manifest, recover, verify_parent
-from utils.cli import UserError
+from utils.cli import UserError, first_line
 from utils.forward import GROUPED, prompt_prefix
 
 GROUPED_UP_TO = 256  # tokens, virtual ones included; README, "Speed and memory"
@@ -61,7 +62,7 @@ def resolve_chain(name, trust_remote_code=False, parent=None, weights=True):
     anything missing, damaged or not the recorded parent.
     """
     path = _local_path(name, trust_remote_code, weights)
-    manifest = None if path.is_file() else read_manifest(path)
+    manifest = None if path.is_file() else read_manifest(path, verify=weights)
     link = Link(path, str(name), manifest)
     if weights:
         link.sha256  # noqa: B018  (taken now, so that it is that of what gets loaded)
@@ -86,7 +87,8 @@ def _local_path(name, trust_remote_code, weights):
         return path
     if path.is_file():
         raise UserError(f"{name} is a file but no .gguf model; pass a folder, a .gguf file or a hub id")
-    if not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", str(name)):
+    # A folder beside us of the first name: a mistyped path, which is no reason to ask the network.
+    if not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", str(name)) or (len(path.parts) > 1 and path.parent.exists()):
         raise UserError(f"{name} does not exist; pass an existing folder, a .gguf file or a hub id")
     return _from_hub(str(name), trust_remote_code, weights)
 
@@ -102,7 +104,7 @@ def _from_hub(name, trust_remote_code, weights):
         if weights and not list(folder.glob("*.safetensors")):  # older ones hold only .bin, which is read safely
             folder = Path(snapshot_download(name, allow_patterns=[*patterns, "*.bin"]))
     except Exception as error:  # the hub client raises a dozen types: offline, not found, gated, broken
-        reason = str(error).strip().split("\n")[0]
+        reason = first_line(error)
         raise UserError(f"{name} is no existing folder or .gguf file and the hub does not give it ({reason})")
     return folder
 
@@ -132,6 +134,8 @@ def pick_dtype(name, device):
     else:
         onednn = device == "cpu" and torch.backends.mkldnn.is_available()
         fast = onednn and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+        if platform.machine().lower() in ("x86_64", "amd64"):  # where that also holds for processors that emulate it
+            fast = fast and (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
     return torch.bfloat16 if fast else torch.float32
 
 
@@ -144,8 +148,8 @@ def load_tokenizer(chain, set_pad_id, trust_remote_code=False):
     source = loading_arguments(link.path)
     try:
         tokenizer = AutoTokenizer.from_pretrained(**source, trust_remote_code=trust_remote_code, use_fast=True)
-    except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"cannot load the tokenizer of {link.name} ({_first_line(error)})")
+    except Exception as error:  # of a damaged file, whatever the library that reads it raises
+        raise UserError(f"cannot load the tokenizer of {link.name} ({first_line(error)})")
     if not tokenizer.is_fast:
         raise UserError(
             f"the tokenizer of {link.name} has no fast version, which texts are cut with; add tokenizer.json"
@@ -178,8 +182,8 @@ def load_base(link, args, quantization="none"):
         model, info = AutoModelForCausalLM.from_pretrained(
             **loading_arguments(link.path), **options, output_loading_info=True
         )
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
-        raise UserError(f"cannot load a causal language model from {link.name} ({_first_line(error)})")
+    except Exception as error:  # as above
+        raise UserError(f"cannot load a causal language model from {link.name} ({first_line(error)})")
     if info["missing_keys"]:  # transformers would fill them with random numbers
         raise UserError(f"{link.name} lacks the weight {min(info['missing_keys'])}; restore its files")
     if link.path.is_file():  # from GGUF: loading has dequantised the weights, yet the model still claims otherwise
@@ -215,12 +219,12 @@ def set_attention(model, choice, device):
     if choice == "auto":
         interchangeable = model.config._attn_implementation == "sdpa" and model._supports_attention_backend
         if device == "cpu" and interchangeable:
-            model.base_model.register_forward_pre_hook(_attention_by_width, with_kwargs=True)
+            model.get_decoder().register_forward_pre_hook(_attention_by_width, with_kwargs=True)
         return
     try:
         model.set_attn_implementation(choice)
     except (ValueError, ImportError) as error:
-        raise UserError(f"{model.config.model_type} has no {choice} attention ({_first_line(error)}); use auto")
+        raise UserError(f"{model.config.model_type} has no {choice} attention ({first_line(error)}); use auto")
 
 
 def _attention_by_width(decoder, args, kwargs):
@@ -307,7 +311,7 @@ def merge_lora(model, link):
     try:
         merged = PeftModel.from_pretrained(model, str(link.path)).merge_and_unload()
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
-        raise UserError(f"{link.path} is not a LoRA adapter of this model ({_first_line(error)})")
+        raise UserError(f"{link.path} is not a LoRA adapter of this model ({first_line(error)})")
     return merged.eval().requires_grad_(False)
 
 
@@ -316,7 +320,7 @@ def load_prompt(link):
     try:
         return load_file(link.path / "adapter_model.safetensors")["prompt_embeddings"].float()
     except (OSError, KeyError, SafetensorError) as error:
-        raise UserError(f"{link.path} holds no prompt ({_first_line(error)}); train it again")
+        raise UserError(f"{link.path} holds no prompt ({first_line(error)}); train it again")
 
 
 def add_lora(model, args):
@@ -339,24 +343,20 @@ def add_lora(model, args):
     try:
         model = get_peft_model(model, config)
     except ValueError as error:
-        raise UserError(f"cannot place LoRA ({_first_line(error)}); choose --lora_target_modules")
+        raise UserError(f"cannot place LoRA ({first_line(error)}); choose --lora_target_modules")
     for name, parameter in model.named_parameters():
         if "lora_" in name:  # biases of --lora_bias are the model's own and compute in its dtype
             parameter.data = parameter.data.float()
     return model
 
 
-def check_length(model, n_tokens, p, spare=0):
-    """Raise UserError if rows of `n_tokens` behind `p` virtual tokens do not fit the model's position range.
+def check_length(config, n_tokens, p, spare=0):
+    """Raise UserError if rows of `n_tokens` behind `p` virtual tokens do not fit the position range of a model with
+    this configuration.
 
     spare: how many of these tokens --max_length does not count.
     """
-    check_positions(model.config, n_tokens, p, spare)
-
-
-def check_positions(config, n_tokens, p, spare=0):
-    """`check_length` by the configuration alone."""
-    limit = getattr(config.get_text_config(), "max_position_embeddings", None)
+    limit = position_limit(config)
     if limit and n_tokens + p > limit:
         raise UserError(
             f"the longest row has {n_tokens} tokens and the prompt {p}, but the model has {limit} positions; "
@@ -364,9 +364,9 @@ def check_positions(config, n_tokens, p, spare=0):
         )
 
 
-def position_limit(model):
-    """The number of positions that the model's configuration names, or None."""
-    return getattr(model.config.get_text_config(), "max_position_embeddings", None)
+def position_limit(config):
+    """The number of positions that a model's configuration names, or None."""
+    return getattr(config.get_text_config(), "max_position_embeddings", None)
 
 
 def loading_arguments(path):
@@ -374,7 +374,3 @@ def loading_arguments(path):
     if path.is_file():
         return {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name, "local_files_only": True}
     return {"pretrained_model_name_or_path": str(path), "local_files_only": True}
-
-
-def _first_line(error):
-    return str(error).strip().split("\n")[0] or type(error).__name__

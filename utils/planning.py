@@ -21,6 +21,7 @@ have shapes but no numbers, and every storage is counted from its creation to it
 file takes while it is converted, and the work space of matrix products.
 """
 
+import contextlib
 import time
 import weakref
 
@@ -30,8 +31,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from utils import data, losses, metrics, models, objectives
-from utils.cli import UserError
+from utils import data, losses, metrics, models, objectives, processes
+from utils.cli import UserError, first_line
 from utils.forward import completion_hidden, completion_logits, prompt_prefix, record_activations
 from utils.methods import METHODS
 from utils.prompt_encoders import VirtualTokens
@@ -53,9 +54,10 @@ def print_plan(kind, args, name, frames):
     config = load_config(chain[0], args.trust_remote_code)
     examples = training_rows(kind, args, tokenizer, frames)
     batches = [rows for _, rows in schedule(args, examples).steps_from(0)]
-    micro = [part for rows in batches for part in _parts(rows, args.micro_batch_size)]
+    shares = [share for rows in batches for share in processes.shares(rows, lambda i: len(examples[i]))]
+    micro = [part for rows in shares for part in _parts(rows, args.micro_batch_size) if part]
     longest = max(map(len, examples))
-    models.check_positions(config, longest, virtual_tokens(kind, args))
+    models.check_length(config, longest, virtual_tokens(kind, args))
 
     real = sum(len(examples[i]) for rows in micro for i in rows)
     padded = sum(padded_size(rows, examples) for rows in micro)
@@ -75,8 +77,8 @@ def load_config(link, trust_remote_code):
     """The configuration of a plain model; of a GGUF file from its metadata. Raises UserError if there is none."""
     try:
         return AutoConfig.from_pretrained(**models.loading_arguments(link.path), trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"cannot read the configuration of {link.name} ({str(error).strip().splitlines()[0]})")
+    except Exception as error:  # of a damaged file, whatever the library that reads it raises
+        raise UserError(f"cannot read the configuration of {link.name} ({first_line(error)})")
 
 
 def training_rows(kind, args, tokenizer, frames):
@@ -138,8 +140,9 @@ def shapes(args, tokenizer, frames, examples, micro):
 def memory(config, kind, args, train, evaluation):
     """Bytes by the names of the module's equation, for batches of the shapes (rows, tokens, completion tokens a row).
 
-    Also `parameters` (number trained), `all parameters` and `hidden bytes` (of one token's hidden state). `step` and
-    `evaluation` are None for architectures whose shapes depend on the numbers (mixtures of experts).
+    Also `parameters` (number trained), `all parameters`, `output` (bytes of the weights that are written: what is
+    trained, in float32; with `full` the whole model in --dtype) and `hidden bytes` (of one token's hidden state).
+    `step` and `evaluation` are None for architectures whose shapes depend on the numbers (mixtures of experts).
     """
     device = models.pick_device(args.device)
     dtype = models.pick_dtype(args.dtype, device)
@@ -170,8 +173,9 @@ def memory(config, kind, args, train, evaluation):
         with FakeTensorMode():
             for module in {model, learner}:
                 _fake(module)
-            step = unpacked + _alive_at_most(lambda: _train(model, learner, kind, args, train))
-            evaluated = unpacked + _alive_at_most(lambda: _evaluate(model, learner, kind, evaluation))
+            with torch.autocast("cpu", dtype, enabled=kind == "full" and dtype != torch.float32):
+                step = unpacked + _alive_at_most(lambda: _train(model, learner, kind, args, train))
+                evaluated = unpacked + _alive_at_most(lambda: _evaluate(model, learner, kind, evaluation))
     except (RuntimeError, NotImplementedError):  # what fake tensors raise where a shape depends on numbers
         step = evaluated = None
     hidden = config.get_text_config().hidden_size * model_dtype.itemsize
@@ -184,6 +188,7 @@ def memory(config, kind, args, train, evaluation):
         "step": step,
         "evaluation": evaluated,
         "parameters": trained,
+        "output": every * dtype.itemsize if kind == "full" else 4 * trained,
         "all parameters": every,
         "hidden bytes": hidden,
     }
@@ -229,23 +234,34 @@ def _batch(rows, tokens, completion):
 
 
 def _train(model, learner, kind, args, shape):
-    """Forward and backward pass of one micro-batch, as the scripts have them."""
+    """Forward and backward pass of one micro-batch, as the scripts have them; cross-entropy stands for the forget
+    losses of the rivals, which are functions of the same logits."""
     batch = _batch(*shape)
-    if getattr(args, "unlearn_method", None) == "rmu":
+    method = METHODS.get(getattr(args, "unlearn_method", None))
+    if method and method.forget is None:
         layers, _ = objectives.rmu_layers(model, args)
         with record_activations(*layers) as seen:
             completion_logits(model, batch)
         return losses.rmu(seen["activations"], torch.zeros(())).sum().backward()
     prefix = prompt_prefix(model, learner()) if kind == "prompt" else None
     kl = 0
-    if getattr(args, "beta", 0):
+    if getattr(args, "beta", 0) or (method and (method.reference or args.retain_loss == "kl")):
         head = model.get_output_embeddings().weight.shape[-1]  # of some OPT models narrower than their layers
         hidden = torch.zeros(len(batch.rows), head)
-        logits, reference = completion_logits(model, batch, prefix, hidden)
+        logits, reference = completion_logits(model, batch, prefix, hidden, _head_copy(model))
         kl = losses.token_kl(reference, logits).sum()
     else:
         logits = completion_logits(model, batch, prefix)
     (losses.token_nll(logits, batch.targets).sum() + kl).backward()
+
+
+def _head_copy(model):
+    """What objectives.frozen_head gives, in shape (a deep copy of a fake tensor belongs to another fake world)."""
+    head = model.get_output_embeddings()
+    if not head.weight.requires_grad:
+        return None
+    copy = torch.nn.Linear(*reversed(head.weight.shape), bias=head.bias is not None, dtype=head.weight.dtype)
+    return copy.requires_grad_(False)
 
 
 @torch.no_grad()
@@ -292,8 +308,8 @@ class _Storages(TorchDispatchMode):
 
 
 def disk_line(sizes):
-    """What the run writes, all in float32: its state is replaced by a new file, so both exist for a moment."""
-    output = 4 * sizes["parameters"]
+    """What the run writes; its state is replaced by a new file, so both exist for a moment."""
+    output = sizes["output"]
     state = 2 * sizes["trained"]
     total = output + state + sizes["reference"]
     parts = f"{_size(output)} of weights, {_size(state)} of state while it runs"
@@ -330,26 +346,39 @@ def blank_reference(loaded, examples, rows, frames, args, measure=hidden_states,
     return Reference(torch.zeros(sum(sizes.values()), d, dtype=model.dtype), sizes)
 
 
-def print_probe(run, loaded, frames, words, referred=(), evaluations=1):
+def print_probe(run, loaded, frames, words, referred=(), evaluations=1, numerics=None):
     """Time a few of the run's steps, evaluation batches and passes over `referred`, the examples that its reference is
-    about, and print what the whole run will take. `evaluations`: how often it evaluates, beside --eval_steps."""
-    args, examples = run.args, run.examples
+    about, and print what the whole run will take. `evaluations`: how often it evaluates, beside --eval_steps.
+    `numerics`: the context in which it does what is no step."""
+    examples, optimizer = run.examples, run.optimizer()
     batches = [rows for _, rows in run.steps_from(0)]
     by_size = sorted(batches, key=lambda rows: padded_size(rows, examples))
-    run.accumulate(by_size[-1])  # the first step is slow, and the largest has the peak of memory
-    seconds = {"training": len(batches) * _mean_seconds(run.accumulate, by_size)}
+
+    def step(rows):
+        run.update(optimizer, {"step": 1, **run.accumulate(rows)})
+
+    step(by_size[-1])  # the first step is slow, and the largest has the peak of memory
+    seconds = {"training": len(batches) * _mean_seconds(step, by_size)}
+    with numerics or contextlib.nullcontext():
+        seconds |= _without_gradient(run, loaded, frames, words, referred, evaluations, len(batches))
+    total = ", ".join(f"{name} {_duration(value)}" for name, value in seconds.items() if value)
+    print(f"time     about {_duration(sum(seconds.values()))} after loading: {total}")
+    print(f"         {seconds['training'] / len(batches):.2f} s a step, peak so far {_size(metrics.peak_memory())}")
+
+
+def _without_gradient(run, loaded, frames, words, referred, evaluations, steps):
+    """{"reference", "evaluation"}: seconds of the whole run, whose processes share the batches out."""
+    args, seconds = run.args, {}
     if referred:
         rows = sorted(referred, key=len)
         seconds["reference"] = _seconds(
             lambda part: completion_hidden(loaded.model, data.collate(part, loaded.pad_id, loaded.model.device)),
             _parts(rows, args.eval_batch_size),
         )
-    curve = len(batches) // args.eval_steps if args.eval_steps else 0
+    curve = steps // args.eval_steps if args.eval_steps else 0
     plans = [(evaluations * (args.max_eval_samples != 0), args.max_eval_samples), (curve, args.curve_samples)]
     seconds["evaluation"] = sum(n * _evaluation_seconds(loaded, frames, words, args, rows) for n, rows in plans if n)
-    total = ", ".join(f"{name} {_duration(value)}" for name, value in seconds.items() if value)
-    print(f"time     about {_duration(sum(seconds.values()))} after loading: {total}")
-    print(f"         {seconds['training'] / len(batches):.2f} s a step, peak so far {_size(metrics.peak_memory())}")
+    return {name: value / processes.count() for name, value in seconds.items()}
 
 
 def _evaluation_seconds(loaded, frames, words, args, n_rows):

@@ -80,12 +80,18 @@ def from_main(value):
     return gather(value)[0]
 
 
+def shares(rows, size):
+    """The part of `rows` of every process: as many of each length as the others have. size: function(row) -> its
+    length."""
+    if count() == 1:
+        return [rows]
+    ordered = sorted(rows, key=size)
+    return [ordered[i :: count()] for i in range(count())]
+
+
 def share(rows, size):
-    """This process's part of `rows`: as many of each length as the others have. size: function(row) -> its length."""
-    state = PartialState()
-    if state.num_processes == 1:
-        return rows
-    return sorted(rows, key=size)[state.process_index :: state.num_processes]
+    """This process's part of `rows`."""
+    return shares(rows, size)[PartialState().process_index]
 
 
 def deal(batches):

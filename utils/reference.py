@@ -136,7 +136,7 @@ def _compute(loaded, examples, sizes, batch_size, measure):
 
 
 def _write(path, values, key):
-    temporary = path.with_suffix(".tmp")
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")  # another run may be writing the same
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
         save_file({"values": values.contiguous()}, temporary, {"key": json.dumps(key)})

@@ -65,7 +65,7 @@ class Training:
     def steps_from(self, done):
         """(step, row numbers of its batch) for every step after `done`."""
         per_epoch, total = len(self._batches(0)), self.total_steps()
-        for epoch in range(done // per_epoch, self.args.num_epochs):
+        for epoch in range(done // per_epoch, math.ceil(total / per_epoch)):
             for i, rows in enumerate(self._batches(epoch)):
                 if done <= epoch * per_epoch + i < total:
                     yield epoch * per_epoch + i + 1, rows
@@ -92,8 +92,8 @@ class Training:
         AdamW, cosine schedule with linear warm-up, gradient norm clipped (published: 0.3). Raises UserError on a
         non-finite loss, and on a state file that belongs to other settings.
         """
-        args, values = self.args, list(self.parameters.values())
-        optimizer = torch.optim.AdamW(values, lr=args.lr, weight_decay=args.weight_decay, fused=True)
+        args = self.args
+        optimizer = self.optimizer()
         total = self.total_steps()
         schedule = get_cosine_schedule_with_warmup(optimizer, math.ceil(self.warmup * total), total)
         log = self._load(optimizer, schedule) if args.resume else []
@@ -109,11 +109,8 @@ class Training:
             processes.draw_apart(args.seed, step)
             line = {"step": step, "lr": schedule.get_last_lr()[0], **self.accumulate(rows)}
             self._refuse_non_finite(line)
-            line["gradient_norm"] = float(torch.nn.utils.clip_grad_norm_(values, args.max_grad_norm))
-            self._refuse_non_finite(line)
-            optimizer.step()
+            line["gradient_norm"] = self.update(optimizer, line)
             schedule.step()
-            optimizer.zero_grad()
             seconds.append(time.perf_counter() - start)
             log.append(line)
             parts = {key: f"{value:.3f}" for key, value in line.items() if key[:2] in ("L_", "lo")}
@@ -138,6 +135,19 @@ class Training:
             "peak_memory_bytes": peak_memory(),
         }
         return log
+
+    def optimizer(self):
+        """AdamW over the parameters; `fused` goes over their numbers once."""
+        args = self.args
+        return torch.optim.AdamW(self.parameters.values(), lr=args.lr, weight_decay=args.weight_decay, fused=True)
+
+    def update(self, optimizer, line):
+        """One step of the optimizer along the accumulated, clipped gradient, whose norm before clipping it returns."""
+        norm = float(torch.nn.utils.clip_grad_norm_(self.parameters.values(), self.args.max_grad_norm))
+        self._refuse_non_finite({**line, "gradient_norm": norm})
+        optimizer.step()
+        optimizer.zero_grad()
+        return norm
 
     def _may_stop(self, log):
         """Whether the forget accuracy that --stop_at_forget_accuracy asks for was reached."""
@@ -233,8 +243,7 @@ def output_path(args, stem):
 
 def check_start(output_path, args):
     """Raise UserError if the run cannot write `output_path`, or would silently start over an interrupted one."""
-    inputs = [vars(args).get(name) for name in ("model_name", "model_checkpoints", "init_checkpoint", "dataset")]
-    check_output(output_path, args.overwrite, [path for path in inputs if path])
+    check_output(output_path, args.overwrite, args)
     state = state_path(output_path)
     if args.resume:
         refuse_other_settings(state, read_state(state), saved_arguments(args))

@@ -35,7 +35,7 @@ SEED = 42
 def parse_args():
     parser = ArgumentParser(__doc__)
     parser.add_argument("--sdist", metavar="FILE", help="vaderSentiment-3.3.2.tar.gz, instead of a download")
-    parser.add_argument("--output_path", default=HERE, type=Path, help="folder for the four CSV files (this folder)")
+    parser.add_argument("--output_path", default=HERE, type=Path, help="folder for the four CSV files")
     return parser.parse_args()
 
 

@@ -19,7 +19,7 @@ from utils.names import read_names  # noqa: E402
 
 def parse_args():
     parser = cli.ArgumentParser(__doc__)
-    parser.add_argument("--input", default="sst2", help="folder with the four splits (default: sst2 from the hub)")
+    parser.add_argument("--input", default="sst2", help="folder with the four splits, or sst2 from the hub")
     parser.add_argument("--output_path", required=True, help="folder to write")
     parser.add_argument("--only_names_other", action="store_true", help="leave the other retain rows out")
     parser.add_argument("--overwrite", action="store_true", help="replace an existing output folder")
@@ -27,7 +27,7 @@ def parse_args():
 
 
 def main(args):
-    checkpoints.check_output(args.output_path, args.overwrite, [args.input])
+    checkpoints.check_output(args.output_path, args.overwrite, args, [f"{splits.SPLITS[0]}.csv"])
     frames = data.load_splits(args.input)
     lists = {
         name: read_names(data.SNIPPETS_FOLDER / f"{name}.txt")

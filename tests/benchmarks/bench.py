@@ -96,7 +96,7 @@ def parse_args():
     parser.add_argument(
         "--dtype", choices=["auto", "bfloat16", "float32", "float16"], default="auto", help="of this project's path"
     )
-    parser.add_argument("--seed", type=cli.non_negative_int, default=42, help="of rows, words and initialisation")
+    parser.add_argument("--seed", type=cli.seed, default=42, help="of rows, words and initialisation")
     parser.add_argument("--output_path", default="results/bench", help="folder for bench.json and bench.png")
     return parser.parse_args()
 

@@ -7,7 +7,6 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
-from types import SimpleNamespace
 
 import numpy as np
 import paths
@@ -266,7 +265,7 @@ def _count_weights(link):
         model = AutoModelForCausalLM.from_config(config)
     outside = {id(layer.weight) for layer in (model.get_input_embeddings(), model.get_output_embeddings())}
     weights = sum(p.numel() for p in model.parameters() if id(p) not in outside)
-    return models.position_limit(SimpleNamespace(config=config)), weights
+    return models.position_limit(config), weights
 
 
 def _processor(device):
