@@ -1,4 +1,4 @@
-"""Checkpoint folders that describe themselves, written whole or not at all; safetensors and JSON only."""
+"""Checkpoint folders that describe themselves, written whole or not at all; no pickle."""
 
 import hashlib
 import json

@@ -208,7 +208,7 @@ def add_model_arguments(parser):
     )  # fmt: skip
     group.add_argument("--seed", type=seed, default=42, help="of batches, unlearning labels and initialisation")
     group.add_argument("--output_path", help="folder to write (default: the published name)")
-    group.add_argument("--overwrite", action="store_true", help="replace an existing output folder")
+    group.add_argument("--overwrite", action="store_true", help="replace an existing output folder of this project")
 
 
 def add_training_arguments(parser, num_epochs):

@@ -148,6 +148,11 @@ def _checked(split, frame, source):
     bad = ~(labels % 1 == 0)
     if bad.any():
         raise UserError(f"{split} of {source}, row {int(np.argmax(bad)) + 1}: label is not a whole number; fix the row")
+    if "names_other" in frame:
+        marks = pd.to_numeric(frame["names_other"], errors="coerce")
+        if not marks.isin([0, 1]).all():
+            raise UserError(f"{split} of {source} has a names_other that is neither 0 nor 1; fix or drop the column")
+        frame = frame.assign(names_other=marks.astype(int))
     return frame.assign(label=labels.astype(int), label_text=frame["label_text"].str.strip()).reset_index(drop=True)
 
 

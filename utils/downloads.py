@@ -1,19 +1,24 @@
-"""Files from the package index, fetched by pip: the one download this project needs a network for."""
+"""Files from the package index, fetched by pip."""
 
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 from utils.cli import UserError
 
 
-def pip_download(requirement, folder, *options):
+def pip_download(requirement, sha256, folder, *options):
     """The path of the one file that `pip download` puts into the empty `folder`; dependencies are left out.
 
-    Raises UserError where pip cannot fetch it.
+    sha256: of that file, which pip compares before it runs anything of it. Raises UserError where pip cannot fetch it.
     """
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--retries=1", "--no-deps", f"--dest={folder}"]
-    pip = subprocess.run([*command, *options, requirement], capture_output=True, text=True, check=False)
+    with tempfile.NamedTemporaryFile("w", suffix=".txt") as file:
+        file.write(f"{requirement} --hash=sha256:{sha256}\n")
+        file.flush()
+        command += [*options, "--require-hashes", f"--requirement={file.name}"]
+        pip = subprocess.run(command, capture_output=True, text=True, check=False)
     if pip.returncode:
         reasons = [line for line in pip.stderr.splitlines() if line.startswith("ERROR")] or pip.stderr.splitlines()
         reason = reasons[-1].strip() if reasons else "no message"

@@ -158,10 +158,10 @@ def meaning(records):
     old, new = before["splits"], after["splits"]
     share = {split: (100 * old[split]["accuracy"], 100 * new[split]["accuracy"]) for split in SPLITS}
     return (
-        f"With {after['method']} the model answers {share['train_forget'][1]:.1f} % of the reviews to forget as their "
-        f"authors did ({share['train_forget'][0]:.1f} % before; unseen ones {share['test_forget'][1]:.1f} %), and "
-        f"{share['test_retain'][1]:.1f} % of unseen other reviews ({share['test_retain'][0]:.1f} % before; "
-        f"training reviews {share['train_retain'][1]:.1f} %, {share['train_retain'][0]:.1f} % before)."
+        f"With {after['method']} the model gives {share['train_forget'][1]:.1f} % of the rows to forget their label "
+        f"({share['train_forget'][0]:.1f} % before; of unseen ones {share['test_forget'][1]:.1f} %), and "
+        f"{share['test_retain'][1]:.1f} % of the other unseen rows ({share['test_retain'][0]:.1f} % before; "
+        f"of training rows {share['train_retain'][1]:.1f} %, {share['train_retain'][0]:.1f} % before)."
     )
 
 
@@ -218,7 +218,7 @@ def write_curves(folder, log):
             label=name.replace("L_", "$L_{") + "}$" if name != "loss" else "loss",
             linewidth=1.2,
         )
-    axes[0][0].set(xlabel="step", ylabel="nats per row")
+    axes[0][0].set(xlabel="step", ylabel="loss per row")
     if all(line[name] >= 0 for line in losses for name in names):  # gradient ascent goes below
         axes[0][0].set_ylim(bottom=0)
     axes[0][0].legend(frameon=False)

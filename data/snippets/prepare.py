@@ -24,6 +24,7 @@ from utils.splits import describe, drop_repeats, split_rows, write_splits
 
 HERE = Path(__file__).resolve().parent
 REQUIREMENT = "vaderSentiment==3.3.2"
+SDIST_SHA256 = "5d7c06e027fc8b99238edb0d53d970cf97066ef97654009890b83703849632f9"
 INNER_ARCHIVE = "hutto_ICWSM_2014.tar.gz"
 SOURCE_FILE = "movieReviewSnippets_GroundTruth.txt"
 SOURCE_SHA256 = "c8293b0d942e90e223ea2c0955d969040d1a1be514a978b9af0698940bd13350"
@@ -47,7 +48,7 @@ def main(args):
     else:
         with tempfile.TemporaryDirectory() as folder:
             # Only this package as source: the tools that read its metadata may come as wheels.
-            source = read_source(pip_download(REQUIREMENT, folder, "--no-binary=vaderSentiment"))
+            source = read_source(pip_download(REQUIREMENT, SDIST_SHA256, folder, "--no-binary=vaderSentiment"))
     frame, repeats, contradictions = drop_repeats(parse(source))
     frames = split_rows(frame, TEST_FRACTION, SEED)
     args.output_path.mkdir(parents=True, exist_ok=True)

@@ -108,7 +108,8 @@ def cells(args):
     p, sweep = args.prompt_length, args.sweep_rounds
     plain, ours = Variant("plain", "float32", p), Variant("ours", args.dtype, p)
     batch = [args.batch_size]
-    variants = [plain, Variant("plain", "bfloat16", p), ours]
+    plain_bf16 = Variant("plain", "bfloat16", p)
+    variants = [plain, plain_bf16, ours]
     yield Cell("training", f"SPUL, p = {p}", "training", variants, batch * args.rounds, SPUL)
     for name, training in rivals().items():
         variants = [Variant("plain", "float32", 0), Variant("ours", args.dtype, 0)]
@@ -124,9 +125,9 @@ def cells(args):
     by_rows = [max(1, args.batch_size * quarter // 4) for quarter in (1, 2, 3, 4)]
     yield Cell("rows", "SPUL, 64 tokens", "training", [ours], by_rows * sweep, SPUL, length=64)
     passes = [args.eval_rows] * args.rounds
-    yield Cell("reference", "reference pass", "reference", [plain, ours], passes, SPUL)
+    yield Cell("reference", "reference pass", "reference", [plain, plain_bf16, ours], passes, SPUL)
     without = Variant("ours", args.dtype, 0)
-    yield Cell("inference", f"inference, p = {p}", "inference", [plain, without, ours], passes, SPUL)
+    yield Cell("inference", f"inference, p = {p}", "inference", [plain, plain_bf16, without, ours], passes, SPUL)
 
 
 def main(args):

@@ -168,6 +168,7 @@ def plain_training(spec, clock):
         disable_tqdm=True,
         seed=spec["seed"],
     )
+    arguments._n_gpu = min(arguments.n_gpu, 1)  # as many as ours; else Trainer spreads a batch over all GPUs
     PlainTrainer(model, arguments, train_dataset=batches, callbacks=[Steps()]).train()
 
 

@@ -140,12 +140,13 @@ class Bench:
         tokens = [variant.p + sum(len(examples[i]) for i in batch) for batch in batches[1:-1]]
         seconds = [line["seconds"] for line in passes]
         rate = self.machine["matmul_flop_per_second"][dtype]
+        share = median(flop * t / rate / s for t, s in zip(tokens, seconds))
         return record | {
             "seconds": seconds,
             "seconds_per_pass": median(seconds),
             "rows_per_second": median(n / s for n, s in zip(cell.sizes, seconds)),
             "tokens": tokens,
-            "floor_share": median(flop * t / rate / s for t, s in zip(tokens, seconds)),
+            "floor_share": None if cell.name == "rmu" else share,  # which runs and trains some layers only
             "peak_bytes": passes[-1]["peak_bytes"],
             "losses": [line["loss"] for line in passes],
         }

@@ -30,7 +30,7 @@ def rows(records, cell, header):
             continue
         faster, memory = ratio(found[-1], record) if record["path"] == "plain" and not found[-1]["error"] else ("", "")
         cells = [record["seconds_per_pass"], record["rows_per_second"], record["peak_bytes"] / GIB]
-        share = f"{100 * record['floor_share']:.0f} %"
+        share = "" if record["floor_share"] is None else f"{100 * record['floor_share']:.0f} %"
         lines.append(_line([*start, *cells, share, faster, memory]))
     return "\n".join(lines)
 
@@ -115,7 +115,7 @@ def sentences(result):
         lines.append(
             f"Against LoRA fine-tuning on as many rows, --tune=lora takes: {', '.join(parts)} times the memory."
         )
-        lines.append(f"The most memory takes {most}: {cost[most][1]:.2f} times.")
+        lines.append(f"{most} takes the most memory: {cost[most][1]:.2f} times.")
     if (cost := prompt_cost(records)) is not None:
         lines.append(f"Inference with the prompt takes {100 * cost:+.1f} % of the time without it.")
     if fit := result["linear_in_rows"]:
