@@ -52,12 +52,11 @@ def test_estimates_stand_beside_what_a_run_took(tmp_path, tiny_model, small_data
 
     whole, quarter = (estimates.cut_down(tiny_model, tmp_path / str(part), part, 0) for part in (1, 4))
     assert quarter < whole
-    flags = f"--model_checkpoints={tmp_path / '4'}", f"--dataset={small_data}", f"--output_path={tmp_path / 'out'}"
-    record = estimates.compare([*flags, "--max_steps=2"], tmp_path)
+    record = estimates.compare("SPUL", tmp_path / "4", [f"--dataset={small_data}", "--max_steps=2"], tmp_path)
     assert record["estimated_peak_gib"] == pytest.approx(record["measured_peak_gib"], rel=0.5)
     assert record.keys() == {f"{kind}_{what}" for kind in ("estimated", "measured") for what in ("peak_gib", "seconds")}
-    said = estimates.sentence({**record, "weights": 2e6, "tokens": 64, "rows": 2})
-    assert said.startswith("2 M weights, 2 rows of 64 tokens or more: estimated")
+    said = estimates.sentence({**record, "kind": "SPUL", "weights": 2e6, "tokens": 64, "rows": 2})
+    assert said.startswith("SPUL, 2 M weights, 2 rows of 64 tokens or more: estimated")
 
 
 def ours_seconds(records):

@@ -83,16 +83,23 @@ class _KeptLayer(DynamicLayer):
 
 
 class _PrefixLayer(DynamicLayer):
-    """One layer's keys and values of the virtual tokens, (1, heads, p, width), in front of every row of a batch."""
+    """One layer's keys and values of the virtual tokens, (1, heads, p, width), in front of every row of a batch; for
+    grouped_attention also what that needs behind them, which saves it a copy."""
 
-    def __init__(self, keys, values):
+    def __init__(self, keys, values, config):
         super().__init__()
         self.keys, self.values, self.is_initialized = keys, values, True
-        self.dtype, self.device = keys.dtype, keys.device
+        self.dtype, self.device, self.config = keys.dtype, keys.device, config
 
     def update(self, keys, values, *args, **kwargs):
-        pairs = (self.keys, keys), (self.values, values)
-        return tuple(torch.cat([kept.expand(len(new), -1, -1, -1), new], dim=-2) for kept, new in pairs)
+        return tuple(self._around(*pair) for pair in ((self.keys, keys), (self.values, values)))
+
+    def _around(self, kept, new):
+        size, heads, length, width = new.shape
+        parts = [kept.expand(size, -1, -1, -1), new]
+        if self.config._attn_implementation == GROUPED:
+            parts.append(new.new_zeros(()).expand(size, heads, -(kept.shape[2] + length) % SOFTMAX_LANES, width))
+        return torch.cat(parts, dim=-2)
 
 
 def grouped_attention(module, query, key, value, attention_mask, dropout=0.0, scaling=None, **kwargs):
@@ -102,12 +109,16 @@ def grouped_attention(module, query, key, value, attention_mask, dropout=0.0, sc
     For what SDPA computes and no more; without a mask, or with a bias of positions, it is SDPA.
     """
     if attention_mask is None or kwargs.get("position_bias") is not None:
+        if attention_mask is not None:
+            key, value = (kept[:, :, : attention_mask.shape[-1]] for kept in (key, value))
         return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **kwargs)
     size, heads, length, width = query.shape
-    spare = -key.shape[2] % SOFTMAX_LANES  # keys that nobody sees: see SOFTMAX_LANES
+    seen = attention_mask.shape[-1]
+    spare = -seen % SOFTMAX_LANES  # keys that nobody sees: see SOFTMAX_LANES
     if spare:
-        key, value = (torch.nn.functional.pad(kept, (0, 0, 0, spare)) for kept in (key, value))
         attention_mask = torch.nn.functional.pad(attention_mask, (0, spare), value=-torch.inf)
+        if key.shape[2] == seen:
+            key, value = (torch.nn.functional.pad(kept, (0, 0, 0, spare)) for kept in (key, value))
     rows, kept = (size * key.shape[1], -1, width), key.shape[2]
     scores = torch.bmm(query.reshape(rows), key.reshape(rows).transpose(1, 2)).view(size, heads, length, kept)
     scores = torch.add(attention_mask, scores, alpha=width**-0.5 if scaling is None else scaling)
@@ -132,7 +143,7 @@ def _run(model, batch, prompt, seen):
         inputs = torch.cat([virtual, embedded], dim=1)
         return model(inputs_embeds=inputs, attention_mask=mask, use_cache=False).logits
     mask = torch.nn.functional.pad(batch.attention_mask, (prompt[0][0].shape[2], 0), value=1)
-    cache = Cache(layers=[_PrefixLayer(keys, values) for keys, values in prompt])
+    cache = Cache(layers=[_PrefixLayer(*pair, model.get_decoder().config) for pair in prompt])
     return model(input_ids=batch.input_ids, attention_mask=mask, past_key_values=cache, use_cache=True).logits
 
 

@@ -173,9 +173,9 @@ def memory(config, kind, args, train, evaluation):
         with FakeTensorMode():
             for module in {model, learner}:
                 _fake(module)
-            with torch.autocast("cpu", dtype, enabled=kind == "full" and dtype != torch.float32):
-                step = unpacked + _alive_at_most(lambda: _train(model, learner, kind, args, train))
-                evaluated = unpacked + _alive_at_most(lambda: _evaluate(model, learner, kind, evaluation))
+            numerics = torch.autocast("cpu", dtype, enabled=kind == "full" and dtype != torch.float32)
+            step = unpacked + _alive_at_most(lambda: _train(model, learner, kind, args, train, numerics))
+            evaluated = unpacked + _alive_at_most(lambda: _evaluate(model, learner, kind, evaluation, numerics))
     except (RuntimeError, NotImplementedError):  # what fake tensors raise where a shape depends on numbers
         step = evaluated = None
     hidden = config.get_text_config().hidden_size * model_dtype.itemsize
@@ -233,16 +233,21 @@ def _batch(rows, tokens, completion):
     return data.Batch(ids, ids, zeros, zeros, zeros, None)
 
 
-def _train(model, learner, kind, args, shape):
+def _train(model, learner, kind, args, shape, numerics):
     """Forward and backward pass of one micro-batch, as the scripts have them; cross-entropy stands for the forget
     losses of the rivals, which are functions of the same logits."""
-    batch = _batch(*shape)
+    with numerics:
+        loss = _loss(model, learner, kind, args, _batch(*shape))
+    loss.backward()
+
+
+def _loss(model, learner, kind, args, batch):
     method = METHODS.get(getattr(args, "unlearn_method", None))
     if method and method.forget is None:
         layers, _ = objectives.rmu_layers(model, args)
         with record_activations(*layers) as seen:
             completion_logits(model, batch)
-        return losses.rmu(seen["activations"], torch.zeros(())).sum().backward()
+        return losses.rmu(seen["activations"], torch.zeros(())).sum()
     prefix = prompt_prefix(model, learner()) if kind == "prompt" else None
     kl = 0
     if getattr(args, "beta", 0) or (method and (method.reference or args.retain_loss == "kl")):
@@ -252,7 +257,7 @@ def _train(model, learner, kind, args, shape):
         kl = losses.token_kl(reference, logits).sum()
     else:
         logits = completion_logits(model, batch, prefix)
-    (losses.token_nll(logits, batch.targets).sum() + kl).backward()
+    return losses.token_nll(logits, batch.targets).sum() + kl
 
 
 def _head_copy(model):
@@ -265,9 +270,10 @@ def _head_copy(model):
 
 
 @torch.no_grad()
-def _evaluate(model, learner, kind, shape):
-    prefix = prompt_prefix(model, learner()) if kind == "prompt" else None
-    completion_logits(model, _batch(*shape), prefix).log_softmax(-1)
+def _evaluate(model, learner, kind, shape, numerics):
+    with numerics:
+        prefix = prompt_prefix(model, learner()) if kind == "prompt" else None
+        completion_logits(model, _batch(*shape), prefix).log_softmax(-1)
 
 
 def _alive_at_most(work):

@@ -1,9 +1,12 @@
 r"""Compare what `--dry_run probe` says of a run with what the run then takes: peak memory and time, on two model sizes.
 
 python tests/benchmarks/estimates.py --model=data/models/smollm2 --dataset=snippets
+python tests/benchmarks/estimates.py --table
 
 The second model is the first with a quarter of its layers, random weights and the same tokenizer. Each trains a prompt
-on rows as they come, and on fewer rows that are longer. Writes estimates.json to --output_path.
+on rows as they come, and on fewer rows that are longer; whatever else can be trained is trained on the first model and
+rows as they come. Writes estimates.json to --output_path. --table prints the README's table of models that no ordinary
+machine holds.
 """
 
 import json
@@ -19,6 +22,17 @@ sys.path.insert(0, str(ROOT))
 
 from utils import cli  # noqa: E402  (found on the path set above)
 
+KINDS = {  # what is trained: the script, its flags
+    "SPUL": ("spul", []),
+    "SPUL + checkpointing": ("spul", ["--gradient_checkpointing"]),
+    "QLoRA": ("qlora", []),
+    "QLoRA + checkpointing": ("qlora", ["--gradient_checkpointing"]),
+    "all parameters": ("baselines", ["--unlearn_method=gradient_ascent_descent"]),
+    "all parameters + checkpointing": (
+        "baselines",
+        ["--unlearn_method=gradient_ascent_descent", "--gradient_checkpointing"],
+    ),
+}
 UNITS = {"s": 1, "min": 60, "h": 3600, "MiB": 2**-10, "GiB": 1}
 
 
@@ -30,12 +44,16 @@ def parse_args():
     parser.add_argument("--steps", type=cli.positive_int, default=10, help="of each run")
     parser.add_argument("--train_batch_size", type=cli.positive_int, default=32, help="rows as they come in a step")
     parser.add_argument("--long_batch_size", type=cli.positive_int, default=4, help="long rows in a step")
+    parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS), metavar="KIND", help=", ".join(KINDS))
+    parser.add_argument("--table", action="store_true", help="only print the table of large models")
     parser.add_argument("--seed", type=cli.seed, default=42, help="of rows and weights")
     parser.add_argument("--output_path", default="results/estimates", help="folder for estimates.json")
     return parser.parse_args()
 
 
 def main(args):
+    if args.table:
+        return print(table())
     import rounds
 
     from utils import checkpoints, data, models
@@ -52,11 +70,12 @@ def main(args):
             rows = work / f"rows-{length}"
             rounds.write_rows(frames, rounds.Cell("", "", "training", [], sizes, losses, length), rows, args.seed)
             for part, weights in kept.items():
-                flags = [f"--model_checkpoints={work / str(part)}", f"--dataset={rows}", f"--train_batch_size={batch}"]
-                flags += ["--max_length=2048", "--num_epochs=1", f"--max_steps={args.steps}", f"--seed={args.seed}"]
-                flags += [f"--output_path={work / 'out'}", "--overwrite"]
-                records.append({"weights": weights, "tokens": length, "rows": batch} | compare(flags, work))
-                print(sentence(records[-1]), flush=True)
+                flags = [f"--dataset={rows}", f"--train_batch_size={batch}", "--max_length=2048", "--num_epochs=1"]
+                flags += [f"--max_steps={args.steps}", f"--seed={args.seed}"]
+                for kind in args.kinds if part == 1 and length is None else {"SPUL"}.intersection(args.kinds):
+                    entry = {"kind": kind, "weights": weights, "tokens": length, "rows": batch}
+                    records.append(entry | compare(kind, work / str(part), flags, work))
+                    print(sentence(records[-1]), flush=True)
     folder = Path(args.output_path)
     folder.mkdir(parents=True, exist_ok=True)
     checkpoints.write_json(folder / "estimates.json", {"settings": vars(args), "records": records})
@@ -81,12 +100,16 @@ def cut_down(source, folder, part, seed):
     return sum(p.numel() for p in model.parameters())
 
 
-def compare(flags, work):
-    """Estimated and measured peak (GiB) and time (s, libraries and loading left out) of one run of spul.py."""
-    reference = work / "reference.safetensors"
-    reference.unlink(missing_ok=True)  # one that is there already would cost no time
-    flags = [*flags, f"--logits_path={reference}"]
-    started, probed, trained = (run(*flags, *more) for more in (["--dry_run"], ["--dry_run=probe"], []))
+def compare(kind, model, flags, work):
+    """Estimated and measured peak (GiB) and time (s, libraries and loading left out) of one run that trains `kind`."""
+    script, more = KINDS[kind]
+    flags = [f"--{'model_name' if script == 'qlora' else 'model_checkpoints'}={model}", *flags, *more]
+    flags += [f"--output_path={work / 'out'}", "--overwrite"]
+    if script == "spul":
+        reference = work / "reference.safetensors"
+        reference.unlink(missing_ok=True)  # one that is there already would cost no time
+        flags.append(f"--logits_path={reference}")
+    started, probed, trained = (run(script, *flags, *more) for more in (["--dry_run"], ["--dry_run=probe"], []))
     memory = re.search(r"^memory +about ([\d.]+) (\w+)", started["printed"], re.M)
     if not memory:
         raise cli.UserError("the peak of this architecture cannot be estimated; choose another --model")
@@ -101,17 +124,17 @@ def compare(flags, work):
     }
 
 
-def run(*flags):
-    """One run of spul.py: {"seconds", "printed"}. Raises UserError with its last words if it fails."""
+def run(script, *flags):
+    """One run of a script: {"seconds", "printed"}. Raises UserError with its last words if it fails."""
     start = time.perf_counter()
-    done = subprocess.run([sys.executable, ROOT / "spul.py", *flags], capture_output=True, text=True)
+    done = subprocess.run([sys.executable, ROOT / f"{script}.py", *flags], capture_output=True, text=True)
     if done.returncode:
-        raise cli.UserError(f"spul.py did not run ({(done.stderr.strip().splitlines() or ['no message'])[-1]})")
+        raise cli.UserError(f"{script}.py did not run ({(done.stderr.strip().splitlines() or ['no message'])[-1]})")
     return {"seconds": time.perf_counter() - start, "printed": done.stdout}
 
 
 def sentence(record):
-    work = f"{record['weights'] / 1e6:.0f} M weights, {record['rows']} rows"
+    work = f"{record['kind']}, {record['weights'] / 1e6:.0f} M weights, {record['rows']} rows"
     work += f" of {record['tokens']} tokens or more" if record["tokens"] else ""
     peak, seconds = (
         f"{record[f'estimated_{name}']:.{digits}f} {unit}, measured {record[f'measured_{name}']:.{digits}f} "
@@ -119,6 +142,50 @@ def sentence(record):
         for name, digits, unit in (("peak_gib", 2, "GiB"), ("seconds", 0, "s"))
     )
     return f"{work}: estimated {peak}; estimated {seconds}"
+
+
+def table():
+    """Markdown: GiB of weights, and by KINDS of weights, what is trained and the larger of step and evaluation, by the
+    models' published sizes; 32 rows of 96 tokens, SDPA, bfloat16, without what a process itself takes."""
+    import importlib
+    from unittest import mock
+
+    import torch
+    from transformers import LlamaConfig, OPTConfig
+
+    from utils import planning
+
+    def llama(width, layers, heads, inner, groups):
+        return LlamaConfig(
+            hidden_size=width,
+            num_hidden_layers=layers,
+            num_attention_heads=heads,
+            intermediate_size=inner,
+            num_key_value_heads=groups,
+        )
+
+    configs = {
+        "OPT-1.3B": OPTConfig(
+            hidden_size=2048, num_hidden_layers=24, num_attention_heads=32, ffn_dim=8192, word_embed_proj_dim=2048
+        ),
+        "LLaMA-2-7B": llama(4096, 32, 32, 11008, 32),
+        "LLaMA-2-13B": llama(5120, 40, 40, 13824, 40),
+        "LLaMA-2-70B": llama(8192, 80, 64, 28672, 8),
+    }
+    kinds = {"spul": "prompt", "qlora": "lora", "baselines": "full"}
+    lines = [f"| model | weights | {' | '.join(KINDS)} |", "|---" * (2 + len(KINDS)) + "|"]
+    for name, config in configs.items():
+        cells = []
+        for script, flags in KINDS.values():
+            model = "--model_name=x" if script == "qlora" else "--model_checkpoints=x"
+            command = [script, model, "--attn_implementation=sdpa", "--dtype=bfloat16", "--device=cpu", *flags]
+            with mock.patch.object(sys, "argv", command):
+                args = importlib.import_module(script).parse_args()
+            sizes = planning.memory(config, kinds[script], args, (32, 96, 1), (32, 96, 1))
+            cells.append(sizes["weights"] + sizes["trained"] + max(sizes["step"], sizes["evaluation"]))
+        cells = [sizes["all parameters"] * torch.bfloat16.itemsize, *cells]
+        lines.append(f"| {name} | {' | '.join(f'{cell / 2**30:,.1f}' for cell in cells)} |")
+    return "\n".join(lines)
 
 
 if __name__ == "__main__":
