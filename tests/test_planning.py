@@ -2,6 +2,7 @@
 
 import re
 from argparse import Namespace
+from unittest import mock
 
 import pytest
 import scripts
@@ -9,7 +10,7 @@ import tiny
 import torch
 from scripts import done, refused, tree
 
-from utils import planning
+from utils import planning, processes
 from utils.data import Example
 from utils.methods import METHODS
 
@@ -77,6 +78,16 @@ def test_retain_ratio_shortens_the_epochs(tiny_model, small_data, tmp_path):
     assert numbers(said, "steps") == [2, 8, 16]  # 8 of the 16 rows to keep
 
 
+def test_a_plan_of_several_processes_is_about_the_share_of_one(tiny_model, small_data, tmp_path):
+    alone = done(scripts.spul(tmp_path, tiny_model, small_data, "--dry_run")).stdout
+    with mock.patch.object(processes, "count", lambda: 4):
+        shared = done(scripts.spul(tmp_path, tiny_model, small_data, "--dry_run")).stdout
+    real, padding = zip(*(numbers(said, "tokens")[:2] for said in (alone, shared)))
+    assert real[0] == real[1] and padding[0] > padding[1]  # a process pads to the longest row of its own
+    steps = [float(re.search(r"step ([\d.]+) MiB", said)[1]) for said in (alone, shared)]
+    assert steps[0] > steps[1]
+
+
 def test_a_plan_reads_no_weights(tiny_model, small_data, tmp_path):
     """Not even those of a checkpoint's parent, which are not hashed either."""
     model = tiny.save(tmp_path / "model")
@@ -120,6 +131,8 @@ def test_weights_and_trained_parameters_by_hand():
     assert full["step"] > 4 * every
     assert sizes("prompt", dtype="bfloat16")["weights"] == 2 * every
     rmu = sizes("full", unlearn_method="rmu", rmu_layer=1)
+    assert prompt["output"] == 4 * prompt["parameters"] and full["output"] == rmu["output"] == 4 * every
+    assert sizes("full", dtype="bfloat16")["output"] == 2 * every  # learnt in float32, written as it came
     assert rmu["trained"] == 12 * 2 * layer and rmu["weights"] == 4 * (every - 2 * layer)
     assert rmu["step"] < full["step"] / 2  # two of four layers, and no head
     linear = 4 * (layer - 2 * 128)

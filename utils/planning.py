@@ -5,10 +5,11 @@ Rows, tokens, steps and padding are counted on the tokenised rows themselves. Th
     peak = process + weights + trained + reference + heap x max(step, evaluation)
 
     process     what this process holds once libraries and rows are loaded, and 60 MiB that the first step adds for
-                kernels (nothing on a GPU)
+                kernels; with nf4 also the file of the weights, which stays mapped (nothing on a GPU)
     weights     the frozen parameters in --dtype; nf4: 4 bits and 1/64 of a float32 for each in a linear layer
     trained     what is learnt, in float32: a parameter and AdamW's two moments, 12 bytes each; the gradient is part of
-                the step. All parameters with the kind `full`, which leaves no frozen ones
+                the step. With the kind `full` all parameters, and none is frozen (rmu: those of three layers, the
+                others are, in float32)
     reference   hidden states of the retain rows (L_kl), d numbers in --dtype for each completion token
     step        the most that is alive at once during forward and backward pass of the largest micro-batch
     evaluation  the same of the widest evaluation batch, without gradients
@@ -153,6 +154,8 @@ def memory(config, kind, args, train, evaluation):
         model = AutoModelForCausalLM.from_config(config, **options).eval()
         every = sum(parameter.numel() for parameter in model.parameters())
         quantization = getattr(args, "quantization", "none") if kind == "lora" else "none"
+        if device == "cpu" and quantization == "nf4":
+            process += every * (config.dtype or torch.float32).itemsize
         weights, unpacked = _weights(model, quantization)
         models.set_attention(model, args.attn_implementation, device)
         if args.gradient_checkpointing:
