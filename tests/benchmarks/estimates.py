@@ -83,8 +83,8 @@ def main(args):
 
 
 def cut_down(source, folder, part, seed):
-    """Write a float32 copy of the model; for part > 1 one of random weights with `1 / part` of its layers. Returns how
-    many weights it has."""
+    """Write a copy of the model; for part > 1 one of random weights with `1 / part` of its layers. Returns how many
+    weights it has."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
