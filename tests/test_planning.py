@@ -79,9 +79,9 @@ def test_retain_ratio_shortens_the_epochs(tiny_model, small_data, tmp_path):
 
 
 def test_a_plan_of_several_processes_is_about_the_share_of_one(tiny_model, small_data, tmp_path):
-    alone = done(scripts.spul(tmp_path, tiny_model, small_data, "--dry_run")).stdout
+    alone = done(scripts.spul(tmp_path, tiny_model, small_data, "--dry_run", "--eval_batch_size=1")).stdout
     with mock.patch.object(processes, "count", lambda: 4):
-        shared = done(scripts.spul(tmp_path, tiny_model, small_data, "--dry_run")).stdout
+        shared = done(scripts.spul(tmp_path, tiny_model, small_data, "--dry_run", "--eval_batch_size=1")).stdout
     real, padding = zip(*(numbers(said, "tokens")[:2] for said in (alone, shared)))
     assert real[0] == real[1] and padding[0] > padding[1]  # a process pads to the longest row of its own
     steps = [float(re.search(r"step ([\d.]+) MiB", said)[1]) for said in (alone, shared)]
