@@ -223,7 +223,7 @@ def unlearn(args, output, frames):
 
     method, words = METHODS[args.unlearn_method], data.label_words(frames)
     loaded = models.load(args.model_checkpoints, args, args.parent_path)
-    models.refuse_prompted(loaded)
+    models.refuse_prompted(loaded.chain)
     metrics.check_lengths(loaded.model, loaded.tokenizer, frames, args)
     dtype, model = loaded.model.dtype, prepare(loaded.model, args)
     loaded = dataclasses.replace(loaded, model=model)
@@ -322,7 +322,7 @@ def instruct(args, output, frames):
 
     template = in_context.build(args, frames)
     loaded = models.load(args.model_checkpoints, args, args.parent_path)
-    models.refuse_prompted(loaded)
+    models.refuse_prompted(loaded.chain)
     loaded = dataclasses.replace(loaded, template=template)
     records, start = None, time.time()
     metrics.check_lengths(loaded.model, loaded.tokenizer, frames, args, template=template)
@@ -348,7 +348,7 @@ def gate(args, output, frames):
     from utils import checkpoints, data, eco, metrics, models, processes, report
 
     loaded = models.load(args.model_checkpoints, args, args.parent_path)
-    models.refuse_prompted(loaded)
+    models.refuse_prompted(loaded.chain)
     metrics.check_lengths(loaded.model, loaded.tokenizer, frames, args)
     loaded, settings = eco.learn(args, loaded, frames)
     print(report.gate_table(settings))

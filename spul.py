@@ -67,7 +67,7 @@ def main(args):
         return
 
     loaded = models.load(args.model_checkpoints, args, args.parent_path)
-    models.refuse_prompted(loaded)
+    models.refuse_prompted(loaded.chain)
     model, tokenizer = loaded.model, loaded.tokenizer
     metrics.check_lengths(model, tokenizer, frames, args, args.ptuning_num_tokens)
     records = [] if args.dry_run else report_merge(loaded, frames, words, args)

@@ -174,6 +174,7 @@ def test_a_manifest_of_a_later_version_is_refused(forest):
 def test_a_prompt_is_no_parent(forest):
     arguments = f"--model_checkpoints={forest / 'prompt'}", "--dataset=data", *scripts.SPUL
     refused(forest, "already is a prompt", "spul", *arguments)
+    refused(forest, "already is a prompt", "spul", *arguments, "--dry_run")
 
 
 @pytest.mark.parametrize("name", ["fine-tuned", "prompt"])

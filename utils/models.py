@@ -294,10 +294,10 @@ def load(name, args, parent=None):
     return loaded
 
 
-def refuse_prompted(loaded):
+def refuse_prompted(chain):
     """Raise UserError if the last Link is a prompt: what trains or instructs a model takes the model itself."""
-    if loaded.prompt is not None or loaded.template is not None or loaded.gate is not None:
-        raise UserError(f"{loaded.chain[-1].path} already is a prompt; --model_checkpoints takes what it was made on")
+    if chain[-1].kind in ("prompt", "in-context", "eco"):
+        raise UserError(f"{chain[-1].path} already is a prompt; --model_checkpoints takes what it was made on")
 
 
 def decoder_layers(model):

@@ -51,6 +51,7 @@ def print_plan(kind, args, name, frames):
     checkpoint it is trained on. frames: the four splits as the run selects them.
     """
     chain = models.resolve_chain(name, args.trust_remote_code, getattr(args, "parent_path", None), weights=False)
+    models.refuse_prompted(chain)
     tokenizer = models.load_tokenizer(chain, args.set_pad_id, args.trust_remote_code)
     config = load_config(chain[0], args.trust_remote_code)
     examples = training_rows(kind, args, tokenizer, frames)
