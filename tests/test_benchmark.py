@@ -31,7 +31,9 @@ def test_both_paths_train_on_the_same_batches_with_the_same_loss(tmp_path, tiny_
     result = json.loads((tmp_path / "out" / "bench.json").read_text())
     records = {(r["name"], r["path"], r["dtype"]): r for r in result["records"]}
     names = ["SPUL, p = 30", *some, "SPUL, 64 tokens"]
-    assert list(dict.fromkeys(name for name, _, _ in records)) == names
+    others = ["reference, 64 tokens", "inference, 64 tokens"]
+    assert list(dict.fromkeys(name for name, _, _ in records)) == names + others
+    assert all(record["error"] is None for record in records.values())
     for name in names:
         plain, ours = (records[name, path, "float32"] for path in ("plain", "ours"))
         assert plain["error"] is ours["error"] is None
@@ -44,6 +46,7 @@ def test_both_paths_train_on_the_same_batches_with_the_same_loss(tmp_path, tiny_
     expected = records["SPUL, p = 30", "plain", "float32"]["seconds"][0] / ours_seconds(records)
     assert result["ratios"][0]["times_faster"] == pytest.approx(expected)
     assert "times as fast as plain fp32" in said
+    assert all(f"Times faster than plain fp32 in {task} by" in said for task in ("training", "reference", "inference"))
     assert (tmp_path / "out" / "bench.png").stat().st_size > 10_000
 
 

@@ -119,9 +119,11 @@ def cells(args):
     for n in args.prompt_lengths:
         variants = [Variant("plain", "float32", n), Variant("ours", args.dtype, n)]
         yield Cell("prompts", f"SPUL, p = {n}", "training", variants, batch * sweep, SPUL)
+        yield Cell("prompts", f"inference, p = {n}", "inference", variants, batch * sweep, SPUL)
     for length in args.text_lengths:
         rows = min(args.batch_size, max(1, args.length_tokens // length))
-        yield Cell("lengths", f"SPUL, {length} tokens", "training", [plain, ours], [rows] * sweep, SPUL, length)
+        for task, name in (("training", "SPUL"), ("reference", "reference"), ("inference", "inference")):
+            yield Cell("lengths", f"{name}, {length} tokens", task, [plain, ours], [rows] * sweep, SPUL, length)
     by_rows = [max(1, args.batch_size * quarter // 4) for quarter in (1, 2, 3, 4)]
     yield Cell("rows", "SPUL, 64 tokens", "training", [ours], by_rows * sweep, SPUL, length=64)
     passes = [args.eval_rows] * args.rounds

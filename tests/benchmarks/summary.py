@@ -54,7 +54,7 @@ def ratios(records):
             same = all(plain[key] == ours[key] for key in ("part", "name", "p"))
             if same and plain["path"] == "plain" and ours["path"] == "ours":
                 faster, memory = ratio(ours, plain)
-                names = {key: plain[key] for key in ("part", "name", "p", "length")}
+                names = {key: plain[key] for key in ("part", "name", "task", "p", "length")}
                 result.append({**names, "plain": label(plain), "times_faster": faster, "memory_share": memory})
     return result
 
@@ -123,9 +123,11 @@ def sentences(result):
             f"A step of rows of 64 tokens takes {fit['seconds']:.2f} s + {1000 * fit['seconds_per_row']:.1f} ms a row "
             f"(R2 = {fit['r_squared']:.4f})."
         )
-    by_length = [f"{r['times_faster']:.1f} at {r['length']}" for r in result["ratios"] if r["part"] == "lengths"]
-    if by_length:
-        lines.append(f"Times faster than plain fp32 by tokens a row: {', '.join(by_length)}.")
+    for task in ("training", "reference", "inference"):
+        found = [entry for entry in result["ratios"] if entry["part"] == "lengths" and entry["task"] == task]
+        if found:
+            by_length = ", ".join(f"{entry['times_faster']:.1f} at {entry['length']}" for entry in found)
+            lines.append(f"Times faster than plain fp32 in {task} by tokens a row: {by_length}.")
     return lines
 
 
@@ -134,7 +136,9 @@ def draw(result, path):
     bars = sum(entry["part"] != "lengths" for entry in result["ratios"])
     size = 13, max(3.8, 1 + 0.4 * bars)
     figure, axes = pyplot.subplots(1, 3, figsize=size, gridspec_kw={"width_ratios": [1.1, 1.2, 1]})
-    _draw_lengths(axes[0], [r for r in _measured(result["records"]) if r["part"] == "lengths"])
+    _draw_lengths(
+        axes[0], [r for r in _measured(result["records"]) if r["part"] == "lengths" and r["task"] == "training"]
+    )
     _draw_ratios(axes[1], result["ratios"])
     _draw_rows(axes[2], [r for r in _measured(result["records"]) if r["part"] == "rows"], result["linear_in_rows"])
     for ax in axes:
