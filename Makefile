@@ -1,7 +1,7 @@
 # make demo  the main job on embedded data with a real small model, a quarter of an hour on two cores
 # make compare  SPUL and every rival on the same rows, in one table; an estimated one to two hours on two cores
 # make test  every test
-# make bench speed and memory against the plain path, an estimated half hour; BENCH_ARGS="--parts training" does a part
+# make bench speed and memory against the plain path, an estimated forty minutes; BENCH_ARGS="--parts training" does a part
 # make lint  ruff
 # MODEL=... DATASET=... SEED=... make demo runs the same on another model, data set or seed;
 # MODEL=... DATASET=... SEEDS="..." METHODS="..." make compare likewise.

@@ -10,7 +10,7 @@ from utils.report import pyplot
 GIB = 2**30
 SHORT = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
 COLUMNS = ("work", "path", "rows", "s/pass", "rows/s", "peak GiB", "of floor", "times faster", "memory")
-WIDTHS = (18, 20, 4, 8, 8, 8, 8, 12, 6)
+WIDTHS = (22, 20, 4, 8, 8, 8, 8, 12, 6)
 
 
 def label(record):
