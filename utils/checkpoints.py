@@ -111,8 +111,12 @@ def recover(path):
 def write_json(path, value):
     """Write `value` as indented JSON, whole or not at all; NaN is refused with ValueError, since JSON has none."""
     text, temporary = json.dumps(value, indent=2, allow_nan=False) + "\n", f"{path}.tmp"
-    Path(temporary).write_text(text)
-    os.replace(temporary, path)
+    try:
+        Path(temporary).write_text(text)
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
 
 
 def write_manifest(folder, final_path, kind, chain, args, data_fingerprint, words, metrics, training=None):
