@@ -9,6 +9,7 @@ layer are kept, so that the mask decides as it does without a cache. Query heads
 matrix product, q_1 K^T above q_2 K^T, so `grouped_attention` needs no copy of K and V for each of them.
 """
 
+import inspect
 from contextlib import contextmanager
 
 import torch
@@ -49,7 +50,8 @@ def prompt_prefix(model, prompt):
     cannot keep them (chunked attention, recurrent state), with a note that says so once."""
     obstacle, cache = _obstacle(model), Cache(layer_class_to_replicate=_KeptLayer)
     if not obstacle:
-        model(inputs_embeds=_cast(model, prompt)[None], past_key_values=cache, use_cache=True, logits_to_keep=1)
+        kept = {_cache_argument(model): cache}
+        model(inputs_embeds=_cast(model, prompt)[None], **kept, use_cache=True, logits_to_keep=1)
         obstacle = None if cache.layers else f"{model.config.model_type} keeps no keys and values"
     if obstacle:
         note_once(f"the prompt is computed once a row instead of once a batch: {obstacle}")
@@ -144,7 +146,19 @@ def _run(model, batch, prompt, seen):
         return model(inputs_embeds=inputs, attention_mask=mask, use_cache=False).logits
     mask = torch.nn.functional.pad(batch.attention_mask, (prompt[0][0].shape[2], 0), value=1)
     cache = Cache(layers=[_PrefixLayer(*pair, model.get_decoder().config) for pair in prompt])
-    return model(input_ids=batch.input_ids, attention_mask=mask, past_key_values=cache, use_cache=True).logits
+    kept = {_cache_argument(model): cache}
+    return model(input_ids=batch.input_ids, attention_mask=mask, **kept, use_cache=True).logits
+
+
+def _cache_argument(model: torch.nn.Module) -> str:
+    """The name under which `model` takes a cache: transformers renamed it in 5.24, and remote code keeps the old one."""
+    return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
+
+
+def kept_positions(*arguments: object) -> int:
+    """How many positions the cache among a module's `arguments` holds, whatever the argument is called; 0 without."""
+    cache = next((value for value in arguments if isinstance(value, Cache)), None)
+    return 0 if cache is None else cache.get_seq_length()
 
 
 def _cast(model, prompt):

@@ -18,7 +18,7 @@ from transformers.utils import is_flash_attn_2_available
 from utils import in_context, processes
 from utils.checkpoints import Link, base_name, parent_path, read_manifest, recover, verify_parent
 from utils.cli import UserError, first_line
-from utils.forward import GROUPED, prompt_prefix
+from utils.forward import GROUPED, kept_positions, prompt_prefix
 
 GROUPED_UP_TO = 256  # tokens, virtual ones included; README, "Speed and memory"
 HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
@@ -229,8 +229,7 @@ def set_attention(model, choice, device):
 
 def _attention_by_width(decoder, args, kwargs):
     tokens = next(t for t in (*args, kwargs.get("input_ids"), kwargs.get("inputs_embeds")) if t is not None)
-    kept = kwargs.get("past_key_values")
-    width = tokens.shape[1] + (0 if kept is None else kept.get_seq_length())
+    width = tokens.shape[1] + kept_positions(*args, *kwargs.values())
     decoder.set_attn_implementation(GROUPED if width <= GROUPED_UP_TO else "sdpa")
 
 
