@@ -80,11 +80,12 @@ def test_the_people_of_the_demo_are_of_the_list(frames):
     people = read_names(FOLDER / "demo_names.txt")
     for split, rows in ("train_forget", 75), ("test_forget", 26):
         found = [mentions(text, people) for text in frames[split]["text"]]
-        assert sum(map(bool, found)) == rows and {person for some in found for person in some} == set(dict(people))
+        named = {person for some in found for person in some}
+        assert sum(map(bool, found)) == rows and named == {person.name for person in people}
 
 
 def test_the_list_of_people(frames, names):
-    people = [person for person, _ in names]
+    people = [person.name for person in names]
     assert len(set(people)) == len(people)
     texts = [*frames["train_forget"]["text"], *frames["test_forget"]["text"]]
     found = {person for text in texts for person in mentions(text, names)}

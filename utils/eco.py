@@ -3,7 +3,6 @@
 import dataclasses
 import json
 import math
-import re
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +14,7 @@ from utils.checkpoints import write_json
 from utils.cli import UserError, first_line
 from utils.corruption import Corruption, has_strength
 from utils.data import SNIPPETS_FOLDER, SPLITS, sample_rows
-from utils.names import read_names, spans
+from utils.names import Person, read_names, spans
 from utils.splits import split_rows
 
 FILE, TAGGER = "eco.json", "token_classifier"
@@ -85,7 +84,7 @@ def learn(args, loaded, frames):
         "calibration": calibration,
         "corruption": {"family": corruption.family, "strength": strength, "dims": args.eco_dims, "seed": args.seed},
         "tokens": args.eco_tokens,
-        "names": [[person, pattern.pattern] for person, pattern in names],
+        "names": [dataclasses.asdict(person) for person in names],
         "token_classifier": args.eco_token_classifier,
         "metric": args.eco_metric,
         "target": target,
@@ -271,14 +270,14 @@ def load(link, loaded, args):
     gate = gates.load_gate(link, loaded, args)
     try:
         settings = json.loads((Path(link.path) / FILE).read_text())
-        names = [(person, re.compile(pattern)) for person, pattern in settings["names"]]
+        names = [Person(**person) for person in settings["names"]]
         marks = Marks()
         if settings["tokens"] == "entities" and settings["token_classifier"]:
             marks = Marks(Tagger(f"{link.path}/{TAGGER}", Path(link.path) / TAGGER, loaded, args))
         elif settings["tokens"] == "entities":
             marks = Marks(_by_list(names))
         return dataclasses.replace(loaded, gate=gate, marks=marks, corruption=Corruption(**settings["corruption"]))
-    except (OSError, ValueError, KeyError, TypeError, re.error):
+    except (OSError, ValueError, KeyError, TypeError):
         raise UserError(f"{link.path}/{FILE} is missing or damaged; train the checkpoint again")
 
 
@@ -326,7 +325,7 @@ def _by_list(names):
 def _found(text, names):
     """The [(start, end), ...] of the names in `text`, in order; where two overlap, one that covers both."""
     found = []
-    for start, end in sorted(span for _, pattern in names for span in spans(text, pattern)):
+    for start, end in sorted(span for person in names for span in spans(text, person)):
         if found and start < found[-1][1]:
             found[-1] = found[-1][0], max(end, found[-1][1])
         else:

@@ -96,7 +96,7 @@ def load(link):
 
 def _people(args):
     path = args.forget_names or args.forget_only or SNIPPETS_FOLDER / "forget_names.txt"
-    return [person for person, _ in read_names(path)]
+    return [person.name for person in read_names(path)]
 
 
 def _about(people):

@@ -93,14 +93,14 @@ def parse(source):
 
 def given_name_pattern(path):
     """Matches a name of the list and a capitalised word behind it; initials and particles may stand between."""
-    given = "|".join(re.escape(person) for person, _ in read_names(path))
+    given = "|".join(re.escape(person.name) for person in read_names(path))
     return re.compile(rf"(?<!\w)(?:{given})(?: [A-Z]\.)*(?: (?:[Dd]el?|[Vv][ao]n|[Ll]a))? [A-ZÀ-Þ]\w")
 
 
 def names_other(text, forget, others, given):
     """Whether `text` names a person off the forget list: a listed other, or a given name and a capitalised word."""
-    for _, pattern in forget:
-        for start, end in spans(text, pattern):
+    for person in forget:
+        for start, end in spans(text, person):
             text = text[:start] + "_" * (end - start) + text[end:]
     return bool(mentions(text, others) or given.search(text))
 

@@ -33,8 +33,8 @@ def main(args):
         name: read_names(data.SNIPPETS_FOLDER / f"{name}.txt")
         for name in ("given_names", "forget_names", "other_names")
     }
-    given = {person.lower() for person, _ in lists["given_names"]}
-    surnames = {person.lower().split()[-1] for name in ("forget_names", "other_names") for person, _ in lists[name]}
+    given = {person.name.lower() for person in lists["given_names"]}
+    surnames = {person.name.lower().split()[-1] for name in ("forget_names", "other_names") for person in lists[name]}
     for split, frame in frames.items():
         frames[split] = frame.assign(names_other=[int(names_somebody(text, given, surnames)) for text in frame["text"]])
         print(f"{split:13s}{len(frame):8,d} rows, {frames[split]['names_other'].sum():6,d} name somebody")
