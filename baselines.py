@@ -258,7 +258,7 @@ def unlearn(args, output, frames):
         state_path=training.state_path(output),
         fingerprint=data.fingerprint(used),
         chain=loaded.chain,
-        warmup=0.1,
+        warmup=0.05,
         evaluate=evaluate,
     )
     only_adapter_dropout(model)

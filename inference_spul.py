@@ -32,6 +32,7 @@ def parse_args():
     cli.add_model_arguments(parser)
     parser.add_argument("--forget_size", type=cli.fraction, default=1.0, help="share of train_forget that was unlearnt")
     parser.add_argument("--parent_path", help="where the parent of the checkpoint lies, if it was moved")
+    parser.add_argument("--logits_path", help="taken as in the published command; nothing is compared with a reference")
     parser.add_argument("--router", help="ECO checkpoint: add a row with the prompt only where its classifier flags")
     parser.add_argument("--force", action="store_true", help="take a --router that was trained on other data")
     parser.add_argument(
@@ -65,6 +66,8 @@ def parse_args():
 def main(args):
     from utils import checkpoints, data, processes, report
 
+    if args.logits_path:
+        cli.note_once("inference compares nothing with a reference, so --logits_path is not used")
     new_text = args.text or args.input_file
     if not args.dataset:
         manifest = checkpoints.first_manifest(args.model_checkpoints)

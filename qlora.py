@@ -19,7 +19,7 @@ def parse_args():
     parser = cli.ArgumentParser(__doc__)
     parser.add_argument("--model_name", required=True, help="hub id, model folder or .gguf file")
     cli.add_model_arguments(parser)
-    cli.add_training_arguments(parser, num_epochs=2)
+    cli.add_training_arguments(parser, num_epochs=10)
     group = parser.add_argument_group("fine-tuning")
     group.add_argument("--quantization", choices=["nf4", "none"], default="nf4", help="of the frozen base")
     group.add_argument(

@@ -93,7 +93,7 @@ def test_the_published_command(method, fine_tuned, small_data, tmp_path):
     budget = "--max_steps=1", "--max_eval_samples=2"
     result = done(call(tmp_path, "baselines", *shlex.split(command), *budget))
     (folder,) = (tmp_path / "unlearn_checkpoints").iterdir()
-    assert re.fullmatch(rf"{method}_fine-tuned_data-1\.0_\d{{4}}-\d\d-\d\d_\d\d-\d\d-\d\d", folder.name)
+    assert re.fullmatch(rf"{method}_tiny-llama_data-1\.0_\d{{4}}-\d\d-\d\d-\d\d-\d\d-\d\d", folder.name)
     assert f"wrote unlearn_checkpoints/{folder.name}" in result.stdout
     assert names(folder) == FULL_FILES
     arguments = manifest_of(folder)["arguments"]

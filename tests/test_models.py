@@ -137,10 +137,11 @@ def test_rows_and_prompt_must_fit_the_positions(tiny_model):
         models.check_length(model.config, 501, 12)
 
 
-def test_short_names(tiny_model, monkeypatch):
+def test_folders_carry_the_base_model_s_name_in_lower_case(tiny_model, fine_tuned, monkeypatch):
     monkeypatch.chdir(tiny_model)
-    names = {"meta-llama/Llama-2-7b-hf": "Llama-2-7b-hf", f"{tiny_model}/": "tiny-llama", ".": "tiny-llama"}
-    assert {name: models.short_name(name) for name in [*names, "a/model.gguf"]} == names | {"a/model.gguf": "model"}
+    names = {"meta-llama/Llama-2-7b-hf": "llama-2-7b-hf", f"{tiny_model}/": "tiny-llama", ".": "tiny-llama"}
+    names |= {"a/Model.gguf": "model", str(fine_tuned): "tiny-llama"}
+    assert {name: models.short_name(name) for name in names} == names
 
 
 def attention_of(model, width, p=0):

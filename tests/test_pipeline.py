@@ -87,7 +87,7 @@ def test_published_commands_write_the_published_folders(run):
     assert names(cwd) == {"qlora_checkpoints", "unlearn_checkpoints", "saved_logits", "saved_results"}
     assert names(cwd / "qlora_checkpoints") == {"tiny-llama-qlora-snippets"}
     prompt = prompt_folder(cwd).name
-    assert re.fullmatch(r"spul_tiny-llama-qlora-snippets_snippets-1\.0_\d{4}-\d\d-\d\d_\d\d-\d\d-\d\d", prompt)
+    assert re.fullmatch(r"spul_tiny-llama_snippets-1\.0_\d{4}-\d\d-\d\d-\d\d-\d\d-\d\d", prompt)
     assert names(cwd / "saved_results") == {f"{prompt}-snippets"}
     (reference,) = names(cwd / "saved_logits")
     assert re.fullmatch(r"tiny-llama-qlora-snippets-snippets-[0-9a-f]{12}\.safetensors", reference)

@@ -16,7 +16,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils import is_flash_attn_2_available
 
 from utils import in_context, processes
-from utils.checkpoints import Link, base_name, parent_path, read_manifest, recover, verify_parent
+from utils.checkpoints import Link, base_name, first_manifest, parent_path, read_manifest, recover, verify_parent
 from utils.cli import UserError, first_line
 from utils.forward import GROUPED, kept_positions, prompt_prefix
 
@@ -74,10 +74,12 @@ def resolve_chain(name, trust_remote_code=False, parent=None, weights=True):
     return [*chain, link]
 
 
-def short_name(name):
-    """The part of a model's name or path that output folders carry."""
-    path = Path(name)
-    return path.stem if path.suffix == ".gguf" else path.resolve().name if path.exists() else path.name
+def short_name(name: str) -> str:
+    """`<model>` of the published folder names: the base model's own name in lower case, `llama-2-7b-hf` say, whichever
+    checkpoint on top of it `name` is."""
+    path = Path(first_manifest([name]).get("base", name))
+    own = path.stem if path.suffix == ".gguf" else path.resolve().name if path.exists() else path.name
+    return own.lower()
 
 
 def _local_path(name, trust_remote_code, weights):

@@ -136,10 +136,15 @@ class Training:
         }
         return log
 
-    def optimizer(self):
-        """AdamW over the parameters; `fused` goes over their numbers once."""
+    def optimizer(self) -> torch.optim.AdamW:
+        """AdamW; matrices decay, biases and weights of norms do not, as in Trainer, which the published code uses.
+        `fused` goes over the numbers once."""
         args = self.args
-        return torch.optim.AdamW(self.parameters.values(), lr=args.lr, weight_decay=args.weight_decay, fused=True)
+        kinds = {args.weight_decay: [], 0.0: []}
+        for parameter in self.parameters.values():
+            kinds[args.weight_decay if parameter.ndim > 1 else 0.0].append(parameter)
+        groups = [{"params": kind, "weight_decay": decay} for decay, kind in kinds.items()]
+        return torch.optim.AdamW(groups, lr=args.lr, fused=True)
 
     def update(self, optimizer, line):
         """One step of the optimizer along the accumulated, clipped gradient, whose norm before clipping it returns."""
@@ -188,8 +193,9 @@ class Training:
         if not processes.is_main():
             return
         tensors = {f"parameter.{name}": value.detach() for name, value in self.parameters.items()}
-        for i, state in optimizer.state_dict()["state"].items():
-            tensors |= {f"optimizer.{i}.{key}": value for key, value in state.items()}
+        states = optimizer.state_dict()["state"]
+        for name, i in self._numbers(optimizer).items():
+            tensors |= {f"optimizer.{name}.{key}": value for key, value in states.get(i, {}).items()}
         tensors["rng.cpu"] = torch.get_rng_state()
         if torch.cuda.is_available():
             tensors["rng.cuda"] = torch.cuda.get_rng_state()
@@ -204,18 +210,26 @@ class Training:
             temporary.unlink(missing_ok=True)
             raise
 
+    def _numbers(self, optimizer: torch.optim.Optimizer) -> dict[str, int]:
+        """Under which number the optimizer keeps what it knows of each parameter, by the parameter's name."""
+        names = {id(parameter): name for name, parameter in self.parameters.items()}
+        ordered = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        return {names[id(parameter)]: i for i, parameter in enumerate(ordered)}
+
     def _load(self, optimizer, schedule):
         text = read_state(self.state_path)
         refuse_other_settings(self.state_path, text, self.settings)
         tensors = load_file(self.state_path)
-        states = {}
+        states, numbers = {}, self._numbers(optimizer)
         for key, value in tensors.items():
             kind, _, rest = key.partition(".")
             if kind == "parameter":
                 self.parameters[rest].data.copy_(value)
             elif kind == "optimizer":
-                i, name = rest.split(".")
-                states.setdefault(int(i), {})[name] = value
+                name, _, quantity = rest.rpartition(".")
+                if name not in numbers:  # of another version, which numbered them
+                    raise UserError(f"{self.state_path} is of another version; start over with --overwrite")
+                states.setdefault(numbers[name], {})[quantity] = value
         optimizer.load_state_dict({"state": states, "param_groups": optimizer.state_dict()["param_groups"]})
         schedule.load_state_dict(text["schedule"])
         for group, lr in zip(optimizer.param_groups, schedule.get_last_lr()):
@@ -235,7 +249,7 @@ def output_path(args, stem):
         states = Path("unlearn_checkpoints").glob(f"{stem}_*{state_path('').name}")
         newest = max(states, key=lambda path: path.stat().st_mtime, default=state_path(f"unlearn_checkpoints/{stem}"))
         output = str(newest).removesuffix(state_path("").name)
-    output = output or f"unlearn_checkpoints/{stem}_{time.strftime('%Y-%m-%d_%H-%M-%S')}"
+    output = output or f"unlearn_checkpoints/{stem}_{time.strftime('%Y-%m-%d-%H-%M-%S')}"
     output = processes.from_main(output)  # clocks differ
     check_start(output, args)
     return output
