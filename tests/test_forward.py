@@ -4,6 +4,7 @@ import copy
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
+from unittest import mock
 
 import pytest
 import tiny
@@ -11,7 +12,7 @@ import torch
 from accelerate import dispatch_model
 from transformers import AutoModelForCausalLM, MambaConfig, OpenAIGPTConfig, RwkvConfig
 
-from utils import losses, models, reference
+from utils import forward, losses, models, reference
 from utils.cli import note_once
 from utils.data import Example, collate, load_splits
 from utils.forward import GROUPED, completion_hidden, completion_logits, prompt_prefix
@@ -353,6 +354,42 @@ def test_logits_are_float32_for_a_bfloat16_model():
     assert logits.dtype == torch.float32
     assert gradient(prompt, logits).dtype == torch.float32
     assert completion_hidden(model, batch).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gemma2"])
+def test_the_head_of_a_bfloat16_model_multiplies_in_float32(architecture):
+    """Logits in bfloat16 have eight bits, so that the best two tie: ranking the label words and the arg max over the
+    vocabulary would disagree. The product of several pieces of the head, its gradient, and the reference's."""
+    model = tiny.build_model(architecture).bfloat16().requires_grad_(False)
+    head, cap = model.get_output_embeddings(), model.config.get_text_config().to_dict().get("final_logit_softcapping")
+    batch, prompt = collate(rows(), 1, "cpu"), virtual_tokens(model)
+
+    def expected(hidden):
+        logits = hidden.float() @ head.weight.float().T
+        return cap * torch.tanh(logits / cap) if cap else logits
+
+    with mock.patch.object(forward, "HEAD_ROWS", 300):
+        logits, before = completion_logits(model, batch, prompt, completion_hidden(model, batch))
+        with forward._gather_before_head(model, batch) as seen:
+            forward._run(model, batch, prompt, seen)
+        torch.testing.assert_close(logits, expected(seen["hidden"]), rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(before, expected(completion_hidden(model, batch)), rtol=1e-5, atol=1e-5)
+        got = gradient(prompt, logits)
+        torch.testing.assert_close(got, gradient(prompt, expected(seen["hidden"])), rtol=2e-2, atol=1e-4)
+    assert len(set(logits[0].tolist())) > 0.99 * len(logits[0])  # in bfloat16 hundreds of words share a value
+
+
+def test_a_trained_head_under_autocast_multiplies_in_float32_too():
+    model, batch = tiny.build_model("llama").requires_grad_(True), collate(rows(), 1, "cpu")
+    before = copy.deepcopy(model.get_output_embeddings()).requires_grad_(False)
+    with torch.autocast("cpu", torch.bfloat16):
+        hidden = completion_hidden(model, batch)
+        logits, reference_logits = completion_logits(model, batch, None, hidden, before)
+    assert logits.dtype == reference_logits.dtype == torch.float32
+    torch.testing.assert_close(logits, reference_logits)
+    torch.testing.assert_close(logits, hidden.float() @ before.weight.T, rtol=1e-5, atol=1e-5)
+    logits.sum().backward()
+    assert model.get_output_embeddings().weight.grad.abs().sum() > 0
 
 
 def test_no_hook_stays_on_the_head(model):

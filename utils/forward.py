@@ -21,6 +21,7 @@ from transformers.masking_utils import eager_mask
 from utils.cli import note_once
 
 SOFTMAX_LANES = 32  # torch's bfloat16 softmax on a CPU takes up to 5 times as long for rows of any other length
+HEAD_ROWS = 16384  # words of the head that are converted to float32 at a time
 GROUPED = "grouped"  # the name of grouped_attention among transformers' attention implementations
 
 
@@ -151,7 +152,7 @@ def _run(model, batch, prompt, seen):
 
 
 def _cache_argument(model: torch.nn.Module) -> str:
-    """The name under which `model` takes a cache: transformers renamed it in 5.24, and remote code keeps the old one."""
+    """The name under which `model` takes a cache: transformers renamed it in 5.24, remote code may keep the old one."""
     return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
 
 
@@ -170,30 +171,70 @@ def _gather_before_head(model, batch, reference=None, reference_head=None):
     """While open, the head sees only hidden states that predict completion tokens, then the rows of `reference`.
 
     Hooks on the head rather than a second call of it, so that whatever the architecture does after the head (soft
-    caps, scales) still happens. Yields a dict: `offset` = virtual tokens in front, set before the pass; `hidden`.
+    caps, scales) still happens. A plain head in half precision (or under autocast) sees no rows at all: its product is
+    taken in float32, see `_float32_product`. Yields a dict: `offset` = virtual tokens in front, set before the pass;
+    `hidden`.
     """
     seen = {"offset": 0}
+    head = model.get_output_embeddings()
+    in_float32 = _rounds(head)
 
     def gather(_, inputs):
         hidden = inputs[0]  # the head may be on another device than the batch
         rows, positions = batch.rows.to(hidden.device), batch.positions.to(hidden.device)
         seen["hidden"] = hidden[rows, positions + seen["offset"]]
-        if reference is None or reference_head is not None:
-            return (seen["hidden"],)
-        return (torch.cat([seen["hidden"], reference.to(inputs[0])]),)
+        seen["read"] = seen["hidden"]
+        if reference is not None and reference_head is None:
+            seen["read"] = torch.cat([seen["hidden"], reference.to(hidden)])
+        return (seen["read"][:0] if in_float32 else seen["read"],)
 
-    def append(_, inputs, output):
-        return torch.cat([output, reference_head(reference.to(inputs[0])).to(output)])
+    def multiply(_, inputs, output):
+        logits = _float32_product(head, seen["read"]) if in_float32 else output
+        if reference_head is None:
+            return logits
+        product = _float32_product if in_float32 else torch.nn.Module.__call__
+        return torch.cat([logits, product(reference_head, reference.to(inputs[0])).to(logits)])
 
-    head = model.get_output_embeddings()
-    handles = [head.register_forward_pre_hook(gather)]
-    if reference_head is not None:
-        handles.append(head.register_forward_hook(append))
+    handles = [head.register_forward_pre_hook(gather), head.register_forward_hook(multiply)]
     try:
         yield seen
     finally:
         for handle in handles:
             handle.remove()
+
+
+def _rounds(head: torch.nn.Module) -> bool:
+    """Whether a plain linear `head` would round its logits to half precision: in bfloat16 the best two often tie."""
+    if type(head) is not torch.nn.Linear or head.weight.is_meta:  # weights that are elsewhere until the head is called
+        return False
+    return head.weight.dtype != torch.float32 or torch.is_autocast_enabled(head.weight.device.type)
+
+
+def _float32_product(head: torch.nn.Linear, hidden: torch.Tensor) -> torch.Tensor:
+    """Float32 logits (N, |V|) of hidden states (N, d), whatever the dtype of `head`."""
+    with torch.autocast(head.weight.device.type, enabled=False):
+        hidden = hidden.to(head.weight.device).float()
+        if head.weight.requires_grad:
+            logits = hidden @ head.weight.float().T
+        else:
+            logits = _FrozenProduct.apply(hidden, head.weight)
+        return logits if head.bias is None else logits + head.bias.float()
+
+
+class _FrozenProduct(torch.autograd.Function):
+    """hidden (N, d) float32 times a frozen weight (|V|, d) of another dtype, in float32. The weight is converted piece
+    by piece, and again in the backward pass: a float32 copy of it would be larger than all else in a step."""
+
+    @staticmethod
+    def forward(ctx, hidden, weight):
+        ctx.save_for_backward(weight)
+        return torch.cat([hidden @ part.float().T for part in weight.split(HEAD_ROWS)], dim=-1)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        (weight,) = ctx.saved_tensors
+        pairs = zip(gradient.split(HEAD_ROWS, dim=-1), weight.split(HEAD_ROWS))
+        return sum(part_gradient @ part.float() for part_gradient, part in pairs), None
 
 
 class _Enough(Exception):
