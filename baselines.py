@@ -203,9 +203,7 @@ def main(args):
     name = models.short_name(args.model_checkpoints)
     stem = f"{args.unlearn_method}_{name}_{data.dataset_name(args.dataset)}-{args.forget_size}"
     output = training.output_path(args, stem)
-    frames = data.select_rows(
-        data.load_splits(args.dataset), args.forget_size, args.max_train_samples, args.forget_share, args.forget_only
-    )
+    frames = data.load_rows(vars(args))
     if args.dry_run:
         planning.print_plan("lora" if args.tune == "lora" else "full", args, args.model_checkpoints, frames)
     if args.dry_run == "plan":

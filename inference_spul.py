@@ -74,9 +74,7 @@ def main(args):
         if new_text and "label_words" in manifest:
             return predict(args, manifest["label_words"])
         args.dataset = manifest["arguments"]["dataset"] if manifest else "sst2"
-    frames = data.select_rows(
-        data.load_splits(args.dataset), args.forget_size, args.max_train_samples, args.forget_share, args.forget_only
-    )
+    frames = data.load_rows(vars(args))
     words = data.label_words(frames)
     if new_text:
         return predict(args, words)
@@ -146,15 +144,15 @@ def note_other_rows(args, chains, frames):
     """Say which checkpoints were trained on other rows than those that the train columns of the table are about."""
     from utils import data
 
-    used = {n: data.fingerprint({split: frames[split] for split in data.TRAIN_SPLITS[:n]}) for n in (1, 2)}
     for chain in chains:
         manifest = chain[-1].manifest
         if manifest is None or (chain[-1].kind == "lora" and args.forget_size < 1):  # it knows more rows than these
             continue
-        if manifest["data_fingerprint"] != used[1 if manifest["arguments"].get("exclude_forget") else 2]:
+        if not data.learnt_by(manifest, frames):
             cli.note_once(
                 f"{chain[-1].path} was trained on other rows than the train columns show; give this command the "
-                "--dataset, --max_train_samples, --forget_share, --forget_only and --forget_size of its training"
+                "--dataset, --max_train_samples, --forget_share, --forget_only, --rows_seed, --validation_share and "
+                "--forget_size of its training"
             )
 
 

@@ -38,9 +38,7 @@ def main(args):
     output = args.output_path or f"qlora_checkpoints/{name}"
     training.check_start(output, args)
 
-    frames = data.select_rows(
-        data.load_splits(args.dataset), 1.0, args.max_train_samples, args.forget_share, args.forget_only
-    )
+    frames = data.load_rows(vars(args))
     words = data.label_words(frames)
     if args.dry_run:
         planning.print_plan("lora", args, args.model_name, frames)

@@ -57,9 +57,7 @@ def main(args):
 
     model_name = models.short_name(args.model_checkpoints)
     output = training.output_path(args, f"spul_{model_name}_{data.dataset_name(args.dataset)}-{args.forget_size}")
-    frames = data.select_rows(
-        data.load_splits(args.dataset), args.forget_size, args.max_train_samples, args.forget_share, args.forget_only
-    )
+    frames = data.load_rows(vars(args))
     words = data.label_words(frames)
     if args.dry_run:
         planning.print_plan("prompt", args, args.model_checkpoints, frames)
@@ -72,9 +70,9 @@ def main(args):
     metrics.check_lengths(model, tokenizer, frames, args, args.ptuning_num_tokens)
     records = [] if args.dry_run else report_merge(loaded, frames, words, args)
 
-    trained_on = (loaded.chain[-1].manifest or {}).get("data_fingerprint")
     used = data.fingerprint({split: frames[split] for split in data.TRAIN_SPLITS})
-    if args.forget_size == 1 and trained_on not in (None, used):
+    tuned = loaded.chain[-1].manifest
+    if args.forget_size == 1 and tuned and not data.learnt_by(tuned, frames):
         print(f"note: {args.model_checkpoints} was fine-tuned on other rows than the ones selected here")
     unlearning = data.draw_unlearning_labels(len(frames["train_forget"]), args.seed)
     retain, forget = frames["train_retain"], frames["train_forget"]

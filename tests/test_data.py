@@ -348,6 +348,54 @@ def test_the_share_of_forget_rows_can_be_chosen(share, forget):
     assert (len(selected["train_retain"]), len(selected["train_forget"])) == (40 - forget, forget)
 
 
+def test_another_rows_seed_draws_other_rows():
+    chosen = [data.select_rows(frames_of(300, 100), max_train_samples=40, rows_seed=seed) for seed in (42, 1)]
+    assert chosen[0]["train_retain"].equals(data.select_rows(frames_of(300, 100), max_train_samples=40)["train_retain"])
+    for split in data.TRAIN_SPLITS:
+        assert len(chosen[0][split]) == len(chosen[1][split]) and not chosen[0][split].equals(chosen[1][split])
+    published = data.select_rows(frames_of(50, 39), forget_size=0.5, rows_seed=1)  # whatever the seeds
+    assert published["train_forget"].equals(data.select_rows(frames_of(50, 39), forget_size=0.5)["train_forget"])
+
+
+@pytest.mark.parametrize("final", [False, True])
+def test_validation_rows_are_cut_from_train_and_stand_in_for_test_rows(final):
+    frames = frames_of(50, 20)
+    chosen = data.select_rows(frames, validation_share=0.2, final=final)
+    assert [len(chosen[split]) for split in data.SPLITS] == ([40, 16, 6, 4] if final else [40, 16, 10, 4])
+    for kind in ("retain", "forget"):
+        train, test, whole = (
+            set(f["text"]) for f in (chosen[f"train_{kind}"], chosen[f"test_{kind}"], frames[f"train_{kind}"])
+        )
+        assert not train & test and train < whole
+        assert (test == set(frames[f"test_{kind}"]["text"])) if final else (train | test == whole)
+        assert chosen[f"test_{kind}"]["label"].mean() == 0.5
+    part = data.select_rows(frames, validation_share=0.2, forget_size=0.5)  # of rows that were learnt
+    assert set(part["train_forget"]["text"]) < set(chosen["train_forget"]["text"])
+    other = data.select_rows(frames, validation_share=0.2, rows_seed=1)
+    assert not other["train_retain"].equals(chosen["train_retain"])
+
+
+def test_a_validation_share_that_cannot_be_had_is_refused():
+    with pytest.raises(UserError, match="--validation_share=0.1 leaves no row for test_forget"):
+        data.select_rows(frames_of(50, 2), validation_share=0.1)
+    with pytest.raises(UserError, match="leaves no row for train_retain"):
+        data.select_rows(frames_of(50, 20), validation_share=1.0)
+    with pytest.raises(UserError, match="--final goes with --validation_share"):
+        data.select_rows(frames_of(50, 20), final=True)
+
+
+def test_what_a_manifest_recorded_selects_the_same_rows(small_data):
+    arguments = {"dataset": str(small_data), "max_train_samples": 12, "forget_share": None, "rows_seed": 7, "lr": 1}
+    rows = data.load_rows(arguments)
+    assert sum(len(rows[split]) for split in data.TRAIN_SPLITS) == 12
+    manifest = {"arguments": arguments, "data_fingerprint": data.fingerprint({s: rows[s] for s in data.TRAIN_SPLITS})}
+    assert data.learnt_by(manifest, rows)
+    assert not data.learnt_by(manifest, data.load_rows(arguments | {"rows_seed": 8}))
+    retrained = manifest["arguments"] | {"exclude_forget": True}
+    manifest = {"arguments": retrained, "data_fingerprint": data.fingerprint({"train_retain": rows["train_retain"]})}
+    assert data.learnt_by(manifest, rows)
+
+
 def test_sampled_rows_keep_the_file_order():
     sample = data.sample_rows(frames_of(50, 3)["train_retain"], 20)
     numbers = [int(text.split()[1]) for text in sample["text"]]

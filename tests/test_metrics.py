@@ -298,7 +298,7 @@ def evaluation_frames():
 
 
 def test_evaluate_scores_every_split_and_its_slices(llama):
-    args = argparse.Namespace(max_eval_samples=None, max_length=200, eval_batch_size=4)
+    args = argparse.Namespace(max_eval_samples=None, rows_seed=42, max_length=200, eval_batch_size=4)
     frames = evaluation_frames()
     splits, rows = metrics.evaluate(llama, frames, WORDS, args, "test")
     sizes = {split: len(frames[split]) for split in SPLITS}
@@ -315,7 +315,7 @@ def test_evaluate_scores_every_split_and_its_slices(llama):
 
 
 def test_evaluate_at_most_so_many_rows(llama):
-    args = argparse.Namespace(max_eval_samples=5, max_length=200, eval_batch_size=4)
+    args = argparse.Namespace(max_eval_samples=5, rows_seed=42, max_length=200, eval_batch_size=4)
     splits, rows = metrics.evaluate(llama, evaluation_frames(), WORDS, args, "test")
     assert {splits[split]["n"] for split in SPLITS} == {5}
     assert len(rows) == 20
@@ -323,7 +323,7 @@ def test_evaluate_at_most_so_many_rows(llama):
 
 def test_columns_of_the_data_do_not_get_into_the_scores(llama):
     """Whatever else the user's files hold, also under names that the scores use."""
-    args = argparse.Namespace(max_eval_samples=3, max_length=200, eval_batch_size=4)
+    args = argparse.Namespace(max_eval_samples=3, rows_seed=42, max_length=200, eval_batch_size=4)
     extra = {"loss": "x", "prediction": "x", "correct": "x", "split": "x", "label_prediction": "x", "method": "x"}
     frames = {split: sentences(6) for split in SPLITS}
     expected, _ = metrics.evaluate(llama, frames, WORDS, args, "test")

@@ -557,6 +557,28 @@ def inference(cwd, dataset, *arguments):
     return call(cwd, "inference_spul", f"--dataset={dataset}", *scripts.ROWS, "--model_checkpoints", *paths, *flags)
 
 
+def test_settings_are_chosen_on_train_rows_alone(tiny_model, small_data, tmp_path):
+    """Training and inference with --validation_share; icul reads its rows again by what its manifest recorded."""
+    rows = "--validation_share=0.25", "--rows_seed=7", "--max_length=400"
+    made = *rows, "--max_eval_samples=0", "--output_path=icul"
+    done(scripts.baselines(tmp_path, tiny_model, small_data, "icul", *made))
+    note_once.cache_clear()
+    flags = "--model_checkpoints=icul", f"--dataset={small_data}", "--dtype=float32", *rows
+    said = done(call(tmp_path, "inference_spul", *flags, "--output_path=chosen"))
+    assert "the train rows that --validation_share put aside" in said.stderr and "other rows" not in said.stderr
+    (record,) = metrics_of(tmp_path / "chosen")
+    assert record["validation_share"] == 0.25
+    texts = pd.read_json(tmp_path / "chosen" / "predictions.jsonl", lines=True).groupby("split")["text"].agg(set)
+    for kind, n in (("retain", 4), ("forget", 2)):
+        whole = set(pd.read_csv(small_data / f"train_{kind}.csv")["text"])
+        assert texts[f"test_{kind}"] == whole - texts[f"train_{kind}"] and len(texts[f"test_{kind}"]) == n
+    done(call(tmp_path, "inference_spul", *flags, "--final", "--max_eval_samples=2", "--output_path=final"))
+    texts = pd.read_json(tmp_path / "final" / "predictions.jsonl", lines=True).groupby("split")["text"].agg(set)
+    assert texts["test_forget"] < set(pd.read_csv(small_data / "test_forget.csv")["text"])
+    assert "validation_share" not in metrics_of(tmp_path / "final")[0]
+    refused(tmp_path, "--final goes with --validation_share", "inference_spul", *flags[:3], "--final")
+
+
 def test_many_checkpoints_have_a_short_name_and_the_data_of_any_of_them(tiny_model, fine_tuned, small_data, tmp_path):
     """The plain model comes first and records no data set."""
     place = tmp_path / "a" / "b"

@@ -206,6 +206,16 @@ def add_model_arguments(parser):
         "--forget_only", metavar="FILE",
         help="leave out forget rows that name nobody of this list (its form: data/snippets/forget_names.txt)",
     )  # fmt: skip
+    group.add_argument(
+        "--rows_seed", type=seed, default=42, help="which rows --max_train_samples and --max_eval_samples draw"
+    )
+    group.add_argument(
+        "--validation_share", type=fraction, metavar="S",
+        help="put this share of the train rows aside and evaluate on them instead of the test rows: to choose settings",
+    )  # fmt: skip
+    group.add_argument(
+        "--final", action="store_true", help="with --validation_share: evaluate on the test rows, after all choices"
+    )
     group.add_argument("--seed", type=seed, default=42, help="of batches, unlearning labels and initialisation")
     group.add_argument("--output_path", help="folder to write (default: the published name)")
     group.add_argument("--overwrite", action="store_true", help="replace an existing output folder of this project")

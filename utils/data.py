@@ -11,9 +11,9 @@ import numpy as np
 import pandas as pd
 import torch
 
-from utils.cli import UserError, first_line
+from utils.cli import UserError, first_line, note_once
 from utils.names import mentions, read_names
-from utils.splits import SPLITS, UNLEARNING_LABELS
+from utils.splits import SPLITS, UNLEARNING_LABELS, split_rows
 
 TRAIN_SPLITS = SPLITS[:2]
 HUB_DATASETS = {"sst2": "karuna-bhaila/Unlearning_SST2", "yelp": "karuna-bhaila/Unlearning_Yelp_Polarity"}
@@ -26,6 +26,9 @@ READERS = {
     ".parquet": pd.read_parquet,
 }
 SUBSET_SEED = 42  # the published protocol draws forget subsets with default_rng(42), whatever the training seed
+SELECTION = (  # arguments that decide which rows a command works on
+    "forget_size", "max_train_samples", "forget_share", "forget_only", "rows_seed", "validation_share", "final",
+)  # fmt: skip
 
 TEMPLATE_HEAD = "### Text: "
 TEMPLATE_TAIL = "\n\n### Question: What is the sentiment of the given text?\n\n### Sentiment:"
@@ -176,17 +179,37 @@ def label_words(frames):
     return list(pairs.sort_values("label")["label_text"])
 
 
-def select_rows(frames, forget_size=1.0, max_train_samples=None, forget_share=None, forget_only=None):
+def load_rows(arguments: dict) -> dict[str, pd.DataFrame]:
+    """The four splits that a command works on. arguments: those of the command, or those that a manifest recorded."""
+    chosen = {name: arguments[name] for name in SELECTION if arguments.get(name) is not None}
+    if chosen.get("validation_share") and not chosen.get("final"):
+        note_once("what is called test are the train rows that --validation_share put aside; --final shows test rows")
+    return select_rows(load_splits(arguments["dataset"]), **chosen)
+
+
+def select_rows(
+    frames: dict[str, pd.DataFrame],
+    forget_size: float = 1.0,
+    max_train_samples: int | None = None,
+    forget_share: float | None = None,
+    forget_only: str | None = None,
+    rows_seed: int = SUBSET_SEED,
+    validation_share: float | None = None,
+    final: bool = False,
+) -> dict[str, pd.DataFrame]:
     """The training protocol's row selection; returns new frames, order kept.
 
     `forget_only` names a file with a list of people (utils.names): forget rows, train and test, that name none of them
     are left out. `max_train_samples` keeps so many train rows in all, of them `forget_share` forget rows (default: the
-    share the data has). `forget_size` < 1 then keeps int(size * n) rows of train_forget, drawn with NumPy
-    default_rng(42) (the published protocol). Nothing depends on the training seed, and what a `forget_size` keeps is
-    part of what is kept without one, so spul.py sees rows that qlora.py has seen. Raises UserError when a split would
-    be left without a row, or has not as many as were asked for.
+    share the data has), drawn by `rows_seed`. `validation_share` puts that share of each train split aside; these rows
+    stand in for the test splits, so that settings are chosen without them, unless `final`. `forget_size` < 1 then keeps
+    int(size * n) rows of train_forget, drawn with NumPy default_rng(42) (the published protocol). Nothing depends on
+    the training seed, and what a `forget_size` keeps is part of what is kept without one, so spul.py sees rows that
+    qlora.py has seen. Raises UserError when a split would be left without a row, or has not as many as were asked for.
     """
     frames = dict(frames)
+    if final and not validation_share:
+        raise UserError("--final goes with --validation_share, without which test rows are evaluated anyway")
     if forget_only:
         people = read_names(forget_only)
         for split in ("train_forget", "test_forget"):
@@ -209,7 +232,9 @@ def select_rows(frames, forget_size=1.0, max_train_samples=None, forget_share=No
                     f"{split} has {sizes[split]} rows{named}, --max_train_samples={max_train_samples} and "
                     f"--forget_share ask for {wanted[split]}; change one of them"
                 )
-            frames[split] = sample_rows(frames[split], wanted[split])
+            frames[split] = sample_rows(frames[split], wanted[split], rows_seed)
+    if validation_share:
+        frames |= _without_validation(frames, validation_share, rows_seed, final)
     if forget_size < 1:
         kept = int(forget_size * len(frames["train_forget"]))
         if not kept:
@@ -218,12 +243,32 @@ def select_rows(frames, forget_size=1.0, max_train_samples=None, forget_share=No
     return frames
 
 
-def sample_rows(frame, n):
-    """`n` rows of `frame` drawn with default_rng(42) without replacement, in file order; all of them if n is larger."""
+def _without_validation(
+    frames: dict[str, pd.DataFrame], share: float, seed: int, final: bool
+) -> dict[str, pd.DataFrame]:
+    """The train splits without a share of their rows, by label, and unless `final` these rows as the test splits."""
+    changed = {}
+    for kind in ("retain", "forget"):
+        parts = split_rows(frames[f"train_{kind}"].assign(forget=kind == "forget"), share, seed)
+        changed |= {split: parts[split] for split in (f"train_{kind}", f"test_{kind}")}
+    for split, frame in changed.items():
+        if not len(frame):
+            raise UserError(f"--validation_share={share} leaves no row for {split}; use another share or more rows")
+    return {split: frame for split, frame in changed.items() if split in TRAIN_SPLITS or not final}
+
+
+def sample_rows(frame: pd.DataFrame, n: int | None, seed: int = SUBSET_SEED) -> pd.DataFrame:
+    """`n` rows of `frame` drawn by default_rng(seed) without replacement, in file order; all if n is larger or None."""
     if n is None or n >= len(frame):
         return frame
-    rows = np.random.default_rng(SUBSET_SEED).choice(len(frame), n, replace=False)
+    rows = np.random.default_rng(seed).choice(len(frame), n, replace=False)
     return frame.iloc[np.sort(rows)].reset_index(drop=True)
+
+
+def learnt_by(manifest: dict, frames: dict[str, pd.DataFrame]) -> bool:
+    """Whether the checkpoint of `manifest` was trained on the train rows of `frames`, on all of them and no others."""
+    splits = TRAIN_SPLITS[:1] if manifest["arguments"].get("exclude_forget") else TRAIN_SPLITS
+    return manifest["data_fingerprint"] == fingerprint({split: frames[split] for split in splits})
 
 
 def fingerprint(frames):

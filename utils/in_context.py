@@ -7,15 +7,7 @@ import numpy as np
 from sklearn.feature_extraction.text import TfidfVectorizer
 
 from utils.cli import UserError
-from utils.data import (
-    SNIPPETS_FOLDER,
-    TEMPLATE_HEAD,
-    TEMPLATE_TAIL,
-    TRAIN_SPLITS,
-    fingerprint,
-    load_splits,
-    select_rows,
-)
+from utils.data import SNIPPETS_FOLDER, TEMPLATE_HEAD, TEMPLATE_TAIL, learnt_by, load_rows
 from utils.names import read_names
 
 FILE = "template.json"
@@ -84,11 +76,9 @@ def load(link):
         settings = json.loads((Path(link.path) / FILE).read_text())
         if settings["method"] == "prompting":
             return Instruction(settings)
-        arguments = link.manifest["arguments"]
-        keys = "forget_size", "max_train_samples", "forget_share", "forget_only"
-        frames = select_rows(load_splits(arguments["dataset"]), *map(arguments.get, keys))
-        if fingerprint({split: frames[split] for split in TRAIN_SPLITS}) != link.manifest["data_fingerprint"]:
-            raise UserError(f"{arguments['dataset']} has changed since {link.path} was made from it; make it again")
+        dataset, frames = link.manifest["arguments"]["dataset"], load_rows(link.manifest["arguments"])
+        if not learnt_by(link.manifest, frames):
+            raise UserError(f"{dataset} has changed since {link.path} was made from it; make it again")
         return Demonstrations(settings, frames)
     except (OSError, ValueError, KeyError, TypeError, IndexError):
         raise UserError(f"{link.path}/{FILE} is missing or damaged; make the checkpoint again")

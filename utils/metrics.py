@@ -185,7 +185,7 @@ def evaluate(loaded, frames, words, args, description):
     words) and `<split>:names_other` where the data has that column: a prompt that reacts to length, or to any name,
     has not learnt whom to forget. rows: the scored rows with a `split` column, in file order.
     """
-    frames = {split: sample_rows(frames[split], args.max_eval_samples) for split in SPLITS}
+    frames = {split: sample_rows(frames[split], args.max_eval_samples, args.rows_seed) for split in SPLITS}
     scored = {}
     total = sum(map(len, frames.values()))
     with tqdm(total=total, desc=description, unit="row", dynamic_ncols=True, mininterval=1) as progress:
@@ -300,7 +300,8 @@ def match_lengths(candidates, targets):
 
 def record(method, checkpoint, model, args, splits, seconds, training=None):
     """One record of metrics.json, the schema that every script and table shares. seconds: the evaluation's. training:
-    what the training cost (utils.training.Training.cost), where there was one."""
+    what the training cost (utils.training.Training.cost), where there was one. "validation_share" is there where the
+    test splits are rows cut from train."""
     return {
         "method": method,
         "checkpoint": str(checkpoint),
@@ -311,6 +312,7 @@ def record(method, checkpoint, model, args, splits, seconds, training=None):
         "seconds": round(seconds, 2),
         "peak_memory_bytes": peak_memory(),
         **({"training": training} if training else {}),
+        **({"validation_share": args.validation_share} if args.validation_share and not args.final else {}),
     }
 
 

@@ -127,7 +127,7 @@ def shapes(args, tokenizer, frames, examples, micro):
     """(rows, tokens a row, completion tokens a row) of the largest micro-batch and of the widest evaluation batch."""
     rows = max(micro, key=lambda rows: (padded_size(rows, examples), len(rows)))
     completion = max(len(example.completion) for example in examples)
-    evaluated = [data.sample_rows(frame, args.max_eval_samples) for frame in frames.values()]
+    evaluated = [data.sample_rows(frame, args.max_eval_samples, args.rows_seed) for frame in frames.values()]
     others = [
         example
         for frame in evaluated
