@@ -40,7 +40,7 @@ def parse_args():
         "--forget_per_batch",
         type=cli.non_negative_int,
         default=0,
-        help="forget rows in every batch (0: random batches)",
+        help="forget rows in every batch (0: all rows mixed, as published)",
     )
     cli.add_retain_ratio(group)
     group.add_argument("--logits_path", help="file of reference logits (default: saved_logits/<model>-<dataset>-<key>)")

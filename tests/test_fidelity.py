@@ -5,14 +5,17 @@ import sys
 from argparse import Namespace
 from unittest import mock
 
+import numpy as np
 import pytest
 import tiny
 import torch
 from peft import LoraConfig, get_peft_model
 from scripts import call, done
 from transformers import Trainer, TrainingArguments
+from transformers.trainer_pt_utils import get_length_grouped_indices
 
 from utils import cli
+from utils.data import Example, epoch_batches
 from utils.prompt_encoders import VirtualTokens
 from utils.training import Training
 
@@ -103,3 +106,25 @@ def test_weight_decay_leaves_a_bias_where_it_is():
     optimizer.step()
     assert learnt["a"].tolist() == [1, 1, 1]
     torch.testing.assert_close(learnt["b"], torch.full((3, 3), 0.9))
+
+
+def padding(batches, lengths):
+    return sum(max(lengths[i] for i in batch) - lengths[j] for batch in batches for j in batch)
+
+
+@pytest.mark.parametrize(("n", "batches_a_pool"), [(400, 12), (2000, 50), (20, 0)])
+def test_batches_are_grouped_by_length_in_pools_of_the_published_size(n, batches_a_pool):
+    lengths = np.random.default_rng(0).integers(1, 200, n)
+    examples = [Example(tuple(range(length)), (1,), i % 10 == 0) for i, length in enumerate(lengths)]
+    batches = epoch_batches(examples, 8, 1, 0, length_pool=None)
+    assert batches == epoch_batches(examples, 8, 1, 0, length_pool=batches_a_pool)
+    assert sorted(i for batch in batches for i in batch) == list(range(n))
+    theirs = get_length_grouped_indices(lengths.tolist(), 8, generator=torch.Generator().manual_seed(0))
+    theirs = [theirs[i : i + 8] for i in range(0, n, 8)]
+    if batches_a_pool:
+        assert padding(batches, lengths) == pytest.approx(padding(theirs, lengths), rel=0.25)
+        assert padding(batches, lengths) < padding(epoch_batches(examples, 8, 1, 0, length_pool=0), lengths) / 4
+
+
+def test_the_default_is_the_published_grouping():
+    assert {parsed(script).length_pool for script in WARMUP} == {None}

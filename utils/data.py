@@ -405,12 +405,22 @@ def collate(examples, pad_id, device):
     return Batch(*(t.to(device) for t in (input_ids, attention_mask, *flat, forget)))
 
 
-def epoch_batches(examples, batch_size, seed, epoch, forget_per_batch=0, length_pool=0, retain_ratio=None):
+def epoch_batches(
+    examples: list[Example],
+    batch_size: int,
+    seed: int,
+    epoch: int,
+    forget_per_batch: int = 0,
+    length_pool: int | None = 0,
+    retain_ratio: float | None = None,
+) -> list[list[int]]:
     """The row numbers of every batch of one epoch: a pure function of its arguments, so a resumed run sees the same.
 
-    forget_per_batch = 0: all rows shuffled together, each once (the published sampling). n > 0: every batch has n
-    forget rows (drawn in shuffled passes) and the epoch ends when each retain row was seen once. length_pool = k > 0:
-    rows are sorted by length within pools of k batches, which saves padding; each row still counts once.
+    forget_per_batch = 0: all rows shuffled together, each once, as published. n > 0: every batch has n forget rows
+    (drawn in shuffled passes) and the epoch ends when each retain row was seen once. length_pool = k > 0: rows are
+    sorted by length within pools of k batches, which saves padding; each row still counts once. None: pools of the
+    size that the published code has, 50 batches or a quarter of the epoch (Trainer's `group_by_length`). There the
+    batches of a pool come longest first; here all are shuffled, so that a short run meets every length.
     retain_ratio = r: the epoch's retain rows are r per forget row, drawn anew every epoch (all if there are fewer).
     """
     rng = np.random.default_rng([seed, epoch])
@@ -419,6 +429,8 @@ def epoch_batches(examples, batch_size, seed, epoch, forget_per_batch=0, length_
     if retain_ratio:
         kept = min(len(retain), max(1, round(retain_ratio * len(forget))))
         retain = sorted(rng.choice(retain, kept, replace=False))
+    if length_pool is None:
+        length_pool = min(50, (len(retain) + len(forget)) // (4 * batch_size))
     if forget_per_batch:
         retain = rng.permutation(retain)
         n_batches = -(-len(retain) // (batch_size - forget_per_batch))
