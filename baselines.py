@@ -91,7 +91,12 @@ def add_eco_arguments(parser):
         metavar="A",
         help="split conformal: flag retain rows with probability at most A",
     )
-    decision.add_argument("--eco_max_fpr", type=cli.share, default=0.01, help="false positives on held-out retain rows")
+    decision.add_argument(
+        "--eco_max_fpr",
+        type=cli.fraction,
+        default=0.01,
+        help="flag a new retain row with about this probability at most",
+    )
     group.add_argument(
         "--eco_corruption", choices=FAMILIES, default="noise-first", metavar="FAMILY", help=", ".join(FAMILIES)
     )

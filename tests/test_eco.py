@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import functools
 import json
 import re
 import shutil
@@ -296,32 +297,84 @@ def test_the_threshold_comes_from_rows_that_the_classifier_had_not_seen(monkeypa
         eco.train_gate(args, None, frames | {"train_forget": frames["train_forget"][:2]})
 
 
-@pytest.mark.parametrize(
-    ("rate", "flagged"), [(0, 0), (0.1, 1), (0.19, 1), (0.2, 2), (0.3, 3), (0.4, 3), (0.5, 5), (0.7, 7), (1, 9)]
-)
+@pytest.mark.parametrize(("rate", "flagged"), [(0.1, 0), (0.19, 1), (0.2, 1), (0.3, 2), (0.4, 3), (0.5, 3), (1, 9)])
 def test_threshold_for_rate_by_hand(rate, flagged):
     scores = np.array([0.5, 0.1, 0.9, 0.7, 0.6, 0.6, 0.8, 0.3, 0.2, 0.4])  # two equal: they go together
-    threshold = gates.threshold_for_rate(scores, rate)
+    threshold = gates.threshold_for_rate(scores, rate, "eco_max_fpr")
     assert (scores > threshold).sum() == flagged
-    assert threshold - 2 * gates.ROUNDING < np.sort(scores)[::-1][min(int(10 * rate + 1e-9), 9)]
+    assert threshold - gates.ROUNDING in scores
 
 
-def test_conformal_threshold_by_hand():
+def test_threshold_ranks_by_hand():
     scores = np.arange(1, 20) / 20  # 19 of them: rank ceil(20 * .9) = 18, ceil(20 * .95) = 19
-    assert gates.conformal_threshold(scores[::-1], 0.1) == pytest.approx(0.9, abs=2e-9)
-    assert gates.conformal_threshold(scores, 0.05) == pytest.approx(0.95, abs=2e-9)
-    assert gates.conformal_threshold(scores, 1.0) == pytest.approx(0.05, abs=2e-9)
-    with pytest.raises(UserError, match="needs at least 24 retain rows for calibration, there are 19"):
-        gates.conformal_threshold(scores, 0.04)
+    threshold = functools.partial(gates.threshold_for_rate, flag="eco_max_fpr")
+    assert threshold(scores[::-1], 0.1) == pytest.approx(0.9, abs=2e-9)
+    assert threshold(scores, 0.05) == pytest.approx(0.95, abs=2e-9)
+    assert threshold(scores, 1.0) == pytest.approx(0.05, abs=2e-9)
+    with pytest.raises(UserError, match="--eco_max_fpr=0.04 needs at least 24 retain rows for calibration, .* are 19"):
+        threshold(scores, 0.04)
+    assert [gates.threshold_rank(n, 0.01, "") for n in (99, 100, 199, 298, 471)] == [99, 100, 198, 297, 468]
 
 
 @pytest.mark.parametrize("a", [0.01, 0.05, 0.2])
-def test_conformal_coverage_on_simulated_scores(a):
+def test_no_more_new_rows_than_the_rate_are_flagged(a):
     """P(new score > threshold) is in [a - 1/(n + 1), a] for continuous scores; the mean of 4,000 draws is near it."""
     rng, n, trials = np.random.default_rng(0), 120, 4000
-    above = [rng.beta(1, 9) > gates.conformal_threshold(rng.beta(1, 9, size=n), a) for _ in range(trials)]
+    above = [rng.beta(1, 9) > gates.threshold_for_rate(rng.beta(1, 9, size=n), a, "") for _ in range(trials)]
     spread = 3 * (a * (1 - a) / trials) ** 0.5
     assert a - 1 / (n + 1) - spread < np.mean(above) < a + spread
+
+
+class Guesses(gates.Encoder):
+    """An encoder whose probabilities on the validation rows are given for every epoch; what it learns is its epoch."""
+
+    def __init__(self, epochs):
+        self._model, self._epochs = torch.nn.Linear(1, 2), iter(epochs)
+        self._model.device = torch.device("cpu")
+
+    def _logits(self, texts):
+        return self._model(torch.ones(len(texts), 1))
+
+    def probabilities(self, texts, batch_size=1):
+        self.states.append(self._model.weight.detach().clone())
+        return np.array(next(self._epochs))
+
+
+@pytest.mark.parametrize(
+    ("epochs", "kept"),
+    [
+        ([[0, 0, 0.9, 0.9], [0, 0.9, 0.995, 0.5], [0, 0.9, 0.995, 0.4]], 1),  # one forget row missed, less loss
+        ([[0, 0, 0.98, 0.98], [0.9, 0.9, 0.995, 0.995], [0, 0, 0.98, 0.98]], 1),  # no forget row missed
+        ([[0, 0, 0.9, 0.9], [0, 0, 0.9, 0.9]], 0),  # the same: the first
+        ([[0, 0, 0.9, np.nan], [0, 0, 0.1, 0.1]], 1),
+    ],
+)
+def test_the_epoch_with_the_fewest_forget_errors_is_kept(epochs, kept):
+    encoder = Guesses(epochs)
+    encoder.states = []
+    args = argparse.Namespace(seed=0, eco_classifier_epochs=len(epochs), eco_classifier_lr=0.1)
+    texts, labels = list("abcdef"), np.array([0, 0, 0, 1, 1, 1])
+    encoder._train(texts, labels, args, (list("wxyz"), np.array([0, 0, 1, 1])))
+    assert torch.equal(encoder._model.weight, encoder.states[kept])
+    assert not torch.equal(encoder.states[0], encoder.states[1])
+
+
+def test_an_encoder_is_trained_by_the_authors_recipe():
+    config = BertConfig(vocab_size=9, hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8)
+    encoder = gates.Encoder(BertForSequenceClassification(config), None)
+    optimizer, schedule = encoder._optimizer(2e-5, steps=40)
+    assert isinstance(optimizer, torch.optim.AdamW)
+    assert all((group["betas"], group["eps"]) == ((0.9, 0.98), 1e-6) for group in optimizer.param_groups)
+    decays = {p: group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
+    for name, parameter in encoder._model.named_parameters():
+        assert decays[parameter] == (0.0 if "bias" in name or "LayerNorm" in name else 0.1)
+    rates = []
+    for _ in range(41):
+        rates.append(schedule.get_last_lr()[0])
+        optimizer.step()
+        schedule.step()
+    assert rates[:5] == pytest.approx([0, 5e-6, 1e-5, 1.5e-5, 2e-5])  # 10 % of the steps
+    assert rates[22] == pytest.approx(1e-5) and rates[40] == pytest.approx(0)
 
 
 def test_the_search_finds_a_minimum():
@@ -631,8 +684,13 @@ CONTRADICTIONS = {
     "invalid choice: 'noise'": ["--eco_corruption=noise"],
     "./none does not exist": ["--eco_target=./none"],
     "cannot read the names file none.txt": ["--eco_names=none.txt"],
-    "tfidff is no existing folder or .gguf file and the hub does not give it": ["--eco_classifier=tfidff"],
-    "needs at least 999 retain rows for calibration, there are": ["--eco_conformal=0.001"],
+    "tfidff is no existing folder or .gguf file and the hub does not give it": [
+        "--eco_classifier=tfidff",
+        "--eco_threshold=0.5",
+    ],
+    "--eco_conformal=0.001 needs at least 999 retain rows for calibration, there are": ["--eco_conformal=0.001"],
+    "--eco_max_fpr=0.01 needs at least 99 retain rows for calibration, there are 16": [],
+    "'0' is not a number above 0": ["--eco_max_fpr=0"],
 }
 
 

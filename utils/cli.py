@@ -243,8 +243,8 @@ def add_training_arguments(parser, num_epochs):
     group.add_argument("--max_grad_norm", type=positive_float, default=0.3, help="gradient norm is clipped to this")
     group.add_argument(
         "--length_pool", type=non_negative_int, metavar="K",
-        help="sort rows by length within K batches to save padding; 0: not at all (default: as published, 50 batches or "
-        "a quarter of the epoch, whichever is less)",
+        help="sort rows by length within K batches to save padding; 0: not at all (default: as published, 50 batches "
+        "or a quarter of the epoch, whichever is less)",
     )  # fmt: skip
     group.add_argument("--eval_steps", type=positive_int, help="accuracy on the four splits every so many steps")
     group.add_argument(

@@ -110,10 +110,8 @@ def train_gate(args, loaded, frames):
         gate, retain, forget = _cross_fit(args, loaded, frames, kind)
     if args.eco_threshold is not None:
         gate.threshold = args.eco_threshold
-    elif args.eco_conformal is not None:
-        gate.threshold = gates.conformal_threshold(retain, args.eco_conformal)
     else:
-        gate.threshold = gates.threshold_for_rate(retain, args.eco_max_fpr)
+        gate.threshold = gates.threshold_for_rate(retain, *_rate(args))
     truth = np.r_[np.zeros(len(retain)), np.ones(len(forget))]
     calibration = {
         "retain": len(retain),
@@ -125,12 +123,25 @@ def train_gate(args, loaded, frames):
     return gate, calibration
 
 
+def _rate(args) -> tuple[float, str]:
+    """The share of retain rows that may be flagged, and the flag that says so."""
+    flag = "eco_max_fpr" if args.eco_conformal is None else "eco_conformal"
+    return getattr(args, flag), flag
+
+
+def _refuse_few(args, n: int) -> None:
+    """Raise UserError, before a classifier is trained, if the scores of `n` retain rows cannot set the threshold."""
+    if args.eco_threshold is None:
+        gates.threshold_rank(n, *_rate(args))
+
+
 def _cross_fit(args, loaded, frames, kind):
     """(Gate fitted on all train rows, scores of the retain and of the forget rows by classifiers that had not seen
     them)."""
     texts, labels = _labelled(frames["train_retain"], frames["train_forget"])
     if min(np.bincount(labels)) < FOLDS:
         raise UserError(f"there are too few train rows to calibrate the classifier: {FOLDS} of each kind are needed")
+    _refuse_few(args, len(frames["train_retain"]))
     texts, scores = np.array(texts, dtype=object), np.empty(len(labels))
     for fit, held in StratifiedKFold(FOLDS, shuffle=True, random_state=args.seed).split(texts, labels):
         classifier = gates.CLASSIFIERS[kind].fit(list(texts[fit]), labels[fit], loaded=loaded, args=args)
@@ -142,6 +153,7 @@ def _cross_fit(args, loaded, frames, kind):
 def _split_fit(args, loaded, frames, kind):
     """(Gate fitted on four fifths of the train rows, scores of the retain and of the forget rows held out)."""
     fit, held = _hold_out(frames["train_retain"], frames["train_forget"], args.seed)
+    _refuse_few(args, len(held[0]))
     extra = {}
     if kind == "encoder":
         fit, validation = _hold_out(*fit, args.seed)

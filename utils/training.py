@@ -4,6 +4,7 @@ import json
 import math
 import os
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -137,14 +138,9 @@ class Training:
         return log
 
     def optimizer(self) -> torch.optim.AdamW:
-        """AdamW; matrices decay, biases and weights of norms do not, as in Trainer, which the published code uses.
-        `fused` goes over the numbers once."""
-        args = self.args
-        kinds = {args.weight_decay: [], 0.0: []}
-        for parameter in self.parameters.values():
-            kinds[args.weight_decay if parameter.ndim > 1 else 0.0].append(parameter)
-        groups = [{"params": kind, "weight_decay": decay} for decay, kind in kinds.items()]
-        return torch.optim.AdamW(groups, lr=args.lr, fused=True)
+        """AdamW over the parameters; `fused` goes over their numbers once."""
+        groups = decay_groups(self.parameters.values(), self.args.weight_decay)
+        return torch.optim.AdamW(groups, lr=self.args.lr, fused=True)
 
     def update(self, optimizer, line):
         """One step of the optimizer along the accumulated, clipped gradient, whose norm before clipping it returns."""
@@ -239,6 +235,15 @@ class Training:
             torch.cuda.set_rng_state(tensors["rng.cuda"])
         print(f"continuing {self.state_path} after step {text['log'][-1]['step']}")
         return text["log"]
+
+
+def decay_groups(parameters: Iterable[torch.nn.Parameter], weight_decay: float) -> list[dict]:
+    """Parameter groups of an optimizer: matrices decay; biases and the weights of norms do not, as in Trainer, which
+    the published code uses."""
+    kinds = {weight_decay: [], 0.0: []}
+    for parameter in parameters:
+        kinds[weight_decay if parameter.ndim > 1 else 0.0].append(parameter)
+    return [{"params": kind, "weight_decay": decay} for decay, kind in kinds.items()]
 
 
 def output_path(args, stem):
