@@ -111,7 +111,10 @@ def add_eco_arguments(parser):
     group.add_argument("--eco_strength", type=cli.non_negative_float, help="sigma; given, there is no search")
     group.add_argument("--eco_metric", choices=ECO_METRICS, default="accuracy", help="what the search compares")
     group.add_argument(
-        "--eco_target", type=eco_target, default="auto", help="v_r: a number, a retrained checkpoint, or auto"
+        "--eco_target",
+        type=eco_target,
+        default="auto",
+        help="v_r: a number, a retrained checkpoint, or auto: the model's score on retain rows of --validation_share",
     )
     group.add_argument("--eco_samples", type=cli.positive_int, default=200, help="rows that the search evaluates")
     group.add_argument("--eco_steps", type=cli.non_negative_int, default=10, help="zeroth-order steps")
@@ -200,6 +203,11 @@ def refuse_eco_contradictions(parser, args):
         parser.error("--eco_tokens=entities needs --eco_names or --eco_token_classifier")
     if args.eco_tokens == "all" and args.eco_token_classifier:
         parser.error("--eco_token_classifier goes with --eco_tokens=entities")
+    if searched and args.eco_target == "auto" and (args.final or not args.validation_share):
+        parser.error(
+            "--eco_target=auto looks at retain rows that --validation_share keeps from model and test; give that flag, "
+            "without --final, here and to qlora.py, or give a number or a retrained checkpoint"
+        )
 
 
 def main(args):

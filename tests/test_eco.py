@@ -467,7 +467,14 @@ def test_features_are_the_mean_state_of_the_prompt_alone_however_rows_are_batche
 
 # The command line.
 
-SETTINGS = (*scripts.ROWS, "--eco_max_fpr=0.3", "--eco_samples=6", "--eco_steps=1", "--unlearn_method=eco")
+SETTINGS = (
+    *scripts.ROWS,
+    "--eco_max_fpr=0.3",
+    "--eco_samples=6",
+    "--eco_steps=1",
+    "--eco_target=0.6",
+    "--unlearn_method=eco",
+)
 GIVEN = (*scripts.ROWS, "--unlearn_method=eco", "--eco_threshold=0.4", "--eco_strength=3", "--eco_dims=64")
 CLASSIFIER_FILES = {
     "tfidf": {"classifier.safetensors", "vocabulary.json"},
@@ -545,6 +552,19 @@ def test_the_checkpoint_says_what_was_found(checkpoint, fine_tuned):
     assert {name.name for name in checkpoint.iterdir()} == {
         "manifest.json", "metrics.json", "eco.json", "strength.png", "classifier.safetensors", "vocabulary.json",
     }  # fmt: skip
+
+
+def test_auto_is_the_score_on_retain_rows_that_the_model_has_not_learnt(fine_tuned, tiny_model, small_data, tmp_path):
+    """Those that --validation_share cut from train; a model that has learnt them is refused."""
+    rows = *SETTINGS[:-2], "--unlearn_method=eco", "--validation_share=0.25", "--eco_bisect=0"
+    learnt = learn(tmp_path, fine_tuned, small_data, *rows)
+    assert learnt.code == 2 and "fine-tune it with the --validation_share" in learnt.stderr
+    done(learn(tmp_path, tiny_model, small_data, *rows, "--eco_start=3", "--eco_steps=0", "--output_path=eco"))
+    shares = "--validation_share=0.25", f"--dataset={small_data}", "--output_path=out"
+    done(inference(tmp_path, tiny_model, flags=shares))
+    assert settings_of(tmp_path / "eco")["target"] == splits_of(tmp_path / "out")["test_retain"]["accuracy"]
+    texts = set(predictions_of(tmp_path / "out").query("split == 'test_retain'")["text"])
+    assert texts < set(load_splits(str(small_data))["train_retain"]["text"])
 
 
 def test_inference_repeats_the_figures_with_other_batches(checkpoint, small_data, tmp_path):
@@ -683,13 +703,19 @@ CONTRADICTIONS = {
     "'nan' is not a number from 0 to 1": ["--eco_target=nan"],
     "invalid choice: 'noise'": ["--eco_corruption=noise"],
     "./none does not exist": ["--eco_target=./none"],
-    "cannot read the names file none.txt": ["--eco_names=none.txt"],
+    "cannot read the names file none.txt": ["--eco_names=none.txt", "--eco_target=0.5"],
     "tfidff is no existing folder or .gguf file and the hub does not give it": [
         "--eco_classifier=tfidff",
         "--eco_threshold=0.5",
+        "--eco_strength=1",
     ],
-    "--eco_conformal=0.001 needs at least 999 retain rows for calibration, there are": ["--eco_conformal=0.001"],
-    "--eco_max_fpr=0.01 needs at least 99 retain rows for calibration, there are 16": [],
+    "--eco_conformal=0.001 needs at least 999 retain rows for calibration, there are": [
+        "--eco_conformal=0.001",
+        "--eco_strength=1",
+    ],
+    "--eco_max_fpr=0.01 needs at least 99 retain rows for calibration, there are 16": ["--eco_strength=1"],
+    "--eco_target=auto looks at retain rows that --validation_share keeps": [],
+    "give that flag, without --final, here and to qlora.py": ["--validation_share=0.2", "--final"],
     "'0' is not a number above 0": ["--eco_max_fpr=0"],
 }
 

@@ -69,7 +69,8 @@ def check_output(path, overwrite, args=None, ours=OURS):
 def _inputs(args):
     """The files and folders that `args` name, and the parents that the manifests among them name."""
     values = [getattr(args, name, None) for name in READ]
-    found = [path for value in values if value for path in (value if isinstance(value, list) else [value])]
+    given = [path for value in values if value for path in (value if isinstance(value, list) else [value])]
+    found = [path for path in given if isinstance(path, (str, Path))]  # --eco_target may be a number
     for path in found:  # which grows
         with suppress(OSError, ValueError, KeyError, TypeError):
             found.append(parent_path(path, json.loads((Path(path) / MANIFEST).read_text())))

@@ -13,7 +13,7 @@ from utils import gates, metrics, models
 from utils.checkpoints import write_json
 from utils.cli import UserError, first_line
 from utils.corruption import Corruption, has_strength
-from utils.data import SNIPPETS_FOLDER, SPLITS, sample_rows
+from utils.data import SNIPPETS_FOLDER, SPLITS, learnt_by, load_rows, sample_rows
 from utils.names import Person, read_names, spans
 from utils.splits import split_rows
 
@@ -69,13 +69,16 @@ def learn(args, loaded, frames):
     """Train the gate, find the strength; returns (loaded with gate and corruption, settings for `save`)."""
     names = _names(args)
     loaded = dataclasses.replace(loaded, marks=_marks(args, loaded, names))
-    if args.eco_target != "auto" and not isinstance(args.eco_target, float):
+    searched = has_strength(args.eco_corruption) and args.eco_strength is None
+    if args.eco_target == "auto" and searched:
+        _refuse_learnt(args, loaded.chain[-1].manifest)
+    elif args.eco_target != "auto" and not isinstance(args.eco_target, float):
         models.resolve_chain(args.eco_target, args.trust_remote_code)  # ends here, not after the training, if it must
     gate, calibration = train_gate(args, loaded, frames)
     report = {"rates": gates.rates(gate, frames), "evasion": evasion_rates(gate, frames, names)}
     loaded = dataclasses.replace(loaded, gate=gate)
     strength, target, curve = args.eco_strength or 0.0, None, []
-    if has_strength(args.eco_corruption) and args.eco_strength is None:
+    if searched:
         strength, target, curve = search_strength(args, loaded, frames)
     corruption = Corruption(args.eco_corruption, strength, args.eco_dims, args.seed)
     settings = {
@@ -306,13 +309,23 @@ def _score(args, loaded, frame, words):
 
 
 def _target(args, loaded, frames, words, forget):
-    """v_r: a number, the metric of a retrained checkpoint on train_forget, or `auto`: of this model on test_retain."""
+    """v_r: a number, the metric of a retrained checkpoint on train_forget, or `auto`: of this model on retain rows that
+    it has not learnt, the validation rows that stand in for test_retain."""
     plain = dataclasses.replace(loaded, gate=None)
     if args.eco_target == "auto":
         return _score(args, plain, sample_rows(frames["test_retain"], args.eco_samples), words)
     if isinstance(args.eco_target, float):
         return args.eco_target
     return _score(args, models.load(args.eco_target, args), forget, words)
+
+
+def _refuse_learnt(args, tuned: dict | None) -> None:
+    """Raise UserError if the model of the manifest `tuned` may have learnt the rows that --validation_share cuts."""
+    if tuned and not learnt_by(tuned, load_rows({**vars(args), "forget_size": 1.0})):
+        raise UserError(
+            "--eco_target=auto needs rows that the model has not learnt; fine-tune it with the --validation_share and "
+            "the rows of this command, or give a number or a retrained checkpoint"
+        )
 
 
 def _names(args):
