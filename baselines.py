@@ -13,11 +13,7 @@ import contextlib
 import dataclasses
 import time
 
-import torch
-
 from utils import cli
-from utils.corruption import FAMILIES, ORDERS, has_strength
-from utils.methods import CONSTANTS, IN_CONTEXT, METHODS
 
 ECO_METRICS = ("accuracy", "f1", "precision", "recall", "label_accuracy", "out_of_label")
 NO_TRAINING = (
@@ -32,8 +28,12 @@ ECO_SEARCH = (
 
 
 def parse_args():
+    from utils.methods import IN_CONTEXT, METHODS
+
     parser = cli.ArgumentParser(__doc__)
-    parser.add_argument("--model_checkpoints", required=True, help="what qlora.py wrote, or a plain model")
+    parser.add_argument(
+        "--model_checkpoints", type=cli.path, required=True, help="what qlora.py wrote, or a plain model"
+    )
     parser.add_argument("--unlearn_method", required=True, choices=[*METHODS, *IN_CONTEXT, "eco"], help="the rival")
     cli.add_model_arguments(parser)
     cli.add_training_arguments(parser, num_epochs=1)
@@ -53,8 +53,12 @@ def parse_args():
         "--stop_at_forget_accuracy", type=cli.share, metavar="A",
         help="stop once train_forget accuracy, measured every --eval_steps, is at most A (in [0, 1])",
     )  # fmt: skip
-    group.add_argument("--logits_path", help="file of reference quantities (default: saved_logits/<...>)")
-    group.add_argument("--parent_path", help="where the base model of --model_checkpoints lies, if it was moved")
+    group.add_argument(
+        "--logits_path", type=cli.path, help="file of reference quantities (default: saved_logits/<...>)"
+    )
+    group.add_argument(
+        "--parent_path", type=cli.path, help="where the base model of --model_checkpoints lies, if it was moved"
+    )
     group = parser.add_argument_group("constants of the methods (default: the authors')")
     group.add_argument("--method_beta", type=cli.positive_float, help="beta of npo, simnpo, dpo, undial, wga, satimp")
     group.add_argument("--method_beta2", type=cli.non_negative_float, help="beta2 of satimp")
@@ -64,7 +68,9 @@ def parse_args():
     cli.add_lora_arguments(parser, "LoRA (with --tune=lora)")
     group = parser.add_argument_group("prompting and icul")
     group.add_argument(
-        "--forget_names", help="prompting: file with the people to forget (default: --forget_only, or that of snippets)"
+        "--forget_names",
+        type=cli.path,
+        help="prompting: file with the people to forget (default: --forget_only, or that of snippets)",
     )
     group.add_argument("--instruction", help="prompting: the instruction itself, instead of one made of the names")
     group.add_argument("--icul_flipped", type=cli.positive_int, default=1, help="icul: forget rows, labels flipped")
@@ -77,8 +83,12 @@ def parse_args():
 
 def add_eco_arguments(parser):
     """ECO's gate, corruption and search (arXiv 2406.07933); defaults are the authors' where they gave one."""
+    from utils.corruption import FAMILIES
+
     group = parser.add_argument_group("eco")
-    group.add_argument("--eco_classifier", default="tfidf", help="tfidf, features, or an encoder (hub id, folder)")
+    group.add_argument(
+        "--eco_classifier", type=cli.path, default="tfidf", help="tfidf, features, or an encoder (hub id, folder)"
+    )
     group.add_argument("--eco_classifier_epochs", type=cli.positive_int, default=30, help="of an encoder")
     group.add_argument("--eco_classifier_lr", type=cli.positive_float, default=2e-5, help="of an encoder")
     decision = group.add_mutually_exclusive_group()
@@ -105,9 +115,13 @@ def add_eco_arguments(parser):
         "--eco_tokens", choices=["all", "entities"], default="all", help="all but the last, or names only"
     )
     group.add_argument(
-        "--eco_names", help="list of names (default: --forget_only, or that of snippets): entities, evasion test"
+        "--eco_names",
+        type=cli.path,
+        help="list of names (default: --forget_only, or that of snippets): entities, evasion test",
     )
-    group.add_argument("--eco_token_classifier", help="finds names for --eco_tokens=entities (hub id, folder)")
+    group.add_argument(
+        "--eco_token_classifier", type=cli.path, help="finds names for --eco_tokens=entities (hub id, folder)"
+    )
     group.add_argument("--eco_strength", type=cli.non_negative_float, help="sigma; given, there is no search")
     group.add_argument("--eco_metric", choices=ECO_METRICS, default="accuracy", help="what the search compares")
     group.add_argument(
@@ -132,13 +146,15 @@ def eco_target(text):
     try:
         float(text)
     except ValueError:
-        return text
+        return cli.path(text)
     return cli.share(text)
 
 
 def refuse_contradictions(parser, args):
     """Exit 2 on flags that the chosen method would ignore, or that cannot work together. Those of the published command
     are taken by every method, so that only its name need be changed."""
+    from utils.methods import CONSTANTS, METHODS
+
     name = args.unlearn_method
     if args.forget_per_batch >= args.train_batch_size:
         parser.error("--forget_per_batch must be smaller than --train_batch_size")
@@ -188,6 +204,8 @@ def given(parser, args, flags):
 
 def refuse_eco_contradictions(parser, args):
     """Exit 2 on flags of ECO that would be ignored."""
+    from utils.corruption import ORDERS, has_strength
+
     family, searched = args.eco_corruption, args.eco_strength is None and has_strength(args.eco_corruption)
     if not has_strength(family) and args.eco_strength is not None:
         parser.error(f"--eco_corruption={family} has no strength; leave out --eco_strength")
@@ -212,6 +230,7 @@ def refuse_eco_contradictions(parser, args):
 
 def main(args):
     from utils import data, models, planning, training
+    from utils.methods import IN_CONTEXT
 
     name = models.short_name(args.model_checkpoints)
     stem = f"{args.unlearn_method}_{name}_{data.dataset_name(args.dataset)}-{args.forget_size}"
@@ -230,7 +249,10 @@ def main(args):
 
 def unlearn(args, output, frames):
     """Train the model (or a LoRA adapter on it) with the chosen method and write the checkpoint."""
+    import torch
+
     from utils import data, metrics, models, objectives, planning, reference, training
+    from utils.methods import METHODS
 
     method, words = METHODS[args.unlearn_method], data.label_words(frames)
     loaded = models.load(args.model_checkpoints, args, args.parent_path)
@@ -285,6 +307,8 @@ def unlearn(args, output, frames):
 
 def prepare(model, args):
     """`model` ready to train: float32 weights that all learn, or frozen with a new float32 LoRA adapter."""
+    import torch
+
     from utils import models, objectives
 
     torch.manual_seed(args.seed)

@@ -13,8 +13,6 @@ import sys
 import time
 from pathlib import Path
 
-import pandas as pd
-
 from utils import cli
 
 LONGEST_NAME = 150  # characters of a default output folder
@@ -27,13 +25,17 @@ PREDICTION_COLUMNS = [
 def parse_args():
     parser = cli.ArgumentParser(__doc__)
     parser.add_argument(
-        "--model_checkpoints", nargs="+", required=True, help="what spul.py or qlora.py wrote, or models"
+        "--model_checkpoints", type=cli.path, nargs="+", required=True, help="what spul.py or qlora.py wrote, or models"
     )
     cli.add_model_arguments(parser)
     parser.add_argument("--forget_size", type=cli.fraction, default=1.0, help="share of train_forget that was unlearnt")
-    parser.add_argument("--parent_path", help="where the parent of the checkpoint lies, if it was moved")
-    parser.add_argument("--logits_path", help="taken as in the published command; nothing is compared with a reference")
-    parser.add_argument("--router", help="ECO checkpoint: add a row with the prompt only where its classifier flags")
+    parser.add_argument("--parent_path", type=cli.path, help="where the parent of the checkpoint lies, if it was moved")
+    parser.add_argument(
+        "--logits_path", type=cli.path, help="taken as in the published command; nothing is compared with a reference"
+    )
+    parser.add_argument(
+        "--router", type=cli.path, help="ECO checkpoint: add a row with the prompt only where its classifier flags"
+    )
     parser.add_argument("--force", action="store_true", help="take a --router that was trained on other data")
     parser.add_argument(
         "--show_examples",
@@ -45,7 +47,9 @@ def parse_args():
     group = parser.add_argument_group("new text (instead of the evaluation)")
     group.add_argument("--text", action="append", help="answer this text (repeatable)")
     group.add_argument(
-        "--input_file", help="answer every text of this .txt (a line each), .csv, .jsonl or .parquet file"
+        "--input_file",
+        type=cli.path,
+        help="answer every text of this .txt (a line each), .csv, .jsonl or .parquet file",
     )
     group.add_argument("--json", action="store_true", help="print the answers as JSON lines instead of a table")
     parser.set_defaults(dataset=None)  # default: what the checkpoint was trained on, so that --text needs no hub
@@ -102,6 +106,8 @@ def main(args):
 
 def evaluate(args, frames, words):
     """One record per checkpoint, and a DataFrame with one prediction per checkpoint and row."""
+    import pandas as pd
+
     from utils import metrics, models
 
     chains = resolve(args)

@@ -10,14 +10,12 @@ Writes a LoRA adapter with manifest, metrics and curves to qlora_checkpoints/<mo
 
 import time
 
-import torch
-
 from utils import cli
 
 
 def parse_args():
     parser = cli.ArgumentParser(__doc__)
-    parser.add_argument("--model_name", required=True, help="hub id, model folder or .gguf file")
+    parser.add_argument("--model_name", type=cli.path, required=True, help="hub id, model folder or .gguf file")
     cli.add_model_arguments(parser)
     cli.add_training_arguments(parser, num_epochs=10)
     group = parser.add_argument_group("fine-tuning")
@@ -30,6 +28,8 @@ def parse_args():
 
 
 def main(args):
+    import torch
+
     from utils import checkpoints, data, losses, metrics, models, planning, processes, report, training
     from utils.forward import completion_logits
 

@@ -11,16 +11,16 @@ unlearn_checkpoints/spul_<model>_<dataset>-<forget_size>_<time>.
 
 import time
 
-import torch
-from safetensors.torch import load_file, save_file
-
 from utils import cli
 
 
 def parse_args():
     parser = cli.ArgumentParser(__doc__)
     parser.add_argument(
-        "--model_checkpoints", required=True, help="what qlora.py wrote, or a plain model (hub id, folder)"
+        "--model_checkpoints",
+        type=cli.path,
+        required=True,
+        help="what qlora.py wrote, or a plain model (hub id, folder)",
     )
     cli.add_model_arguments(parser)
     cli.add_training_arguments(parser, num_epochs=10)
@@ -35,7 +35,9 @@ def parse_args():
     )
     start = group.add_mutually_exclusive_group()
     start.add_argument("--init_text", help="start from the embeddings of this instruction")
-    start.add_argument("--init_checkpoint", help="start from the encoder of an earlier spul.py checkpoint")
+    start.add_argument(
+        "--init_checkpoint", type=cli.path, help="start from the encoder of an earlier spul.py checkpoint"
+    )
     group.add_argument(
         "--forget_per_batch",
         type=cli.non_negative_int,
@@ -43,8 +45,12 @@ def parse_args():
         help="forget rows in every batch (0: all rows mixed, as published)",
     )
     cli.add_retain_ratio(group)
-    group.add_argument("--logits_path", help="file of reference logits (default: saved_logits/<model>-<dataset>-<key>)")
-    group.add_argument("--parent_path", help="where the base model of --model_checkpoints lies, if it was moved")
+    group.add_argument(
+        "--logits_path", type=cli.path, help="file of reference logits (default: saved_logits/<model>-<dataset>-<key>)"
+    )
+    group.add_argument(
+        "--parent_path", type=cli.path, help="where the base model of --model_checkpoints lies, if it was moved"
+    )
     args = parser.parse_args()
     if args.forget_per_batch >= args.train_batch_size:
         parser.error("--forget_per_batch must be smaller than --train_batch_size")
@@ -52,6 +58,9 @@ def parse_args():
 
 
 def main(args):
+    import torch
+    from safetensors.torch import save_file
+
     from utils import checkpoints, data, losses, metrics, models, planning, processes, reference, report, training
     from utils.forward import completion_logits, prompt_prefix
 
@@ -164,6 +173,8 @@ def report_merge(loaded, frames, words, args):
 
 def build_encoder(args, loaded):
     """The prompt encoder: new, started from --init_text, or from the encoder that --init_checkpoint trained."""
+    from safetensors.torch import load_file
+
     from utils import checkpoints, models
     from utils.prompt_encoders import VirtualTokens, start_from_text
 

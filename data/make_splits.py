@@ -6,35 +6,42 @@ Which rows are to be forgotten: those that name a listed person (--forget_names)
 (--forget_column --forget_values), or a random share (--forget_fraction).
 """
 
+import contextlib
 import re
 import sys
 from pathlib import Path
 
-import numpy as np
-import pandas as pd
-
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from utils.checkpoints import check_output, new_folder
-from utils.cli import ArgumentParser, UserError, first_line, fraction, run, seed
-from utils.names import mentions, read_names
-from utils.splits import SPLITS, UNLEARNING_LABELS, describe, drop_repeats, split_rows, write_splits
+from utils.cli import ArgumentParser, UserError, fraction, importing, path, run, seed
 
-READERS = {
-    ".csv": lambda path: pd.read_csv(path, dtype=str, keep_default_na=False),
-    ".jsonl": lambda path: pd.read_json(path, lines=True, dtype=False, convert_dates=False),
-    ".parquet": pd.read_parquet,
-}
+with importing():
+    import numpy as np
+    import pandas as pd
+
+    from utils.checkpoints import check_output, new_folder
+    from utils.names import count_rows, mentions, note_absent, read_names
+    from utils.splits import (
+        SPLITS,
+        UNLEARNING_LABELS,
+        describe,
+        drop_repeats,
+        is_text,
+        read_table,
+        split_rows,
+        whole_number,
+        write_splits,
+    )
 
 
 def parse_args():
     parser = ArgumentParser(__doc__)
-    parser.add_argument("--input", required=True, type=Path, help="a .csv, .jsonl or .parquet file, one row a text")
-    parser.add_argument("--output_path", required=True, type=Path, help="folder to write; must be new or empty")
+    parser.add_argument("--input", type=path, required=True, help="a .csv, .jsonl or .parquet file, one row a text")
+    parser.add_argument("--output_path", type=path, required=True, help="folder to write; must be new or empty")
     parser.add_argument("--text_column", default="text", help="column with the texts")
     parser.add_argument("--label_column", default="label", help="column with numbers or words as labels")
     parser.add_argument("--label_names", nargs="+", metavar="NAME", help="words for numeric labels, in ascending order")
     how = parser.add_mutually_exclusive_group(required=True)
-    how.add_argument("--forget_names", metavar="FILE", help="forget the rows that name someone of this list")
+    how.add_argument("--forget_names", type=path, metavar="FILE", help="forget the rows that name someone of this list")
     how.add_argument("--forget_column", help="forget the rows with one of --forget_values in this column")
     how.add_argument("--forget_fraction", type=fraction, help="forget a random share of the rows")
     parser.add_argument("--forget_values", nargs="+", metavar="VALUE", help="goes with --forget_column")
@@ -49,15 +56,21 @@ def parse_args():
 
 
 def main(args):
-    if args.output_path.exists() and not (args.output_path.is_dir() and not any(args.output_path.iterdir())):
-        raise UserError(f"{args.output_path} exists and is not an empty folder; choose another --output_path")
-    check_output(args.output_path, overwrite=True)
-    names = read_names(args.forget_names) if args.forget_names else []
+    output = Path(args.output_path)
+    if output.exists() and not (output.is_dir() and not any(output.iterdir())):
+        raise UserError(f"{output} exists and is not an empty folder; choose another --output_path")
+    check_output(output, overwrite=True)
+    people = read_names(args.forget_names) if args.forget_names else []
+    if not Path(args.input).is_file():
+        raise UserError(f"{args.input} does not exist; check --input")
 
     source = read_table(args.input)
+    if not len(source):
+        raise UserError(f"{args.input} has no rows; give it at least a few of every label")
     frame = pd.DataFrame({"text": texts(source, args)})
     frame["label"], frame["label_text"] = labels(source, args)
-    frame["forget"] = marked(source, frame["text"], names, args)
+    found = [mentions(text, people) for text in frame["text"]]
+    frame["forget"] = marked(source, args) if args.forget_column else [bool(names) for names in found]
     frame, repeats, contradictions = drop_repeats(frame)
     if args.forget_fraction:
         frame["forget"] = drawn(len(frame), args)
@@ -65,27 +78,14 @@ def main(args):
     frames = split_rows(frame, args.test_fraction, args.seed)
     check_splits(frames)
 
-    with new_folder(args.output_path) as folder:
+    with new_folder(output) as folder:
         write_splits(frames, folder)
+    if people:
+        rows = count_rows(found, people)
+        print("rows that name them: " + ", ".join(f"{name} {n:,}" for name, n in rows.items()))
+        note_absent(rows, args.forget_names)
     print(f"read {len(source):,} rows, dropped {repeats} repeated and {contradictions} contradictory ones")
     print(f"{describe(frames)}\nwrote {args.output_path}; pass it to the scripts as --dataset={args.output_path}")
-
-
-def read_table(path):
-    """The rows of a CSV, JSONL or Parquet file. Raises UserError where it cannot be read or has no rows."""
-    if path.suffix not in READERS:
-        raise UserError(f"{path} is no .csv, .jsonl or .parquet file; convert it or rename it")
-    try:
-        table = READERS[path.suffix](path)
-    except FileNotFoundError:
-        raise UserError(f"{path} does not exist; check --input") from None
-    except (ValueError, OSError) as error:  # the parse errors of pandas and pyarrow are ValueErrors
-        raise UserError(f"{path} cannot be read ({first_line(error)}); check the file") from None
-    if path.suffix == ".csv" and not isinstance(table.index, pd.RangeIndex):  # pandas took the surplus for row names
-        raise UserError(f"{path} has more cells in a row than in its header; quote cells that contain commas")
-    if not len(table):
-        raise UserError(f"{path} has no rows; give it at least a few of every label")
-    return table
 
 
 def column(source, name, flag, args):
@@ -98,7 +98,7 @@ def column(source, name, flag, args):
 def texts(source, args):
     """The texts. Raises UserError on a cell that is empty or not text."""
     cells = column(source, args.text_column, "--text_column", args)
-    bad = [not isinstance(cell, str) or not cell.strip() for cell in cells]
+    bad = [not is_text(cell) for cell in cells]
     if any(bad):
         row = bad.index(True) + 1
         raise UserError(f"{args.input}, row {row}: {args.text_column!r} is empty or not text; fix or remove the row")
@@ -111,19 +111,29 @@ def labels(source, args):
     Raises UserError on a cell that is neither whole number nor word, on a mix of both, on a single label, and on
     --label_names that do not fit.
     """
-    cells = [plain(cell) for cell in column(source, args.label_column, "--label_column", args)]
-    bad = [not cell or bool(re.fullmatch(r"[-+]?\d*\.\d+", cell)) for cell in cells]
-    if any(bad):
-        where = f"{args.input}, row {bad.index(True) + 1}"
+    values = [label(cell) for cell in column(source, args.label_column, "--label_column", args)]
+    if None in values:
+        where = f"{args.input}, row {values.index(None) + 1}"
         raise UserError(f"{where}: {args.label_column!r} is no whole number or word; fix or remove the row")
-    numeric = [bool(re.fullmatch(r"[-+]?\d+", cell)) for cell in cells]
-    if any(numeric) and not all(numeric):
+    numeric = {isinstance(value, int) for value in values}
+    if len(numeric) > 1:
         raise UserError(f"{args.label_column!r} of {args.input} mixes numbers and words; use one of them")
-    values = [int(cell) for cell in cells] if all(numeric) else cells
     ordered = sorted(set(values))
-    numbers = dict(zip(ordered, ordered if all(numeric) else range(len(ordered))))
+    numbers = dict(zip(ordered, ordered if numeric == {True} else range(len(ordered))))
     words = dict(zip(ordered, label_words(ordered, args)))
     return [numbers[value] for value in values], [words[value] for value in values]
+
+
+def label(cell: object) -> int | str | None:
+    """A cell as the whole number or the word that it is, else None."""
+    if isinstance(cell, (bool, np.bool_)):
+        return str(cell)
+    if (number := whole_number(cell)) is not None:
+        return number
+    with contextlib.suppress(TypeError, ValueError):
+        float(cell)
+        return None  # a number, but none that can be a label
+    return cell.strip() if is_text(cell) else None
 
 
 def label_words(values, args):
@@ -144,13 +154,8 @@ def label_words(values, args):
     return words
 
 
-def marked(source, all_texts, names, args):
-    """Whether each row is to be forgotten, by name or by column (all False where a share is drawn later).
-
-    Raises UserError on a missing column and on a value that no row has.
-    """
-    if not args.forget_column:
-        return [bool(mentions(text, names)) for text in all_texts]
+def marked(source, args):
+    """Whether each row has one of --forget_values. Raises UserError on a missing column and on a value no row has."""
     cells = [plain(cell) for cell in column(source, args.forget_column, "--forget_column", args)]
     wanted = [plain(value) for value in args.forget_values]
     absent = [value for value in wanted if value not in cells]

@@ -597,6 +597,66 @@ def test_a_label_that_is_no_whole_number(frames, tmp_path, cell):
     refused(write(frames, tmp_path), "test_forget .*, row 3: label is not a whole number")
 
 
+@pytest.mark.parametrize("dtype", ["Int64", "boolean", "Float64", "UInt8", bool])
+def test_labels_of_every_kind_of_whole_number(frames, tmp_path, dtype):
+    expected = data.fingerprint(frames)
+    for frame in frames.values():
+        frame["label"] = frame["label"].astype(dtype)
+    assert data.fingerprint(data.load_splits(str(write(frames, tmp_path, write_parquet)))) == expected
+
+
+NO_LABELS = {
+    "missing": pd.array([0, 1, None, 1], dtype="Int64"),
+    "missing flag": pd.array([False, True, None, True], dtype="boolean"),
+    "dates": pd.to_datetime(["1970-01-01", "1970-01-02"] * 2),
+    "bytes": [b"0", b"1"] * 2,
+    "beyond 64 bits": [0.0, 1.0, 2.0**63, 1.0],
+    "lists": [[0], [1]] * 2,
+}
+
+
+@pytest.mark.parametrize("cells", NO_LABELS.values(), ids=NO_LABELS)
+def test_cells_that_are_no_labels(frames, tmp_path, cells):
+    frames["test_forget"]["label"] = cells
+    row = 3 if len(set(map(str, cells))) > 2 else 1
+    refused(write(frames, tmp_path, write_parquet), f"test_forget .*, row {row}: label is not a whole number")
+
+
+@pytest.mark.parametrize("writer", [write_csv, write_jsonl])
+def test_labels_beyond_64_bits_as_text(frames, tmp_path, writer):
+    for frame in frames.values():
+        frame["label"] = [2**63 + label for label in frame["label"]]
+    refused(write(frames, tmp_path, writer), "train_retain .*, row 1: label is not a whole number of 64 bits")
+
+
+@pytest.mark.parametrize("text", ["\u200b", "\ufeff \u00ad", "\x00", "\u0301"])
+def test_a_text_with_nothing_to_see(frames, tmp_path, text):
+    frames["test_forget"].loc[1, "text"] = text
+    refused(write(frames, tmp_path), "test_forget .*, row 2: text is empty or not text")
+
+
+def test_half_a_character(frames, tmp_path):
+    """JSON can say it, UTF-8 cannot, and no tokenizer takes it."""
+    frames["test_forget"].loc[1, "text"] = "half"
+    path = write(frames, tmp_path, write_jsonl) / "test_forget.jsonl"
+    path.write_text(path.read_text(encoding="utf-8").replace("half", "\\ud83d"), encoding="utf-8")
+    refused(tmp_path, "test_forget .*, row 2: text is empty or not text")
+
+
+@pytest.mark.parametrize("writer", [write_csv, write_jsonl])
+def test_a_byte_order_mark(frames, tmp_path, writer):
+    for path in write(frames, tmp_path, writer).iterdir():
+        path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
+    assert data.fingerprint(data.load_splits(str(tmp_path))) == data.fingerprint(frames)
+
+
+@pytest.mark.parametrize("writer", [write_csv, write_jsonl, write_parquet])
+def test_separators_stay_inside_a_text(frames, tmp_path, writer):
+    frames["test_forget"]["text"] = ["a\u2028b", "a\x85b", "a\x0cb", "a\u2029b"]
+    loaded = data.load_splits(str(write(frames, tmp_path, writer)))
+    assert list(loaded["test_forget"]["text"]) == list(frames["test_forget"]["text"])
+
+
 def test_a_label_that_train_lacks(frames, tmp_path):
     frames["test_retain"].loc[1, ["label", "label_text"]] = [2, "mixed"]
     refused(write(frames, tmp_path), "test_retain has the unknown label 2 .*'mixed'")
@@ -633,6 +693,12 @@ def test_texts_are_read_from_every_format(tmp_path):
         assert data.read_texts(str(tmp_path / f"t.{suffix}")) == texts
 
 
+def test_only_line_ends_end_a_text(tmp_path):
+    texts = ["one\u2028two", "three\x85four", "five\x0csix\x0bseven", "eight\u2029nine\x1cten"]
+    (tmp_path / "t.txt").write_bytes("\r\n".join([*texts[:2], "\u200b", texts[2] + "\r" + texts[3]]).encode())
+    assert data.read_texts(str(tmp_path / "t.txt")) == texts
+
+
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
@@ -642,6 +708,10 @@ def test_texts_are_read_from_every_format(tmp_path):
         ("t.csv", b"words\na\n", "has no column 'text'"),
         ("t.csv", b"text,id\na,1\n,2\n", "has no text or a row whose text is empty"),
         ("t.jsonl", b"{", "cannot be read"),
+        ("t.jsonl", b"[1, 2]", "cannot be read"),
+        ("t.jsonl", b"[" * 100_000, "cannot be read"),
+        ("t.jsonl", b'{"text": "\\ud83d"}', "has no text or a row whose text is empty"),
+        ("t.csv", "text\n\u200b\n".encode(), "has no text or a row whose text is empty"),
         ("t.md", b"a", "is neither .txt, .csv, .jsonl nor .parquet"),
     ],
 )

@@ -227,8 +227,8 @@ def test_bad_lists_of_names_are_refused(tmp_path, content, message):
     ("name", "content", "message"),
     [
         ("reviews.txt", "text,label\n", "is no .csv, .jsonl or .parquet file"),
-        ("reviews.csv", "", "cannot be read"),
-        ("reviews.csv", "text,label\nAnn Lee, the film,1\n", "has more cells in a row than in its header"),
+        ("reviews.csv", "", "is empty; it needs a header"),
+        ("reviews.csv", "text,label\nAnn Lee, the film,1\n", "has rows with more cells than its header"),
         ("reviews.jsonl", "{broken", "cannot be read"),
         ("reviews.parquet", "PAR0", "cannot be read"),
     ],

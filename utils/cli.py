@@ -1,13 +1,16 @@
 """Command-line conventions of every script: one clear sentence on bad input, exit code 2, no traceback."""
 
 import argparse
+import contextlib
 import difflib
 import errno
 import functools
 import logging
 import os
+import signal
 import sys
 import warnings
+from collections.abc import Callable, Iterator
 
 
 class UserError(Exception):
@@ -51,6 +54,16 @@ class ArgumentParser(argparse.ArgumentParser):
             close = difflib.get_close_matches(flag, self._option_string_actions, n=1)
             hint = f", did you mean {close[0]}?" if close else ""
             self.error(f"unknown argument {flag}{hint}")
+
+
+def path(text: str) -> str:
+    """A path or hub id, for argparse; a leading `~` is the home folder, which no shell expands behind `--flag=`."""
+    expanded = os.path.expanduser(text)
+    if expanded.startswith("~"):
+        raise argparse.ArgumentTypeError(f"{text!r} begins with no user's home; a folder of that name is ./{text}")
+    if not text:
+        raise argparse.ArgumentTypeError("it is empty; give a path or leave the flag out")
+    return expanded
 
 
 def positive_int(text):
@@ -103,36 +116,94 @@ def _number(kind, text, accept, description):
     return value
 
 
-def run(parse_args, main):
+def run(parse_args: Callable[[], argparse.Namespace], main: Callable[[argparse.Namespace], None]) -> None:
     """Run a script's `main(parse_args())`; exit 2 with one sentence on a `UserError` or a full or unwritable disk.
 
-    Several processes of an `accelerate launch` say it once and all exit 2.
+    Exits 130 after Ctrl-C and 1 where whoever reads the output has had enough. Several processes of an
+    `accelerate launch` say an error once and all exit 2. A script keeps its imports of libraries for `main`: they take
+    seconds, and only in here a Ctrl-C ends without a traceback.
     """
-    from utils import processes
-
-    processes.start()
+    _open_streams()
     try:
-        with processes.only_main_speaks():
-            _quiet_libraries()
-            args = parse_args()
-            main(args)
-            sys.stdout.flush()  # here, where a closed pipe is no traceback
-        processes.finish()
+        code = _run(parse_args, main)
     except KeyboardInterrupt:
-        sys.exit(130)
+        code = 130
+    except BrokenPipeError:
+        code = 1
+    finally:
+        _empty_streams()
+    if code:
+        sys.exit(code)
+
+
+def _run(parse_args: Callable[[], argparse.Namespace], main: Callable[[argparse.Namespace], None]) -> int:
+    """The exit code; whatever is no mistake of the user's and no end of the output is raised."""
+    with importing():
+        from utils import processes
+
+        _quiet_libraries()
+    message, first = None, True
+    try:
+        processes.start()
+        with processes.only_main_speaks():
+            main(parse_args())
+            sys.stdout.flush()  # here, where an error has its sentence
+        processes.finish()
     except BrokenPipeError:  # whoever reads our output, `head` say, has had enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(1)
+        raise
     except Exception as error:
         message = str(error) if isinstance(error, UserError) else _resource_message(error)
         first = processes.failed_first()
         if message is None and first:
             raise
     else:
-        return
+        return 0
     if first:  # printed out here, where an interrupted progress bar has ended its line
         print(f"{os.path.basename(sys.argv[0])}: error: {message}", file=sys.stderr)
-    sys.exit(2)
+    return 2
+
+
+def _open_streams() -> None:
+    """Let printing never fail for want of a stream or of a character: what cannot be encoded is written as `\\u...`.
+
+    Where a stream was closed (`>&-`), what is printed goes nowhere. Its number is taken at once, or the next file that
+    is opened would get it, and whatever a library prints would go into that file.
+    """
+    opened = os.open(os.devnull, os.O_RDWR)
+    while opened < 3:
+        opened = os.dup(opened)
+    os.close(opened)
+    for name, number, mode in ("stdin", 0, "r"), ("stdout", 1, "w"), ("stderr", 2, "w"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, os.fdopen(number, mode, encoding="utf-8", closefd=False))
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
+
+
+def _empty_streams() -> None:
+    """Flush what was printed; where that fails it goes nowhere, since the interpreter tries again when it ends."""
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except OSError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
+@contextlib.contextmanager
+def importing() -> Iterator[None]:
+    """Libraries are imported, which takes seconds: Ctrl-C ends the process at once and quietly, exit code 130.
+
+    An import may swallow the exception that Ctrl-C raises elsewhere, and nothing has begun that had to be undone.
+    """
+    if signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
+        yield
+        return
+    signal.signal(signal.SIGINT, lambda *_: os._exit(130))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def first_line(error):
@@ -179,7 +250,9 @@ def _resource_message(error):
 def add_model_arguments(parser):
     """What every script needs to load models and rows, and to evaluate."""
     group = parser.add_argument_group("model and data")
-    group.add_argument("--dataset", default="sst2", help="sst2, yelp, snippets, or a folder with the four splits")
+    group.add_argument(
+        "--dataset", type=path, default="sst2", help="sst2, yelp, snippets, or a folder with the four splits"
+    )
     group.add_argument("--max_length", type=positive_int, default=1024, help="most tokens a row may have; text is cut")
     group.add_argument("--set_pad_id", action="store_true", help="pad with the end-of-sequence token")
     group.add_argument(
@@ -203,7 +276,7 @@ def add_model_arguments(parser):
     group.add_argument("--max_train_samples", type=positive_int, help="train rows to use, forget share kept")
     group.add_argument("--forget_share", type=fraction, help="share of forget rows among --max_train_samples")
     group.add_argument(
-        "--forget_only", metavar="FILE",
+        "--forget_only", type=path, metavar="FILE",
         help="leave out forget rows that name nobody of this list (its form: data/snippets/forget_names.txt)",
     )  # fmt: skip
     group.add_argument(
@@ -217,7 +290,7 @@ def add_model_arguments(parser):
         "--final", action="store_true", help="with --validation_share: evaluate on the test rows, after all choices"
     )
     group.add_argument("--seed", type=seed, default=42, help="of batches, unlearning labels and initialisation")
-    group.add_argument("--output_path", help="folder to write (default: the published name)")
+    group.add_argument("--output_path", type=path, help="folder to write (default: the published name)")
     group.add_argument("--overwrite", action="store_true", help="replace an existing output folder of this project")
 
 

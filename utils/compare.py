@@ -27,8 +27,8 @@ CUT = 0.2  # share of the train rows that a search puts aside to score what it h
 
 def parse_args():
     parser = cli.ArgumentParser(__doc__)
-    parser.add_argument("--model_name", required=True, help="hub id, model folder or .gguf file")
-    parser.add_argument("--dataset", default="snippets", help="as for the scripts")
+    parser.add_argument("--model_name", type=cli.path, required=True, help="hub id, model folder or .gguf file")
+    parser.add_argument("--dataset", type=cli.path, default="snippets", help="as for the scripts")
     parser.add_argument("--seeds", type=cli.seed, nargs="+", default=[42], help="one comparison for each")
     known = ["spul", *METHODS, *IN_CONTEXT, "eco"]
     parser.add_argument("--methods", nargs="+", choices=known, default=known, metavar="NAME", help="what to compare")
@@ -45,7 +45,7 @@ def parse_args():
     parser.add_argument("--prompting", type=shlex.split, default=[], help="... for prompting alone")
     parser.add_argument("--grid", type=cli.positive_float, nargs="+", default=[1e-5, 3e-5, 1e-4], help="learning rates")
     parser.add_argument("--max_eval_samples", type=cli.positive_int, help="rows a split in the final evaluation")
-    parser.add_argument("--output_path", help="folder (default: results/compare-<dataset>-<model>)")
+    parser.add_argument("--output_path", type=cli.path, help="folder (default: results/compare-<dataset>-<model>)")
     return parser.parse_args()
 
 

@@ -12,19 +12,22 @@ import pandas as pd
 import torch
 
 from utils.cli import UserError, first_line, note_once
-from utils.names import mentions, read_names
-from utils.splits import SPLITS, UNLEARNING_LABELS, split_rows
+from utils.names import Person, count_rows, mentions, note_absent, read_names
+from utils.splits import (
+    READERS,
+    SPLITS,
+    UNLEARNING_LABELS,
+    is_text,
+    mark_nested,
+    note_overlap,
+    read_table,
+    split_rows,
+    whole_number,
+)
 
 TRAIN_SPLITS = SPLITS[:2]
 HUB_DATASETS = {"sst2": "karuna-bhaila/Unlearning_SST2", "yelp": "karuna-bhaila/Unlearning_Yelp_Polarity"}
 SNIPPETS_FOLDER = Path(__file__).resolve().parents[1] / "data" / "snippets"
-READERS = {
-    ".csv": lambda path: pd.read_csv(
-        path, keep_default_na=False, na_values=[""], dtype={"text": str, "label_text": str}
-    ),
-    ".jsonl": lambda path: pd.read_json(path, lines=True, dtype=False),
-    ".parquet": pd.read_parquet,
-}
 SUBSET_SEED = 42  # the published protocol draws forget subsets with default_rng(42), whatever the training seed
 SELECTION = (  # arguments that decide which rows a command works on
     "forget_size", "max_train_samples", "forget_share", "forget_only", "rows_seed", "validation_share", "final",
@@ -63,18 +66,18 @@ def read_texts(path):
         raise UserError(f"{path} does not exist; pass an existing file to --input_file")
     if path.suffix == ".txt":
         try:
-            lines = path.read_text(encoding="utf-8-sig").splitlines()
+            lines = path.read_text(encoding="utf-8-sig").split("\n")  # splitlines ends them at a form feed, too
         except UnicodeDecodeError:
             raise UserError(f"{path} is not UTF-8 text; save it as UTF-8, one text a line")
-        texts = [line.strip() for line in lines if line.strip()]
+        texts = [line.strip() for line in lines if is_text(line)]
     elif path.suffix in READERS:
-        frame = _read(path)
+        frame = read_table(path)
         if "text" not in frame:
             raise UserError(f"{path} has no column 'text'; name the column of texts so")
         texts = list(frame["text"])
     else:
         raise UserError(f"{path} is neither .txt, .csv, .jsonl nor .parquet; convert it to one of them")
-    if not texts or not all(isinstance(text, str) and text.strip() for text in texts):
+    if not texts or not all(map(is_text, texts)):
         raise UserError(f"{path} has no text or a row whose text is empty; fix the file")
     return texts
 
@@ -119,20 +122,8 @@ def _from_files(folder):
             raise UserError(f"{folder} has no {split}.csv, .jsonl or .parquet; the four splits are {', '.join(SPLITS)}")
         if len(paths) > 1:
             raise UserError(f"{folder} has {paths[0].name} and {paths[1].name}; keep one of them")
-        frames[split] = _read(paths[0])
+        frames[split] = read_table(paths[0])
     return frames
-
-
-def _read(path):
-    try:
-        frame = READERS[path.suffix](path)
-    except pd.errors.EmptyDataError:
-        raise UserError(f"{path} is empty; it needs a header and at least one row")
-    except (ValueError, OSError) as error:  # pandas and pyarrow parse errors are ValueErrors
-        raise UserError(f"{path} cannot be read ({first_line(error)}); check the file")
-    if path.suffix == ".csv" and not isinstance(frame.index, pd.RangeIndex):  # pandas takes surplus cells for row names
-        raise UserError(f"{path} has rows with more cells than its header; put quotes around texts with commas")
-    return frame
 
 
 def _checked(split, frame, source):
@@ -142,21 +133,22 @@ def _checked(split, frame, source):
     if not len(frame):
         raise UserError(f"{split} of {source} has no rows; every split needs at least one")
     for column in ("text", "label_text"):
-        bad = [not isinstance(cell, str) or not cell.strip() for cell in frame[column]]
+        bad = [not is_text(cell) for cell in frame[column]]
         if any(bad):
             raise UserError(
                 f"{split} of {source}, row {bad.index(True) + 1}: {column} is empty or not text; fix the row"
             )
-    labels = pd.to_numeric(frame["label"], errors="coerce")
-    bad = ~(labels % 1 == 0)
-    if bad.any():
-        raise UserError(f"{split} of {source}, row {int(np.argmax(bad)) + 1}: label is not a whole number; fix the row")
-    if "names_other" in frame:
-        marks = pd.to_numeric(frame["names_other"], errors="coerce")
-        if not marks.isin([0, 1]).all():
-            raise UserError(f"{split} of {source} has a names_other that is neither 0 nor 1; fix or drop the column")
-        frame = frame.assign(names_other=marks.astype(int))
-    return frame.assign(label=labels.astype(int), label_text=frame["label_text"].str.strip()).reset_index(drop=True)
+    labels = [whole_number(cell) for cell in frame["label"]]
+    if None in labels:
+        row = labels.index(None) + 1
+        raise UserError(f"{split} of {source}, row {row}: label is not a whole number of 64 bits; fix the row")
+    for column in frame.columns.intersection(["names_other", "nested"]):
+        marks = [whole_number(cell) for cell in frame[column]]
+        if not set(marks) <= {0, 1}:
+            raise UserError(f"{split} of {source} has a {column} that is neither 0 nor 1; fix or drop the column")
+        frame = frame.assign(**{column: marks})
+    words = [word.strip() for word in frame["label_text"]]
+    return frame.assign(label=labels, label_text=words).reset_index(drop=True)
 
 
 def _check_labels(frames):
@@ -180,11 +172,16 @@ def label_words(frames):
 
 
 def load_rows(arguments: dict) -> dict[str, pd.DataFrame]:
-    """The four splits that a command works on. arguments: those of the command, or those that a manifest recorded."""
+    """The four splits that a command works on. arguments: those of the command, or those that a manifest recorded.
+
+    Says on stderr where one of the splits has texts of another.
+    """
     chosen = {name: arguments[name] for name in SELECTION if arguments.get(name) is not None}
     if chosen.get("validation_share") and not chosen.get("final"):
         note_once("what is called test are the train rows that --validation_share put aside; --final shows test rows")
-    return select_rows(load_splits(arguments["dataset"]), **chosen)
+    frames = select_rows(load_splits(arguments["dataset"]), **chosen)
+    note_overlap(frames)
+    return frames
 
 
 def select_rows(
@@ -205,18 +202,15 @@ def select_rows(
     stand in for the test splits, so that settings are chosen without them, unless `final`. `forget_size` < 1 then keeps
     int(size * n) rows of train_forget, drawn with NumPy default_rng(42) (the published protocol). Nothing depends on
     the training seed, and what a `forget_size` keeps is part of what is kept without one, so spul.py sees rows that
-    qlora.py has seen. Raises UserError when a split would be left without a row, or has not as many as were asked for.
+    qlora.py has seen. A column `nested` of the test splits is about the train rows that are kept, `forget_size` aside,
+    since the model that unlearns has seen them. Says on stderr how many rows to forget name whom. Raises UserError when
+    a split would be left without a row, or has not as many as were asked for.
     """
-    frames = dict(frames)
+    whole, frames = frames, dict(frames)
     if final and not validation_share:
         raise UserError("--final goes with --validation_share, without which test rows are evaluated anyway")
     if forget_only:
-        people = read_names(forget_only)
-        for split in ("train_forget", "test_forget"):
-            named = [bool(mentions(text, people)) for text in frames[split]["text"]]
-            frames[split] = frames[split][named].reset_index(drop=True)
-            if not len(frames[split]):
-                raise UserError(f"no row of {split} names anybody of {forget_only}; name others")
+        frames |= _that_name(read_names(forget_only), frames, forget_only)
     sizes = {split: len(frames[split]) for split in TRAIN_SPLITS}
     if forget_share and not max_train_samples:
         raise UserError("--forget_share is a share of --max_train_samples; give both")
@@ -235,12 +229,29 @@ def select_rows(
             frames[split] = sample_rows(frames[split], wanted[split], rows_seed)
     if validation_share:
         frames |= _without_validation(frames, validation_share, rows_seed, final)
+    if "nested" in whole["test_retain"] and any(len(frames[split]) < len(whole[split]) for split in TRAIN_SPLITS):
+        frames = mark_nested(frames)
     if forget_size < 1:
         kept = int(forget_size * len(frames["train_forget"]))
         if not kept:
             raise UserError(f"--forget_size={forget_size} leaves no forget row; choose a larger share")
         frames["train_forget"] = sample_rows(frames["train_forget"], kept)
     return frames
+
+
+def _that_name(people: list[Person], frames: dict[str, pd.DataFrame], path: str) -> dict[str, pd.DataFrame]:
+    """The forget splits without the rows that name nobody of `people`, who are of the list at `path`."""
+    kept, counts = {}, {}
+    for split in ("train_forget", "test_forget"):
+        found = [mentions(text, people) for text in frames[split]["text"]]
+        kept[split] = frames[split][[bool(names) for names in found]].reset_index(drop=True)
+        if not len(kept[split]):
+            raise UserError(f"no row of {split} names anybody of {path}; name others")
+        counts[split] = count_rows(found, people)
+    listed = [f"{person.name} {' + '.join(str(counts[split][person.name]) for split in counts)}" for person in people]
+    note_once(f"rows of {' + '.join(counts)} that name them: {', '.join(listed)}")
+    note_absent({name: sum(counts[split][name] for split in counts) for name in counts["train_forget"]}, path)
+    return kept
 
 
 def _without_validation(

@@ -183,7 +183,8 @@ def evaluate(loaded, frames, words, args, description):
 
     splits: {split: scores}, plus `<retain split>:length_matched` (retain rows drawn to have the forget rows' lengths in
     words) and `<split>:names_other` where the data has that column: a prompt that reacts to length, or to any name,
-    has not learnt whom to forget. rows: the scored rows with a `split` column, in file order.
+    has not learnt whom to forget. With a column `nested`, `<test split>:not_nested` are the rows of which no part was
+    trained on. rows: the scored rows with a `split` column, in file order.
     """
     frames = {split: sample_rows(frames[split], args.max_eval_samples, args.rows_seed) for split in SPLITS}
     scored = {}
@@ -237,8 +238,11 @@ def _slices(scored):
         if matched:
             parts[f"{phase}_retain:length_matched"] = retain.iloc[matched]
         for rows in (retain, forget):
+            split = rows["split"].iloc[0]
             if "names_other" in rows and rows["names_other"].astype(bool).any():
-                parts[f"{rows['split'].iloc[0]}:names_other"] = rows[rows["names_other"].astype(bool)]
+                parts[f"{split}:names_other"] = rows[rows["names_other"].astype(bool)]
+            if phase == "test" and "nested" in rows and not rows["nested"].all():
+                parts[f"{split}:not_nested"] = rows[~rows["nested"].astype(bool)]
     return parts
 
 

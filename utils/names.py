@@ -7,12 +7,13 @@ List and text are both brought into one normal form; where a name was found is s
 
 import re
 import unicodedata
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from pathlib import Path
 
-from utils.cli import UserError
+from utils.cli import UserError, note_once
 
 APOSTROPHES, HYPHENS, MIDDLE_DOTS = "\u2018\u2019\u201b\u02bb\u02bc\u2032\u00b4\uff07`", "\u2212\uff0d", "•‧∙⋅・･"
 ALIKE = {
@@ -89,6 +90,19 @@ def mentions(text: str, people: Sequence[Person]) -> list[str]:
     """The names of those of `people` whom `text` names, in the order of the list."""
     readings = "\n".join(normal for normal, _, _ in _readings(text))  # no reading has a line break of its own
     return [person.name for person in people if person.find(readings)]
+
+
+def count_rows(found: Iterable[Sequence[str]], people: Sequence[Person]) -> dict[str, int]:
+    """{name: number of rows that name the person}, for what `mentions` found in each row."""
+    counts = Counter(name for names in found for name in names)
+    return {person.name: counts[person.name] for person in people}
+
+
+def note_absent(counts: dict[str, int], path: str | Path) -> None:
+    """Say who of the list at `path` no row names, since nothing about that person is forgotten then."""
+    absent = [name for name, rows in counts.items() if not rows]
+    if absent:
+        note_once(f"no row names {', '.join(absent)}; check how {path} spells {'it' if len(absent) == 1 else 'them'}")
 
 
 def spans(text: str, person: Person) -> list[tuple[int, int]]:

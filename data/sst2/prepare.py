@@ -1,11 +1,15 @@
-"""Mark the SST-2 rows that name some person, so that "reacts to any name" can be told from "forgets these people".
+"""Mark the SST-2 rows that name some person, and the test rows that are parts of train rows or have one in them.
 
 python data/sst2/prepare.py --input=FOLDER --output_path=data/sst2/marked
 
-FOLDER (default: sst2 from the hub) holds the four published splits. The copy has one column more, names_other: 1 where
-a given name of data/snippets/given_names.txt is followed by a surname of that folder's two lists, all in lower case as
-SST-2 is. A surname alone does not count, since many are words. Use the copy as --dataset; with --only_names_other its
-retain splits hold nothing but marked rows, too few to be met in a sample of the whole.
+FOLDER (default: sst2 from the hub) holds the four published splits. The copy has two columns more, and every evaluation
+scores the rows they tell apart beside the others. names_other tells "reacts to any name" from "forgets these people":
+1 where a given name of data/snippets/given_names.txt is followed by a surname of that folder's two lists, all in lower
+case as SST-2 is. A surname alone does not count, since many are words. nested tells what is unseen from what was seen
+in part: 1 in a test split where a row contains, or is contained in, a train row of its own kind (retain or forget).
+
+Use the copy as --dataset; with --only_names_other its retain splits hold nothing but rows that name somebody, too few
+to be met in a sample of the whole.
 """
 
 import sys
@@ -13,14 +17,19 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from utils import checkpoints, cli, data, splits  # noqa: E402
-from utils.names import read_names  # noqa: E402
+from utils import cli  # noqa: E402
+
+with cli.importing():
+    from utils import checkpoints, data, splits
+    from utils.names import read_names
 
 
 def parse_args():
     parser = cli.ArgumentParser(__doc__)
-    parser.add_argument("--input", default="sst2", help="folder with the four splits, or sst2 from the hub")
-    parser.add_argument("--output_path", required=True, help="folder to write")
+    parser.add_argument(
+        "--input", type=cli.path, default="sst2", help="folder with the four splits, or sst2 from the hub"
+    )
+    parser.add_argument("--output_path", type=cli.path, required=True, help="folder to write")
     parser.add_argument("--only_names_other", action="store_true", help="leave the other retain rows out")
     parser.add_argument("--overwrite", action="store_true", help="replace an existing output folder")
     return parser.parse_args()
@@ -44,6 +53,9 @@ def main(args):
                 raise cli.UserError(
                     f"{split} of {args.input} has no row that names somebody; leave out --only_names_other"
                 )
+    frames = splits.mark_nested(frames)
+    for split in splits.SPLITS[2:]:
+        print(f"{split:13s}{len(frames[split]):8,d} rows, {frames[split]['nested'].sum():6,d} nested with train rows")
     with checkpoints.new_folder(args.output_path) as folder:
         splits.write_splits(frames, folder)
 

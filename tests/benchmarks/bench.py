@@ -75,8 +75,10 @@ def _rows_of(method):
 
 def parse_args():
     parser = cli.ArgumentParser(__doc__)
-    parser.add_argument("--model", default="data/models/smollm2", help="a plain model: folder or hub id")
-    parser.add_argument("--dataset", default="snippets", help="snippets, sst2, yelp, or a folder with the four splits")
+    parser.add_argument("--model", type=cli.path, default="data/models/smollm2", help="a plain model: folder or hub id")
+    parser.add_argument(
+        "--dataset", type=cli.path, default="snippets", help="snippets, sst2, yelp, or a folder with the four splits"
+    )
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS, help="what to measure")
     parser.add_argument("--batch_size", type=cli.positive_int, default=32, help="rows per step")
     parser.add_argument("--prompt_length", type=cli.positive_int, default=30, help="p of every part but `prompts`")
@@ -97,7 +99,9 @@ def parse_args():
         "--dtype", choices=["auto", "bfloat16", "float32", "float16"], default="auto", help="of this project's path"
     )
     parser.add_argument("--seed", type=cli.seed, default=42, help="of rows, words and initialisation")
-    parser.add_argument("--output_path", default="results/bench", help="folder for bench.json and bench.png")
+    parser.add_argument(
+        "--output_path", type=cli.path, default="results/bench", help="folder for bench.json and bench.png"
+    )
     return parser.parse_args()
 
 

@@ -38,8 +38,10 @@ UNITS = {"s": 1, "min": 60, "h": 3600, "MiB": 2**-10, "GiB": 1}
 
 def parse_args():
     parser = cli.ArgumentParser(__doc__)
-    parser.add_argument("--model", default="data/models/smollm2", help="a plain model: folder or hub id")
-    parser.add_argument("--dataset", default="snippets", help="snippets, sst2, yelp, or a folder with the four splits")
+    parser.add_argument("--model", type=cli.path, default="data/models/smollm2", help="a plain model: folder or hub id")
+    parser.add_argument(
+        "--dataset", type=cli.path, default="snippets", help="snippets, sst2, yelp, or a folder with the four splits"
+    )
     parser.add_argument("--tokens", type=cli.positive_int, default=256, help="at least so many in a long row")
     parser.add_argument("--steps", type=cli.positive_int, default=10, help="of each run")
     parser.add_argument("--train_batch_size", type=cli.positive_int, default=32, help="rows as they come in a step")
@@ -47,7 +49,7 @@ def parse_args():
     parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS), metavar="KIND", help=", ".join(KINDS))
     parser.add_argument("--table", action="store_true", help="only print the table of large models")
     parser.add_argument("--seed", type=cli.seed, default=42, help="of rows and weights")
-    parser.add_argument("--output_path", default="results/estimates", help="folder for estimates.json")
+    parser.add_argument("--output_path", type=cli.path, default="results/estimates", help="folder for estimates.json")
     return parser.parse_args()
 
 
