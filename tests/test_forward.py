@@ -316,7 +316,7 @@ def test_the_reference_file_is_mapped_and_small(tmp_path, small_data):
     loaded = models.Loaded(model, SimpleNamespace(pad_token_id=1), None, [SimpleNamespace(sha256="0", path=tmp_path)])
     args = SimpleNamespace(logits_path=path, dataset="none", max_length=64, eval_batch_size=2)
     found = reference.load_reference(loaded, examples, range(len(examples)), frames, args)
-    assert str(path) in Path("/proc/self/maps").read_text()
+    assert str(path) in Path("/proc/self/maps").read_text(encoding="utf-8")
     expected = completion_hidden(model, collate(examples, 1, "cpu"))
     assert torch.allclose(found.of(range(len(examples))), expected, atol=1e-5)
     numbers = sum(len(e.completion) for e in examples) * model.config.hidden_size

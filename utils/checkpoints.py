@@ -73,7 +73,7 @@ def _inputs(args):
     found = [path for path in given if isinstance(path, (str, Path))]  # --eco_target may be a number
     for path in found:  # which grows
         with suppress(OSError, ValueError, KeyError, TypeError):
-            found.append(parent_path(path, json.loads((Path(path) / MANIFEST).read_text())))
+            found.append(parent_path(path, json.loads((Path(path) / MANIFEST).read_text(encoding="utf-8"))))
     return found
 
 
@@ -113,7 +113,7 @@ def write_json(path, value):
     """Write `value` as indented JSON, whole or not at all; NaN is refused with ValueError, since JSON has none."""
     text, temporary = json.dumps(value, indent=2, allow_nan=False) + "\n", f"{path}.tmp"
     try:
-        Path(temporary).write_text(text)
+        Path(temporary).write_text(text, encoding="utf-8")
         os.replace(temporary, path)
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
@@ -170,7 +170,7 @@ def read_manifest(path, verify=True):
             f"{path} holds neither {MANIFEST} nor config.json; pass what qlora.py or spul.py wrote, or a model"
         )
     try:
-        manifest = json.loads(file.read_text())
+        manifest = json.loads(file.read_text(encoding="utf-8"))
         kind, files = manifest["kind"], dict(manifest["files"])
         Path(manifest["parent"]["path"]), manifest["parent"]["sha256"]
         dict(manifest["arguments"]), manifest["data_fingerprint"], manifest["seed"]
@@ -251,6 +251,6 @@ def _git_commit():
     """The commit this code stands at, or None outside a git checkout."""
     try:
         command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+        return subprocess.run(command, capture_output=True, encoding="utf-8", check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         return None

@@ -56,7 +56,7 @@ def main(args):
     work = Workplace(Path(args.output_path or f"results/{name}"), args)
     records = [record for seed in args.seeds for record in compare(work, args, seed)]
     report.write_comparison(work.folder, records)
-    print((work.folder / "table.md").read_text())
+    print((work.folder / "table.md").read_text(encoding="utf-8"))
     print(f"wrote {work.folder}")
 
 
@@ -140,10 +140,10 @@ class Workplace:
         scores = path.with_suffix(".json")
         if not scores.exists():
             finite = self._call([*command, f"--output_path={path}", *_resume(path)], or_not_finite=True)
-            splits = json.loads((path / "metrics.json").read_text())[-1]["splits"] if finite else None
+            splits = json.loads((path / "metrics.json").read_text(encoding="utf-8"))[-1]["splits"] if finite else None
             write_json(scores, splits)
             shutil.rmtree(path, ignore_errors=True)
-        return json.loads(scores.read_text())
+        return json.loads(scores.read_text(encoding="utf-8"))
 
     def evaluate(self, name, checkpoint, seed, flags=()):
         """(record, predictions) of one checkpoint on the four splits; the predictions as a DataFrame."""
@@ -158,7 +158,7 @@ class Workplace:
         path = self._place("evaluations", f"{name.replace(' + ', '-')}-{seed}", command)
         if not (path / "metrics.json").exists():
             self._call([*command, f"--output_path={path}", "--overwrite"])
-        record = json.loads((path / "metrics.json").read_text())[-1]
+        record = json.loads((path / "metrics.json").read_text(encoding="utf-8"))[-1]
         predictions = pd.read_json(path / "predictions.jsonl", lines=True)
         predictions = predictions[predictions["method"] == record["method"]].reset_index(drop=True)
         return {**record, "method": name}, predictions

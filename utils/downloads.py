@@ -14,11 +14,11 @@ def pip_download(requirement, sha256, folder, *options):
     sha256: of that file, which pip compares before it runs anything of it. Raises UserError where pip cannot fetch it.
     """
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--retries=1", "--no-deps", f"--dest={folder}"]
-    with tempfile.NamedTemporaryFile("w", suffix=".txt") as file:
+    with tempfile.NamedTemporaryFile("w", encoding="utf-8", suffix=".txt") as file:
         file.write(f"{requirement} --hash=sha256:{sha256}\n")
         file.flush()
         command += [*options, "--require-hashes", f"--requirement={file.name}"]
-        pip = subprocess.run(command, capture_output=True, text=True, check=False)
+        pip = subprocess.run(command, capture_output=True, encoding="utf-8", errors="replace", check=False)
     if pip.returncode:
         reasons = [line for line in pip.stderr.splitlines() if line.startswith("ERROR")] or pip.stderr.splitlines()
         reason = reasons[-1].strip() if reasons else "no message"

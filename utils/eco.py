@@ -284,7 +284,7 @@ def load(link, loaded, args):
     """`loaded`, the model under the ECO checkpoint `link`, with its gate and corruption."""
     gate = gates.load_gate(link, loaded, args)
     try:
-        settings = json.loads((Path(link.path) / FILE).read_text())
+        settings = json.loads((Path(link.path) / FILE).read_text(encoding="utf-8"))
         names = [Person(**person) for person in settings["names"]]
         marks = Marks()
         if settings["tokens"] == "entities" and settings["token_classifier"]:

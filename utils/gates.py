@@ -75,7 +75,7 @@ class Tfidf:
 
     def save(self, folder):
         vocabularies = [sorted(v.vocabulary_, key=v.vocabulary_.get) for v in self._vectorizers]
-        (folder / VOCABULARY).write_text(json.dumps(vocabularies, ensure_ascii=False))
+        (folder / VOCABULARY).write_text(json.dumps(vocabularies, ensure_ascii=False), encoding="utf-8")
         tensors = {f"idf.{i}": torch.tensor(v.idf_) for i, v in enumerate(self._vectorizers)}
         tensors |= {
             "coefficients": torch.tensor(self._coefficients),
@@ -87,7 +87,7 @@ class Tfidf:
     def load(cls, folder, **_):
         tensors = {key: value.numpy() for key, value in load_file(folder / WEIGHTS).items()}
         vectorizers = []
-        for i, terms in enumerate(json.loads((folder / VOCABULARY).read_text())):
+        for i, terms in enumerate(json.loads((folder / VOCABULARY).read_text(encoding="utf-8"))):
             vectorizer = _vectorizers()[i].set_params(vocabulary={term: at for at, term in enumerate(terms)})
             vectorizer.idf_ = tensors[f"idf.{i}"]
             vectorizers.append(vectorizer)
@@ -241,7 +241,7 @@ CLASSIFIERS = {kind.kind: kind for kind in (Tfidf, Features, Encoder)}
 def load_gate(link, loaded, args):
     """The Gate of the ECO checkpoint `link`. Raises UserError if its files are missing or damaged."""
     try:
-        settings = json.loads((Path(link.path) / "eco.json").read_text())
+        settings = json.loads((Path(link.path) / "eco.json").read_text(encoding="utf-8"))
         classifier = CLASSIFIERS[settings["classifier"]].load(Path(link.path), loaded=loaded, args=args)
         return Gate(classifier, settings["threshold"])
     except (*LOADING_ERRORS, TypeError, IndexError):

@@ -73,7 +73,7 @@ def build(args, frames):
 def load(link):
     """The template that `build` made for the checkpoint of `link`; icul reads its training rows again."""
     try:
-        settings = json.loads((Path(link.path) / FILE).read_text())
+        settings = json.loads((Path(link.path) / FILE).read_text(encoding="utf-8"))
         if settings["method"] == "prompting":
             return Instruction(settings)
         dataset, frames = link.manifest["arguments"]["dataset"], load_rows(link.manifest["arguments"])

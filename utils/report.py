@@ -53,7 +53,7 @@ def _mean_and_spread(values, digits):
 def write_comparison(folder, records):
     """table.md, metrics.json and tradeoff.png of `utils.compare`: one record per method and seed."""
     write_json(Path(folder) / "metrics.json", records)
-    (Path(folder) / "table.md").write_text(comparison_table(records) + "\n")
+    (Path(folder) / "table.md").write_text(comparison_table(records) + "\n", encoding="utf-8")
     draw_tradeoff(records, Path(folder) / "tradeoff.png")
 
 
@@ -204,7 +204,8 @@ def draw_comparison(records, path):
 
 def write_curves(folder, log):
     """training.jsonl and training.png in `folder`: every logged loss, and the accuracies, against the step."""
-    (Path(folder) / "training.jsonl").write_text("".join(json.dumps(line) + "\n" for line in log))
+    lines = "".join(json.dumps(line) + "\n" for line in log)
+    (Path(folder) / "training.jsonl").write_text(lines, encoding="utf-8")
     losses = [line for line in log if "loss" in line]
     accuracies = [line for line in log if "accuracy" in line]
     figure, axes = pyplot.subplots(1, 1 + bool(accuracies), figsize=(5 + 5 * bool(accuracies), 3.6), squeeze=False)

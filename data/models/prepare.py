@@ -65,7 +65,7 @@ def is_complete(folder):
     if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
         return False
     try:
-        source = json.loads((folder / SOURCE).read_text())
+        source = json.loads((folder / SOURCE).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         raise UserError(f"{folder} exists and is not what this script wrote; move it or choose another --output_path")
     weights = folder / "model.safetensors"
@@ -110,7 +110,7 @@ def convert(source, folder):
 def describe(source, folder):
     """Add licence, readme and `source.json`, the last of which marks the folder as complete."""
     (folder / "LICENSE.txt").write_bytes((Path(source) / "LICENSE.txt").read_bytes())
-    (folder / "README.md").write_text(README)
+    (folder / "README.md").write_text(README, encoding="utf-8")
     write_json(folder / SOURCE, described(folder / "model.safetensors"))
 
 

@@ -273,7 +273,7 @@ def _processor(device):
     if device.startswith("cuda"):
         return torch.cuda.get_device_name()
     try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:
         return platform.processor()
     name = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.machine())
