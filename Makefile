@@ -1,10 +1,10 @@
 # make demo  the main job on embedded data with a real small model, a quarter of an hour on two cores
-# make compare  SPUL and every rival on the same rows, in one table; an estimated one to two hours on two cores
+# make compare  SPUL and every rival on the same rows with the same budget, in one table; an estimated hour on two cores
 # make test  every test
 # make bench speed and memory against the plain path, an estimated forty minutes; BENCH_ARGS="--parts training" does a part
 # make lint  ruff
 # MODEL=... DATASET=... SEED=... make demo runs the same on another model, data set or seed;
-# MODEL=... DATASET=... SEEDS="..." METHODS="..." make compare likewise.
+# MODEL=... DATASET=... SEEDS="..." METHODS="..." BUDGET=... make compare likewise.
 
 PYTHON ?= python3
 MODEL ?= data/models/smollm2
@@ -46,10 +46,13 @@ FINE_TUNED := qlora_checkpoints/demo-$(RUN)-$(call checksum,$(MODEL) $(DATASET) 
 UNLEARNT := unlearn_checkpoints/demo-$(RUN)-$(call checksum,$(FINE_TUNED) $(UNLEARN) $(STEPS))
 RESULTS := $(UNLEARNT:unlearn_checkpoints/%=results/%)
 
-# Rivals: 16 rows a step; about five passes over the forget rows, three where half of every batch is retain rows.
-RIVALS := --train_batch_size=16 --length_pool=8 --save_steps=1000
-GRID := 5e-5 2e-4
-ECO := --eco_samples=100 --eco_max_fpr=0.002
+# Every method that trains reads BUDGET rows at each of two learning rates, 16 rows a step, 4 of them to forget where
+# there is a retain loss (utils/compare.py has the rule). 640 rows: five passes over the forget rows at 4 a step.
+BUDGET ?= 640
+GRID ?= 5e-5 2e-4
+SPUL_GRID ?= 1.5e-3 5e-3
+SPUL := --init_text="$(INSTRUCTION)" --weight_decay=0 --alpha=$(ALPHA) --beta=0.5
+ECO := --eco_samples=100
 PROMPTING = $(if $(filter snippets,$(DATASET)),,--instruction="If the text names a person, answer unknown.")
 
 # A run that was killed goes on from its last saved state.
@@ -73,10 +76,10 @@ $(FINE_TUNED)/manifest.json: | $(READY) $(if $(filter data/models/smollm2,$(MODE
 
 compare: | $(READY) $(if $(filter data/models/smollm2,$(MODEL)),data/models/smollm2/config.json)
 	$(PY) -m utils.compare --model_name=$(MODEL) --dataset=$(DATASET) --seeds $(SEEDS) $(if $(METHODS),--methods $(METHODS)) \
-		--rows='$(SELECTED)' --fine_tune='$(FINE_TUNE) $(POOLED)' --spul='$(UNLEARN) --max_steps=$(STEPS) $(POOLED)' \
-		--rivals='$(RIVALS)' --without_retain='--num_epochs=5' \
-		--with_retain='--num_epochs=100 --forget_per_batch=8 --max_steps=16' \
-		--in_context='--max_length=512' --prompting='$(PROMPTING)' --eco='$(ECO)' --grid $(GRID) --max_eval_samples=150
+		--rows='$(SELECTED)' --fine_tune='$(FINE_TUNE) $(POOLED)' --budget_rows=$(BUDGET) --batch_size=16 \
+		--grid $(GRID) --spul_grid $(SPUL_GRID) --training='--length_pool=8 --save_steps=1000' \
+		--with_retain='--forget_per_batch=4' --spul='$(SPUL)' --in_context='--max_length=512' \
+		--prompting='$(PROMPTING)' --eco='$(ECO)' --max_eval_samples=150
 
 data/models/smollm2/config.json: | $(READY)
 	$(PY) data/models/prepare.py smollm2

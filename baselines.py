@@ -17,9 +17,9 @@ from utils import cli
 
 ECO_METRICS = ("accuracy", "f1", "precision", "recall", "label_accuracy", "out_of_label")
 NO_TRAINING = (
-    "micro_batch_size", "gradient_checkpointing", "compile", "max_steps", "max_grad_norm", "length_pool", "eval_steps",
-    "curve_samples", "save_steps", "dry_run", "resume", "tune", "retain_loss", "retain_weight", "forget_per_batch",
-    "retain_ratio", "stop_at_forget_accuracy", "logits_path",
+    "micro_batch_size", "gradient_checkpointing", "compile", "max_steps", "max_rows", "max_grad_norm", "length_pool",
+    "eval_steps", "curve_samples", "save_steps", "dry_run", "resume", "tune", "retain_loss", "retain_weight",
+    "forget_per_batch", "retain_ratio", "stop_at_forget_accuracy", "logits_path",
 )  # fmt: skip
 ECO_SEARCH = (
     "eco_metric", "eco_target", "eco_samples", "eco_steps", "eco_start", "eco_eps", "eco_lr", "eco_sigma_min",

@@ -1,5 +1,7 @@
 """The comparison's pipeline on the tiny model: what it runs, what it keeps, what it writes."""
 
+import contextlib
+import functools
 import json
 import shutil
 import sys
@@ -15,41 +17,55 @@ METHODS = ("spul", "gradient_ascent", "npo", "prompting", "eco")
 FLAGS = {
     "rows": "--max_length=200 --dtype=float32 --max_train_samples 20",
     "fine_tune": "--quantization=none --train_batch_size=8 --num_epochs=2 --lr=2e-3",
-    "spul": "--train_batch_size=8 --num_epochs=1 --ptuning_num_tokens=4 --ptuning_hidden_size=16",
-    "rivals": "--train_batch_size=8 --num_epochs=3",
-    "with_retain": "--max_steps=3",
+    "spul": "--ptuning_num_tokens=4 --ptuning_hidden_size=16",
+    "with_retain": "--forget_per_batch=2",
     "prompting": "--instruction=Beware.",
-    "eco": "--eco_strength=1",
+    "eco": "--eco_strength=1 --eco_max_fpr=0.3",
+    "budget_rows": "24",
+    "batch_size": "8",
+    "validation_share": "0.25",
 }
 
 
-@pytest.fixture
-def run(tmp_path, monkeypatch, tiny_model, small_data):
-    """Runs the comparison in `tmp_path`, its scripts in this process; returns the commands that it called."""
+@pytest.fixture(scope="module")
+def compared(tiny_model, small_data):
+    """compared(folder, *flags) compares there, the scripts in this process; returns the commands that were called."""
 
-    def call(self, command):
-        called.append(command)
-        result = scripts.call(tmp_path, command[0].removesuffix(".py"), *command[1:])
-        return result.code, result.stderr
+    def start(folder, *more):
+        def call(self, command):
+            called.append(command)
+            result = scripts.call(folder, command[0].removesuffix(".py"), *command[1:])
+            return result.code, result.stderr
 
-    called = []
-    monkeypatch.setattr(compare.Workplace, "_run", call)
-    monkeypatch.chdir(tmp_path)
-
-    def start(*more):
-        called.clear()
-        flags = [f"--{name}={value}" for name, value in FLAGS.items()]
+        called, flags = [], [f"--{name}={value}" for name, value in FLAGS.items()]
         command = ["compare", f"--model_name={tiny_model}", f"--dataset={small_data}", *flags, *more]
-        command += ["--grid", "1e-4", "1e30", "--output_path=out", "--methods", *METHODS]
-        with mock.patch.object(sys, "argv", command):
+        command += ["--grid", "1e-4", "1e30", "--spul_grid", "1e-2", "1e-3", "--output_path=out", "--methods", *METHODS]
+        with (
+            contextlib.chdir(folder),
+            mock.patch.object(compare.Workplace, "_run", call),
+            mock.patch.object(sys, "argv", command),
+        ):
             compare.main(compare.parse_args())
-        return list(called)
+        return called
 
     return start
 
 
+@pytest.fixture(scope="module")
+def finished(compared, tmp_path_factory):
+    """(folder of a whole comparison, the commands that it called)."""
+    folder = tmp_path_factory.mktemp("compared")
+    return folder, compared(folder)
+
+
+@pytest.fixture
+def run(finished, compared, tmp_path):
+    """run(*flags) goes on in a copy of the finished comparison, `tmp_path`."""
+    shutil.copytree(finished[0], tmp_path, dirs_exist_ok=True)
+    return functools.partial(compared, tmp_path)
+
+
 def test_the_whole_comparison(run, tmp_path):
-    commands = run()
     records = json.loads((tmp_path / "out" / "metrics.json").read_text())
     rows = ["base", "fine-tuned", "retrained", "SPUL", "gradient_ascent", "npo", "prompting", "eco", "SPUL + router"]
     assert [record["method"] for record in records] == rows
@@ -64,9 +80,8 @@ def test_the_whole_comparison(run, tmp_path):
         search = by_method[method]["search"]
         assert search["lr"] == 1e-4 and search["grid"]["1e+30"] is None  # diverged, which ends no comparison
         assert by_method[method]["training"]["peak_memory_bytes"] > 0
-    assert "search" not in by_method["SPUL"]
-    searched = [command for command in commands if any("search-data" in argument for argument in command)]
-    assert len(searched) == 4 and not any("max_train_samples" in " ".join(command) for command in searched)
+    assert set(by_method["SPUL"]["search"]["grid"]) == {"0.01", "0.001"}
+    assert len(list((tmp_path / "out" / "runs").glob("spul-*/manifest.json"))) == 1  # of the two only the better
 
     assert run() == []  # everything is recognised
     assert json.loads((tmp_path / "out" / "metrics.json").read_text()) == records
@@ -77,29 +92,75 @@ def test_the_whole_comparison(run, tmp_path):
     assert [command[0] for command in again] == ["inference_spul.py"] and "npo" in " ".join(again[0])
 
 
-def test_the_search_never_sees_test_rows(run, tmp_path, small_data):
-    run()
-    folder = next((tmp_path / "out").glob("search-data-*"))
-    held_out = texts(folder, "test_retain") | texts(folder, "test_forget")
-    trained = texts(folder, "train_retain") | texts(folder, "train_forget")
-    assert held_out and not trained & held_out
-    assert trained | held_out <= texts(small_data, "train_retain") | texts(small_data, "train_forget")
+def flags_of(command):
+    """The flags of a command as {name: value}, the last one where it is given twice, as argparse takes it."""
+    return dict((*word.split("=", 1), "")[:2] for word in command if word.startswith("--"))
+
+
+def test_every_method_has_the_same_budget(finished):
+    """As many settings, rows a run and rows a step; an epoch of 5 + 9 rows ends with a small step."""
+    folder, commands = finished
+    budgeted = [flags for flags in map(flags_of, commands) if "--max_rows" in flags]
+    methods = [flags.get("--unlearn_method", "spul") for flags in budgeted]
+    assert methods == [method for method in METHODS[:3] for _ in range(2)]
+    same = {name: {flags[name] for flags in budgeted} for name in ("--max_rows", "--train_batch_size", "--num_epochs")}
+    assert same == {"--max_rows": {"24"}, "--train_batch_size": {"8"}, "--num_epochs": {"24"}}
+    assert not any(flags.keys() & {"--max_steps", "--final"} for flags in budgeted)
+    for method, steps in {"spul": 3, "gradient_ascent": 4, "npo": 3}.items():  # 8 + 5 + 8 rows, or 5 + 5 + 5 + 5
+        (log,) = (folder / "out" / "runs").glob(f"{method}-*/training.jsonl")
+        assert sum("loss" in json.loads(line) for line in log.read_text().splitlines()) == steps
+
+
+def test_test_rows_are_read_after_all_choices(finished, small_data):
+    folder, commands = finished
+    final = ["--final" in command for command in commands]
+    assert final == sorted(final) and all(
+        (command[0] == "inference_spul.py") == is_last for command, is_last in zip(commands, final)
+    )
+    assert {flags_of(command)["--validation_share"] for command in commands} == {"0.25"}
+    rows = pd.read_json(next((folder / "out" / "evaluations").glob("eco-*")) / "predictions.jsonl", lines=True)
+    for split, found in rows.groupby("split")["text"]:
+        assert set(found) <= texts(small_data, split)
+
+
+@pytest.mark.parametrize(
+    ("flags", "sentence"),
+    [
+        (["--spul_grid", "1e-3"], "--grid has 2 learning rates and --spul_grid 1; give as many to both"),
+        (["--budget_rows=7"], "--budget_rows=7 is less than one step"),
+        (["--spul=--max_steps 300"], "--spul holds --max_steps, which is the same for every method"),
+        (["--training=--train_batch_size=4"], "--training holds --train_batch_size"),
+        (["--rows=--final"], "--rows holds --final"),
+    ],
+)
+def test_no_method_gets_another_budget(flags, sentence, capsys):
+    command = ["compare", "--model_name=m", "--grid", "1e-5", "1e-4", *flags]
+    with mock.patch.object(sys, "argv", command), pytest.raises(SystemExit, match="2"):
+        compare.parse_args()
+    assert sentence in capsys.readouterr().err
 
 
 def test_a_search_that_fails_for_another_reason_ends_the_comparison(run, tmp_path):
     """And leaves nothing behind that would count as a result."""
     with pytest.raises(cli.UserError, match="baselines.py ended with exit code 2; finished runs are kept"):
-        run("--rivals=--train_batch_size=8 --num_epoch=3")
-    assert not list((tmp_path / "out" / "search").glob("*.json"))
-    run()
+        run("--rivals=--num_epoch=3")
+    assert run() == []
 
 
-def test_another_model_under_the_same_path_is_another_run(run, tiny_model, tmp_path, monkeypatch):
-    model = shutil.copytree(tiny_model, tmp_path / "model")
-    assert run(f"--model_name={model}")
-    assert run(f"--model_name={model}") == []
+def test_another_model_under_the_same_path_is_another_run(tiny_model, small_data, tmp_path):
+    def places():
+        command = ["compare", f"--model_name={model}", f"--dataset={small_data}", f"--eco=--eco_names={names}"]
+        with mock.patch.object(sys, "argv", command):
+            work = compare.Workplace(tmp_path, compare.parse_args())
+        return work._place("runs", "npo", ["baselines.py"])
+
+    model, names = shutil.copytree(tiny_model, tmp_path / "model"), tmp_path / "names.txt"
+    names.write_text("Ann Lee\n")
+    found = [places(), places()]
     (model / "config.json").write_text((model / "config.json").read_text() + " ")
-    assert [command[0] for command in run(f"--model_name={model}")][:2] == ["qlora.py", "qlora.py"]
+    found.append(places())
+    names.write_text("Ann Lee\nJo Woo\n")
+    assert len({*found, places()}) == 3 and found[0] == found[1]
 
 
 def test_what_a_process_says(tmp_path, capfdbinary):

@@ -312,6 +312,9 @@ def add_training_arguments(parser, num_epochs):
     )
     group.add_argument("--num_epochs", type=positive_int, default=num_epochs, help="passes over the training rows")
     group.add_argument("--max_steps", type=positive_int, help="stop after so many steps, schedule included")
+    group.add_argument(
+        "--max_rows", type=positive_int, help="stop before more rows than these are read, schedule included"
+    )
     group.add_argument("--weight_decay", type=non_negative_float, default=0.001, help="of AdamW")
     group.add_argument("--max_grad_norm", type=positive_float, default=0.3, help="gradient norm is clipped to this")
     group.add_argument(

@@ -1,12 +1,22 @@
-r"""Every method on the same rows, from the same checkpoint, in one table (`make compare`).
+r"""Every method on the same rows, from the same checkpoint, with the same budget, in one table (`make compare`).
 
 python -m utils.compare --model_name=data/models/smollm2 --dataset=snippets --seeds 42 \
-    --rows="--max_length=128 --max_train_samples=512" --fine_tune="--lr=1e-3" --spul="--lr=1.5e-3"
+    --rows="--max_length=128 --max_train_samples=512" --fine_tune="--lr=1e-3" --budget_rows=640 --grid 5e-5 2e-4 \
+    --spul_grid 1.5e-3 5e-3
 
-For each seed: fine-tunes once, fine-tunes once more without the forget rows (the target), trains SPUL and every rival
-with the project's own scripts, and evaluates all of them. Each rival's learning rate is searched on rows cut from
-train. Writes table.md, metrics.json and tradeoff.png to results/compare-<dataset>-<model>; finished runs are kept under
-runs/ there and recognised by their settings, so that an interrupted comparison continues where it stopped.
+The rule, for each seed. A share of the train rows is put aside (--validation_share). A model is fine-tuned on the
+others, and one on those of them that are to be kept: the target. SPUL and every rival that trains then get the same
+budget: so many learning rates each, and for each one run of --budget_rows rows in steps of --batch_size, whichever rows
+the method takes. The run that scores best on the rows put aside goes into the table. ECO and the two rivals in the
+context train no weights and have no learning rate; ECO's gate and strength come from train rows, its target from the
+rows put aside. Test rows are read once, when all choices have been made. What is not searched for, the weights of the
+losses say, is the authors' for the rivals, and for SPUL what --spul says.
+
+How far each is from the target is said of forget rows and of retain rows apart: what does nothing is close to it on
+retain rows, and on forget rows as far as the fine-tuned model, with which to compare.
+
+Writes table.md, metrics.json and tradeoff.png to results/compare-<dataset>-<model>; finished runs are kept under runs/
+there and recognised by their settings, so that an interrupted comparison continues where it stopped.
 """
 
 import hashlib
@@ -22,7 +32,11 @@ from utils import cli
 from utils.methods import IN_CONTEXT, METHODS
 
 ROOT = Path(__file__).resolve().parents[1]
-CUT = 0.2  # share of the train rows that a search puts aside to score what it has trained on the others
+TRAINED = ("spul", *METHODS)
+OF_THE_RULE = (  # flags of the scripts that the rule above decides
+    "--lr", "--train_batch_size", "--max_rows", "--max_steps", "--num_epochs", "--stop_at_forget_accuracy",
+    "--max_eval_samples", "--validation_share", "--final", "--seed", "--forget_size", "--output_path",
+)  # fmt: skip
 
 
 def parse_args():
@@ -30,23 +44,53 @@ def parse_args():
     parser.add_argument("--model_name", type=cli.path, required=True, help="hub id, model folder or .gguf file")
     parser.add_argument("--dataset", type=cli.path, default="snippets", help="as for the scripts")
     parser.add_argument("--seeds", type=cli.seed, nargs="+", default=[42], help="one comparison for each")
-    known = ["spul", *METHODS, *IN_CONTEXT, "eco"]
+    known = [*TRAINED, *IN_CONTEXT, "eco"]
     parser.add_argument("--methods", nargs="+", choices=known, default=known, metavar="NAME", help="what to compare")
-    parser.add_argument("--rows", type=shlex.split, default=[], help="flags of every script: which rows, how long")
-    parser.add_argument("--fine_tune", type=shlex.split, default=[], help="further flags of qlora.py")
-    parser.add_argument("--spul", type=shlex.split, default=[], help="further flags of spul.py")
-    parser.add_argument("--rivals", type=shlex.split, default=[], help="further flags of baselines.py")
-    parser.add_argument("--without_retain", type=shlex.split, default=[], help="... for methods without a retain loss")
-    parser.add_argument("--with_retain", type=shlex.split, default=[], help="... for methods with one")
-    parser.add_argument(
-        "--in_context", type=shlex.split, default=[], help="... for prompting and icul, and in evaluation"
-    )
-    parser.add_argument("--eco", type=shlex.split, default=[], help="... for eco")
-    parser.add_argument("--prompting", type=shlex.split, default=[], help="... for prompting alone")
-    parser.add_argument("--grid", type=cli.positive_float, nargs="+", default=[1e-5, 3e-5, 1e-4], help="learning rates")
     parser.add_argument("--max_eval_samples", type=cli.positive_int, help="rows a split in the final evaluation")
     parser.add_argument("--output_path", type=cli.path, help="folder (default: results/compare-<dataset>-<model>)")
-    return parser.parse_args()
+    group = parser.add_argument_group("the budget of SPUL and of every rival that trains")
+    group.add_argument("--budget_rows", type=cli.positive_int, default=1600, metavar="N", help="rows that a run reads")
+    group.add_argument("--batch_size", type=cli.positive_int, default=16, help="of them in a step")
+    group.add_argument(
+        "--grid", type=cli.positive_float, nargs="+", default=[3e-5, 1e-4], help="learning rates of every rival"
+    )
+    group.add_argument(
+        "--spul_grid",
+        type=cli.positive_float,
+        nargs="+",
+        default=[1.5e-3, 5e-3],
+        help="learning rates of SPUL, as many",
+    )
+    group.add_argument(
+        "--validation_share", type=cli.fraction, default=0.2, help="share of the train rows put aside to choose by"
+    )
+    group = parser.add_argument_group("further flags of the scripts, as one text each")
+    group.add_argument("--rows", type=shlex.split, default=[], help="of all: which rows, how long")
+    group.add_argument("--fine_tune", type=shlex.split, default=[], help="of qlora.py")
+    group.add_argument("--training", type=shlex.split, default=[], help="of SPUL and every rival that trains")
+    group.add_argument("--with_retain", type=shlex.split, default=[], help="... of those with a retain loss, SPUL too")
+    group.add_argument("--spul", type=shlex.split, default=[], help="... of SPUL alone")
+    group.add_argument("--rivals", type=shlex.split, default=[], help="... of every rival that trains")
+    group.add_argument("--in_context", type=shlex.split, default=[], help="of prompting and icul, and their evaluation")
+    group.add_argument("--prompting", type=shlex.split, default=[], help="of prompting alone")
+    group.add_argument("--eco", type=shlex.split, default=[], help="of eco")
+    args = parser.parse_args()
+    refuse_unequal(parser, args)
+    return args
+
+
+def refuse_unequal(parser: cli.ArgumentParser, args) -> None:
+    """Exit 2 on what would give one method another budget than the others."""
+    if len(args.grid) != len(args.spul_grid):
+        parser.error(
+            f"--grid has {len(args.grid)} learning rates and --spul_grid {len(args.spul_grid)}; give as many to both"
+        )
+    if args.budget_rows < args.batch_size:
+        parser.error(f"--budget_rows={args.budget_rows} is less than one step; use at least --batch_size")
+    for name in ("rows", "training", "with_retain", "spul", "rivals", "in_context", "prompting", "eco"):
+        given = [word.split("=")[0] for word in getattr(args, name)]
+        if flag := next((flag for flag in given if flag in OF_THE_RULE), None):
+            parser.error(f"--{name} holds {flag}, which is the same for every method; leave it out")
 
 
 def main(args):
@@ -64,18 +108,17 @@ def compare(work, args, seed):
     """One record per method for this seed, distances to the retrained model included."""
     from utils import metrics
 
-    tuned = work.run("qlora", f"fine-tuned-{seed}", [], [f"--seed={seed}"])
-    retrained = work.run("qlora", f"retrained-{seed}", [], [f"--seed={seed}", "--exclude_forget"])
+    own = [f"--seed={seed}", "--max_eval_samples=0"]
+    tuned = work.run("qlora", f"fine-tuned-{seed}", [], own)
+    retrained = work.run("qlora", f"retrained-{seed}", [], [*own, "--exclude_forget"])
     checkpoints, searches = {"base": args.model_name, "fine-tuned": tuned, "retrained": retrained}, {}
     for method in args.methods:
-        if method == "spul":
-            checkpoints["SPUL"] = work.run("spul", f"spul-{seed}", [tuned], [f"--seed={seed}"])
-            continue
-        flags = [f"--unlearn_method={method}", f"--seed={seed}"]
-        if method in METHODS:
-            searches[method] = search(work, args, tuned, flags)
-            flags.append(f"--lr={searches[method]['lr']}")
-        checkpoints[method] = work.run("baselines", f"{method}-{seed}", [tuned], flags)
+        name = "SPUL" if method == "spul" else method
+        if method in TRAINED:
+            checkpoints[name], searches[name] = search(work, args, method, tuned, seed)
+        else:
+            flags = [f"--unlearn_method={method}", *own]
+            checkpoints[name] = work.run("baselines", f"{method}-{seed}", [tuned], flags)
     evaluated = {name: work.evaluate(name, path, seed) for name, path in checkpoints.items()}
     if {"SPUL", "eco"} <= set(checkpoints):
         router = [f"--router={checkpoints['eco']}"]
@@ -87,25 +130,28 @@ def compare(work, args, seed):
     return metrics.with_distances(records, [predictions for _, predictions in evaluated.values()])
 
 
-def search(work, args, tuned, flags):
-    """{"grid": {lr: score}, "lr": the best}: trained on a part of the train rows, scored on train rows alone.
+def search(work, args, method: str, tuned: str, seed: int) -> tuple[str, dict]:
+    """(the checkpoint, {"grid": {lr: score}, "lr": the best, "rows": read by each run}) of a method that trains.
 
     score = accuracy on retain rows put aside - mean accuracy on the forget rows trained on and put aside; None where
-    the loss was not finite.
+    the loss was not finite. Of the checkpoints only that of the best run is kept.
     """
-    scores = {}
-    for lr in args.grid:
-        splits = work.try_out([*flags, f"--lr={lr}"], tuned)
-        if splits is not None:
-            accuracy = {split: splits[split]["accuracy"] for split in ("test_retain", "train_forget", "test_forget")}
-            forget = (accuracy["train_forget"] + accuracy["test_forget"]) / 2
-            scores[lr] = round(accuracy["test_retain"] - forget, 4)
-        else:
-            scores[lr] = None
+    runs = {lr: work.budgeted(method, tuned, seed, lr) for lr in (args.spul_grid if method == "spul" else args.grid)}
+    scores = {lr: _score(work.scores(*run)) for lr, run in runs.items()}
     finite = {lr: score for lr, score in scores.items() if score is not None}
     if not finite:
-        raise cli.UserError(f"{flags[0]} failed at every learning rate of --grid, as said above; try smaller ones")
-    return {"grid": scores, "lr": max(finite, key=lambda lr: (finite[lr], -lr))}
+        raise cli.UserError(f"{method} failed at every learning rate, as said above; try smaller ones")
+    best = max(finite, key=lambda lr: (finite[lr], -lr))
+    for lr in set(runs) - {best}:
+        shutil.rmtree(runs[lr][0], ignore_errors=True)
+    return work.trained(*runs[best]), {"grid": scores, "lr": best, "rows": args.budget_rows}
+
+
+def _score(splits: dict | None) -> float | None:
+    if splits is None:
+        return None
+    accuracy = {split: splits[split]["accuracy"] for split in ("test_retain", "train_forget", "test_forget")}
+    return round(accuracy["test_retain"] - (accuracy["train_forget"] + accuracy["test_forget"]) / 2, 4)
 
 
 class Workplace:
@@ -117,40 +163,46 @@ class Workplace:
         self.folder, self.args = folder, args
         frames = data.load_splits(args.dataset)
         self._data = [data.fingerprint(frames), *_marks(frames), *_contents(args)]
-        self._parts = _cut(frames, args.rows)
-        self._digest = hashlib.sha256(json.dumps(data.fingerprint(self._parts)).encode()).hexdigest()[:8]
 
     def run(self, script, name, parents, flags):
         """The folder of a finished run of `script`, trained first if it is not there yet."""
-        command = [*self._command(script, parents), f"--dataset={self.args.dataset}", *self.args.rows]
-        command += [*self._settings(script, flags), "--max_eval_samples=0", *flags]
-        path = self._place("runs", name, command)
+        settings = self.args.fine_tune if script == "qlora" else self._untrained(flags)
+        command = [*self._command(script, parents), *settings, *flags]
+        return self.trained(self._place("runs", name, command), command)
+
+    def budgeted(self, method: str, tuned: str, seed: int, lr: float) -> tuple[Path, list[str]]:
+        """(folder, command) of one run of a method that trains, by the rule of this module."""
+        args, script = self.args, "spul" if method == "spul" else "baselines"
+        with_retain = method == "spul" or METHODS[method].retain_loss != "none"
+        command = [*self._command(script, [tuned]), *args.training, *(args.with_retain if with_retain else [])]
+        command += args.spul if method == "spul" else [f"--unlearn_method={method}", *args.rivals]
+        command += [f"--seed={seed}", f"--lr={lr}", f"--train_batch_size={args.batch_size}", "--max_eval_samples=100"]
+        command += [f"--max_rows={args.budget_rows}", f"--num_epochs={args.budget_rows}"]  # an epoch has a row or more
+        return self._place("runs", f"{method}-{seed}", command), command
+
+    def trained(self, path: Path, command: list[str]) -> str:
+        """The folder `path`, which the command writes first if it is not there yet."""
         if not (path / "manifest.json").exists():
             self._call([*command, f"--output_path={path}", *_resume(path)])
         return str(path)
 
-    def try_out(self, flags, tuned):
-        """Scores {split: ...} of one run of a search, or None if its loss was not finite. Only the scores are kept."""
+    def scores(self, path: Path, command: list[str]) -> dict | None:
+        """Scores {split: ...} of a budgeted run, or None if its loss was not finite; they outlive its folder."""
         from utils.checkpoints import write_json
 
-        _, rows = _selection(self.args.rows)  # the search's folder holds the selected ones
-        command = [*self._command("baselines", [tuned]), f"--dataset={self._search_data()}", *rows]
-        command += [*self._settings("baselines", flags), "--max_eval_samples=100", *flags]
-        path = self._place("search", flags[0].split("=")[1], command)
-        scores = path.with_suffix(".json")
-        if not scores.exists():
-            finite = self._call([*command, f"--output_path={path}", *_resume(path)], or_not_finite=True)
-            splits = json.loads((path / "metrics.json").read_text(encoding="utf-8"))[-1]["splits"] if finite else None
-            write_json(scores, splits)
-            shutil.rmtree(path, ignore_errors=True)
-        return json.loads(scores.read_text(encoding="utf-8"))
+        file = path.with_suffix(".json")
+        if not file.exists():
+            done = (path / "manifest.json").exists()
+            finite = done or self._call([*command, f"--output_path={path}", *_resume(path)], or_not_finite=True)
+            records = json.loads((path / "metrics.json").read_text(encoding="utf-8")) if finite else [{"splits": None}]
+            write_json(file, records[-1]["splits"])
+        return json.loads(file.read_text(encoding="utf-8"))
 
     def evaluate(self, name, checkpoint, seed, flags=()):
         """(record, predictions) of one checkpoint on the four splits; the predictions as a DataFrame."""
         import pandas as pd
 
-        command = ["inference_spul.py", "--model_checkpoints", checkpoint, f"--dataset={self.args.dataset}"]
-        command += [*self.args.rows, f"--seed={seed}", *flags]
+        command = [*self._command("inference_spul", [checkpoint]), "--final", f"--seed={seed}", *flags]
         if name in IN_CONTEXT:
             command += self.args.in_context
         if self.args.max_eval_samples:
@@ -163,34 +215,22 @@ class Workplace:
         predictions = predictions[predictions["method"] == record["method"]].reset_index(drop=True)
         return {**record, "method": name}, predictions
 
-    def _command(self, script, parents):
+    def _command(self, script: str, parents: list[str]) -> list[str]:
+        """The script with its model and the rows of the comparison, on which every command works."""
         model = f"--model_name={self.args.model_name}" if script == "qlora" else f"--model_checkpoints={parents[0]}"
-        return [f"{script}.py", model]
+        rows = f"--dataset={self.args.dataset}", *self.args.rows, f"--validation_share={self.args.validation_share}"
+        return [f"{script}.py", model, *rows]
 
-    def _settings(self, script, flags):
-        """The flags that the user gave for this script, and in baselines.py for the kind of method."""
-        if script != "baselines":
-            return {"qlora": self.args.fine_tune, "spul": self.args.spul}[script]
+    def _untrained(self, flags: list[str]) -> list[str]:
+        """The flags that the user gave for a rival that trains no weights."""
         method = flags[0].split("=")[1]
         if method == "eco":
             return self.args.eco
-        if method in IN_CONTEXT:
-            return [*self.args.in_context, *(self.args.prompting if method == "prompting" else [])]
-        kind = self.args.without_retain if METHODS[method].retain_loss == "none" else self.args.with_retain
-        return [*self.args.rivals, *kind]
+        return [*self.args.in_context, *(self.args.prompting if method == "prompting" else [])]
 
     def _place(self, room, name, command):
         digest = hashlib.sha256(json.dumps([command, self._data]).encode()).hexdigest()[:8]
         return self.folder / room / f"{name}-{digest}"
-
-    def _search_data(self):
-        from utils.splits import write_splits
-
-        folder = self.folder / f"search-data-{self._digest}"
-        if not (folder / "test_forget.csv").exists():
-            folder.mkdir(parents=True, exist_ok=True)
-            write_splits(self._parts, folder)
-        return folder
 
     def _call(self, command, or_not_finite=False):
         """Run a script; True if it ended well. A loss that was not finite gives False if that is allowed, and anything
@@ -224,36 +264,11 @@ def _contents(args):
     """Hashes of the base model and of the files that flags name: a path alone does not say what lies there."""
     from utils import checkpoints, data
 
-    flags = [*args.rows, *args.fine_tune, *args.spul, *args.rivals, *args.in_context, *args.prompting, *args.eco]
+    texts = "rows", "fine_tune", "training", "with_retain", "spul", "rivals", "in_context", "prompting", "eco"
+    flags = [flag for text in texts for flag in getattr(args, text)]
     paths = [args.model_name, data.SNIPPETS_FOLDER / "forget_names.txt", *(flag.split("=", 1)[-1] for flag in flags)]
     found = [Path(path) for path in paths if os.path.exists(path)]  # a text longer than a file name does not
     return [checkpoints.weights_sha256(p) if p.is_dir() else checkpoints.file_sha256(p) for p in found]
-
-
-def _cut(frames, rows):
-    """Four splits made of the selected train rows alone: the share CUT of them, by label, stands in for test."""
-    import pandas as pd
-
-    from utils import data
-    from utils.splits import split_rows
-
-    selection, _ = _selection(rows)
-    frames = data.select_rows(frames, 1.0, selection.max_train_samples, selection.forget_share, selection.forget_only)
-    kept = [frames[split].assign(forget=split == "train_forget") for split in data.TRAIN_SPLITS]
-    parts = split_rows(pd.concat(kept, ignore_index=True), CUT, data.SUBSET_SEED)
-    empty = [split for split, frame in parts.items() if not len(frame)]
-    if empty:
-        raise cli.UserError("there are too few train rows to put some aside for the search; use more rows")
-    return parts
-
-
-def _selection(rows):
-    """(the flags of `rows` that select train rows, the other flags)."""
-    known = cli.ArgumentParser("")
-    known.add_argument("--max_train_samples", type=cli.positive_int)
-    known.add_argument("--forget_share", type=cli.fraction)
-    known.add_argument("--forget_only")
-    return known.parse_known_args(rows)
 
 
 def _resume(path):

@@ -1,5 +1,6 @@
 """The optimisation loop that the training scripts share: one step, one log line, one resumable state file."""
 
+import itertools
 import json
 import math
 import os
@@ -61,7 +62,16 @@ class Training:
 
     def total_steps(self):
         steps = self.args.num_epochs * len(self._batches(0))
-        return min(steps, self.args.max_steps) if self.args.max_steps else steps
+        limits = self.args.max_steps, self._steps_in(getattr(self.args, "max_rows", None))
+        return min([steps, *filter(None, limits)])
+
+    def _steps_in(self, max_rows: int | None) -> int | None:
+        """How many steps read at most so many rows, the first in any case: the last batch of an epoch may be small."""
+        if max_rows is None:
+            return None
+        batches = itertools.chain.from_iterable(map(self._batches, itertools.count()))
+        read = itertools.accumulate(len(rows) for rows in batches)
+        return max(1, sum(1 for _ in itertools.takewhile(lambda rows: rows <= max_rows, read)))
 
     def steps_from(self, done):
         """(step, row numbers of its batch) for every step after `done`."""
