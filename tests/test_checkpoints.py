@@ -90,6 +90,25 @@ def test_a_moved_tree_still_loads(forest, prompt):
     assert torch.equal(loaded.prompt, models.load(str(prompt), ARGUMENTS).prompt)
 
 
+def test_a_checkpoint_is_read_through_a_link(forest):
+    """Its parent lies beside what the link points at, not beside the link; so does that of a link to its folder."""
+    (forest / "links").mkdir()
+    (forest / "links" / "current").symlink_to(forest / "prompt")
+    (forest / "links" / "everything").symlink_to(forest)
+    for path in ("links/current", "links/everything/prompt"):
+        chain = models.resolve_chain(forest / path, False)
+        assert [link.kind for link in chain] == ["model", "lora", "prompt"]
+
+
+def test_a_parent_is_found_from_where_it_was_written_through_a_link(tmp_path):
+    """As manifests of earlier versions count: from the path as it was given."""
+    (tmp_path / "far" / "away").mkdir(parents=True)
+    (tmp_path / "parent").mkdir()
+    (tmp_path / "here").symlink_to(tmp_path / "far" / "away")
+    manifest = {"parent": {"path": "../../parent", "sha256": ""}}
+    assert checkpoints.parent_path(tmp_path / "here" / "out", manifest) == str(tmp_path / "parent")
+
+
 def test_a_moved_adapter_has_to_be_pointed_at(forest):
     (forest / "fine-tuned").rename(forest / "elsewhere")
     refused_prompt(forest, "fine-tuned does not exist; ")

@@ -130,7 +130,7 @@ def write_manifest(folder, final_path, kind, chain, args, data_fingerprint, word
     """
     parent = chain[-1]
     local = parent.path.exists() and not is_hub_name(parent.name)
-    path = os.path.relpath(parent.path.absolute(), Path(final_path).absolute()) if local else parent.name
+    path = os.path.relpath(parent.path.resolve(), Path(final_path).resolve()) if local else parent.name
     configurations = [folder / name for name in CONFIGURATIONS if (folder / name).exists()]
     hashed = {*folder.glob("*.safetensors"), *configurations, *folder.glob("tokenizer*"), *folder.glob("*/*.*")}
     manifest = {
@@ -199,7 +199,9 @@ def parent_path(path, manifest, override=None):
     recorded = manifest["parent"]["path"]
     if override or is_hub_name(recorded):
         return override or recorded
-    return os.path.normpath(Path(path).absolute() / recorded)
+    # From where the checkpoint lies; it may be read through a link. Older ones count from where they were written.
+    places = [os.path.normpath(place / recorded) for place in (Path(path).resolve(), Path(path).absolute())]
+    return next(filter(os.path.exists, places), places[0])
 
 
 def verify_parent(link, child):
