@@ -13,7 +13,7 @@ from tokenizers import Tokenizer, decoders, models, normalizers, processors, tra
 from transformers import PreTrainedTokenizerFast
 
 from utils import data
-from utils.cli import UserError
+from utils.cli import UserError, note_once
 
 LONG = "the film was far too long and its ending too short , " * 30
 
@@ -340,6 +340,41 @@ def test_a_share_that_cannot_be_had_is_refused():
     with pytest.raises(UserError, match="train_retain has 20 rows, .* ask for 35"):
         data.select_rows(frames_of(20, 30), max_train_samples=50, forget_share=0.3)
     assert len(data.select_rows(frames_of(20, 30), max_train_samples=500)["train_retain"]) == 20
+
+
+def told(frames, tmp_path, capsys, **arguments):
+    """What load_rows says on stderr."""
+    note_once.cache_clear()
+    folder = write(frames, tmp_path / "splits")
+    data.load_rows({"dataset": str(folder), **arguments})
+    return capsys.readouterr().err
+
+
+def test_texts_of_two_splits_are_said(tmp_path, capsys):
+    frames = frames_of(8, 6)
+    assert told(frames, tmp_path, capsys) == ""
+    frames["train_retain"].loc[:3, "text"] = [f"Train_FORGET, {i}!" for i in range(4)]
+    frames["test_forget"].loc[1, "text"] = "train_forget 5"
+    frames["test_retain"].loc[:1, "text"] = ["train_retain 6", "train_forget 1"]
+    retain, unseen = told(frames, tmp_path, capsys).splitlines()
+    assert "4 of the 6 texts of train_forget are in train_retain, too" in retain
+    assert "2 of 6 rows of test_retain and 1 of 4 rows of test_forget are train rows, too" in unseen
+
+
+def test_the_overlap_is_that_of_the_rows_used(tmp_path, capsys):
+    frames = frames_of(300, 6)
+    frames["test_forget"].loc[1, "text"] = "train_retain 6"
+    assert told(frames, tmp_path, capsys) and not told(frames, tmp_path, capsys, max_train_samples=8)
+
+
+def test_rows_per_person_are_said(tmp_path, capsys):
+    (tmp_path / "names.txt").write_text("Ann Lee\nBob Ray: Ray\nZoë\n", encoding="utf-8")
+    frames = frames_of(8, 6)
+    frames["train_forget"]["text"] = [f"by Ann Lee {i}" if i % 2 else f"Ray’s film {i}" for i in range(6)]
+    frames["test_forget"]["text"] = ["Ray", "Ann\u00a0Lee", "Ann Lee and Ray", "nobody"]
+    said = told(frames, tmp_path, capsys, forget_only=str(tmp_path / "names.txt"))
+    assert "rows of train_forget + test_forget that name them: Ann Lee 3 + 2, Bob Ray 3 + 2, Zoë 0 + 0\n" in said
+    assert "note: no row names Zoë; check how " in said
 
 
 @pytest.mark.parametrize(("share", "forget"), [(0.5, 20), (0.001, 1), (0.75, 30)])

@@ -131,6 +131,20 @@ def test_repeats_are_reported(tmp_path, people):
     assert "read 63 rows, dropped 3 repeated and 0 contradictory ones" in make(tmp_path, people, frame=frame).stdout
 
 
+def test_rows_per_person_are_reported_and_who_is_named_nowhere(tmp_path, people):
+    result = make(tmp_path, people, frame=reviews())
+    assert "rows that name them: Ann Lee 12, Bob Ray 0\n" in result.stdout
+    assert "note: no row names Bob Ray; check how " in result.stderr
+
+
+def test_rows_in_the_spelling_of_another_program(tmp_path, people):
+    """Not one of them stays among the rows to retain."""
+    other = ["Ann\u00a0Lee", "Ann  Lee", "Ann\nLee", "Ann\u200bLee", "An\u200bn Lee", "Ａｎｎ Ｌｅｅ"]
+    frame = reviews().assign(text=lambda f: [t.replace("Ann Lee", other[i % 6]) for i, t in enumerate(f["text"])])
+    frames = made(tmp_path, people, frame=frame, name="reviews.jsonl")
+    assert sum(len(frames[split]) for split in ("train_forget", "test_forget")) == 12
+
+
 @pytest.mark.parametrize(
     ("labels", "flags", "expected"),
     [
@@ -170,6 +184,10 @@ def with_cell(row, column, value):
         ("row 4: 'text' is empty or not text", [], with_cell(3, "text", None)),
         ("row 1: 'label' is no whole number or word", [], with_cell(0, "label", None)),
         ("row 1: 'label' is no whole number or word", [], with_cell(0, "label", 0.5)),
+        ("row 1: 'label' is no whole number or word", [], with_cell(0, "label", 2**63)),
+        ("row 1: 'label' is no whole number or word", [], with_cell(0, "label", "1e3")),
+        ("row 1: 'label' is no whole number or word", [], with_cell(0, "label", "\u200b")),
+        ("row 4: 'text' is empty or not text", [], with_cell(3, "text", "\u200b\ufeff")),
         ("'label' of", [], with_cell(0, "label", "good")),
         ("only holds 1; two labels are needed", [], reviews().assign(label=1)),
         ("--label_names needs 2 different words", ["--label_names", "a", "b", "c"], reviews()),

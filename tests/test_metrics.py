@@ -294,6 +294,8 @@ def test_evaluation_uses_the_prompt(llama):
 def evaluation_frames():
     frames = {split: sentences(6).assign(label=0) for split in SPLITS}
     frames["train_retain"] = sentences(12).assign(names_other=[True, False] * 6)
+    frames["test_retain"] = frames["test_retain"].assign(nested=[1, 0] * 3)
+    frames["test_forget"] = frames["test_forget"].assign(nested=1)
     return frames
 
 
@@ -303,11 +305,14 @@ def test_evaluate_scores_every_split_and_its_slices(llama):
     splits, rows = metrics.evaluate(llama, frames, WORDS, args, "test")
     sizes = {split: len(frames[split]) for split in SPLITS}
     slices = {"train_retain:length_matched": 6, "test_retain:length_matched": 6, "train_retain:names_other": 6}
+    slices["test_retain:not_nested"] = 3  # every row of test_forget is nested
     assert {split: scores["n"] for split, scores in splits.items()} == {**sizes, **slices}
     assert list(rows["split"]) == [split for split in SPLITS for _ in range(sizes[split])]
     assert list(rows["text"]) == [text for split in SPLITS for text in frames[split]["text"]]
     named = rows[(rows["split"] == "train_retain") & rows["names_other"].eq(True)]
     assert splits["train_retain:names_other"]["loss"] == pytest.approx(named["loss"].mean())
+    unseen = rows[(rows["split"] == "test_retain") & rows["nested"].eq(0)]
+    assert splits["test_retain:not_nested"]["loss"] == pytest.approx(unseen["loss"].mean())
     for split in SPLITS:
         of_split = rows[rows["split"] == split]
         assert splits[split]["accuracy"] == of_split["correct"].mean()

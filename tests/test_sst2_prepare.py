@@ -2,10 +2,15 @@
 
 import importlib.util
 import sys
+import time
 
+import numpy as np
 import pandas as pd
 import pytest
 from scripts import ROOT, call, done, refused
+
+from utils.data import load_splits, select_rows
+from utils.splits import nested
 
 TEXTS = ["a film by ben affleck", "affleck alone is a word", "ben and affleck", "nobody at all"]
 
@@ -31,6 +36,49 @@ def test_given_name_and_surname_count_together(published):
     done(call(published, "sst2_prepare", "--input=published", "--output_path=marked"))
     assert marked(published / "marked", "test_retain") == [1, 0, 0, 0]
     assert pd.read_csv(published / "marked" / "train_forget.csv")["text"].tolist() == TEXTS
+
+
+def test_rows_that_are_parts_of_train_rows_are_marked(published):
+    train = {"train_retain": ["a warm film by a friend", "dull"], "train_forget": ["de niro alone", "robert de niro"]}
+    test = {
+        "test_retain": ["warm film", "a dull , long film", "warm by a friend", "duller", "A WARM FILM by  a friend"],
+        "test_forget": ["de niro", "all of robert de niro 's films", "a warm film", "robert niro"],
+    }
+    for split, texts in {**train, **test}.items():
+        labels = [i % 2 for i in range(len(texts))]
+        frame = pd.DataFrame(
+            {"text": texts, "label": labels, "label_text": [["negative", "positive"][i] for i in labels]}
+        )
+        frame.to_csv(published / "published" / f"{split}.csv", index=False)
+    result = done(call(published, "sst2_prepare", "--input=published", "--output_path=marked"))
+    frames = {split: pd.read_csv(published / "marked" / f"{split}.csv") for split in (*train, *test)}
+    assert frames["test_retain"]["nested"].tolist() == [1, 1, 0, 0, 1]
+    assert frames["test_forget"]["nested"].tolist() == [1, 1, 0, 0]
+    assert not any("nested" in frames[split] for split in train)
+    assert "test_forget         4 rows,      2 nested with train rows" in result.stdout
+
+
+def test_nested_is_about_the_train_rows_that_are_used(published):
+    """A selection of rows is marked anew; with all of them what the file says stays."""
+    done(call(published, "sst2_prepare", "--input=published", "--output_path=marked"))
+    frames = load_splits(str(published / "marked"))
+    assert frames["test_retain"]["nested"].tolist() == [1] * 4
+    assert select_rows(frames)["test_retain"]["nested"].tolist() == [1] * 4
+    some = select_rows(frames, max_train_samples=4)
+    kept = set(some["train_retain"]["text"])
+    assert len(kept) == 2
+    assert some["test_retain"]["nested"].tolist() == [int(text in kept) for text in TEXTS]
+    few = select_rows(frames, forget_size=0.5)  # what is not unlearnt was learnt all the same
+    assert few["test_forget"]["nested"].tolist() == [1] * 4
+
+
+def test_nested_takes_seconds():
+    drawn = np.random.default_rng(0).integers(1000, size=(16_000, 11))
+    texts = [" ".join(f"word{number}" for number in row) for row in drawn]
+    start = time.monotonic()
+    marks = nested(texts[:6000], [text.partition(" ")[2] for text in texts[3000:]])
+    assert marks[3000:].all() and not marks[:3000].any()
+    assert time.monotonic() - start < 20  # a tenth of that, where nothing else runs
 
 
 def test_the_input_is_not_replaced(published):
