@@ -72,7 +72,9 @@ def parse_args():
         type=cli.path,
         help="prompting: file with the people to forget (default: --forget_only, or that of snippets)",
     )
-    group.add_argument("--instruction", help="prompting: the instruction itself, instead of one made of the names")
+    group.add_argument(
+        "--instruction", type=cli.text, help="prompting: the instruction itself, instead of one made of the names"
+    )
     group.add_argument("--icul_flipped", type=cli.positive_int, default=1, help="icul: forget rows, labels flipped")
     group.add_argument("--icul_correct", type=cli.non_negative_int, default=2, help="icul: retain rows behind them")
     add_eco_arguments(parser)
@@ -258,6 +260,7 @@ def unlearn(args, output, frames):
     loaded = models.load(args.model_checkpoints, args, args.parent_path)
     models.refuse_prompted(loaded.chain)
     metrics.check_lengths(loaded.model, loaded.tokenizer, frames, args)
+    metrics.note_other_length(loaded, frames, args)
     dtype, model = loaded.model.dtype, prepare(loaded.model, args)
     loaded = dataclasses.replace(loaded, model=model)
     numerics = contextlib.nullcontext()
@@ -361,6 +364,7 @@ def instruct(args, output, frames):
     loaded = dataclasses.replace(loaded, template=template)
     records, start = None, time.time()
     metrics.check_lengths(loaded.model, loaded.tokenizer, frames, args, template=template)
+    metrics.note_other_length(loaded, frames, args)
     if args.max_eval_samples != 0:
         scores, _ = metrics.evaluate(loaded, frames, data.label_words(frames), args, args.unlearn_method)
         records = [metrics.record(args.unlearn_method, output, loaded.base_name, args, scores, time.time() - start)]
@@ -385,6 +389,7 @@ def gate(args, output, frames):
     loaded = models.load(args.model_checkpoints, args, args.parent_path)
     models.refuse_prompted(loaded.chain)
     metrics.check_lengths(loaded.model, loaded.tokenizer, frames, args)
+    metrics.note_other_length(loaded, frames, args)
     loaded, settings = eco.learn(args, loaded, frames)
     print(report.gate_table(settings))
     records, start = None, time.time()

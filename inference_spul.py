@@ -15,10 +15,11 @@ from pathlib import Path
 
 from utils import cli
 
+PRINTED_TOGETHER = 4  # batches of new texts: sorted by length among them they are padded less
 LONGEST_NAME = 150  # characters of a default output folder
 PREDICTION_COLUMNS = [
     "method", "checkpoint", "split", "text", "label_text", "prediction", "correct", "label_prediction",
-    "label_probabilities", "loss",
+    "label_probabilities", "label_mass", "loss",
 ]  # fmt: skip
 
 
@@ -45,7 +46,7 @@ def parse_args():
         help="print the answers to N sentences of train_forget and N of test_retain",
     )
     group = parser.add_argument_group("new text (instead of the evaluation)")
-    group.add_argument("--text", action="append", help="answer this text (repeatable)")
+    group.add_argument("--text", type=cli.text, action="append", help="answer this text (repeatable)")
     group.add_argument(
         "--input_file",
         type=cli.path,
@@ -124,6 +125,7 @@ def evaluate(args, frames, words):
             0 if loaded.prompt is None else len(loaded.prompt),
             loaded.template,
         )
+        metrics.note_other_length(loaded, frames, args)
         variants = {method: loaded}
         if router and loaded.prompt is not None:
             variants[f"{method} + router"] = routed(loaded, router, args)
@@ -209,40 +211,73 @@ def method_names(chains):
 
 
 def predict(args, words):
-    """Print each checkpoint's answer to each new text; for a prompt, without and with it side by side."""
+    """Print each checkpoint's answer to each new text; for a prompt, without and with it side by side.
+
+    Lines appear as they are answered, those of several checkpoints with the last one: two models need not fit at once.
+    words: the label words for models that record none of their own.
+    """
+    import pandas as pd
+    from tqdm import tqdm
+
     from utils import data, metrics, models
 
     texts = [*(args.text or []), *(data.read_texts(args.input_file) if args.input_file else [])]
     rows = [{"text": text} for text in texts]
+    size = PRINTED_TOGETHER * args.eval_batch_size
+    parts = [rows[start : start + size] for start in range(0, len(rows), size)]
     router = find_router(args, resolve(args)) if args.router else None
-    for name in args.model_checkpoints:
+    for number, name in enumerate(args.model_checkpoints, 1):
         loaded = models.load(name, args, args.parent_path)
-        plain = dataclasses.replace(loaded, prompt=None, gate=None, corruption=None, marks=None)
-        variants = {"answer": loaded}
-        if loaded.prompt is not None:
-            variants = {"without prompt": plain, "with prompt": loaded}
-            if router:
-                variants["with router"] = routed(loaded, router, args)
-        elif loaded.corruption is not None:
-            variants = {"without ECO": plain, "with ECO": loaded}
+        own_words = (loaded.chain[-1].manifest or {}).get("label_words", words)
+        metrics.check_texts(loaded, texts, own_words, args)
+        metrics.note_other_length(loaded, {"new": pd.DataFrame({"text": texts})}, args)
         prefix = f"{Path(name).name}: " if len(args.model_checkpoints) > 1 else ""
-        for variant, model in variants.items():
-            answers = metrics.answer(model, texts, words, args.max_length, args.eval_batch_size)
-            for row, (answer, probability) in zip(rows, answers):
-                row[prefix + variant] = {"answer": answer, "probability": round(probability, 4)}
-            if model.gate is not None:
-                for row, flag, share in zip(rows, *model.gate.decide(texts)):
-                    row[prefix + variant] |= {"flagged": bool(flag), "gate_probability": round(float(share), 4)}
-    if args.json:
-        sys.stdout.writelines(json.dumps(row) + "\n" for row in rows)
-        return
-    for row in rows:
-        print(row["text"])
-        for variant, value in row.items():
-            if variant != "text":
-                gate = f", gate {100 * value['gate_probability']:.1f} %" if "flagged" in value else ""
-                gate += {True: ": flagged", False: ": let through"}.get(value.get("flagged"), "")
-                print(f"    {variant:15} {value['answer']} ({100 * value['probability']:.1f} %{gate})")
+        variants = {f"{prefix}{variant}": model for variant, model in variants_of(loaded, router, args).items()}
+        with tqdm(total=len(rows), desc="answering", unit="text", disable=len(parts) == 1, mininterval=1) as progress:
+            for part in parts:
+                answer_rows(part, variants, own_words, args)
+                progress.update(len(part))
+                if number == len(args.model_checkpoints):
+                    with tqdm.external_write_mode(file=sys.stdout):
+                        print("\n".join(shown(row, args.json) for row in part), flush=True)
+
+
+def variants_of(loaded, router, args):
+    """{what the answer is called: the model that gives it}: as loaded, and without what unlearning added to it."""
+    plain = dataclasses.replace(loaded, prompt=None, gate=None, corruption=None, marks=None)
+    if loaded.prompt is not None:
+        routers = {"with router": routed(loaded, router, args)} if router else {}
+        return {"without prompt": plain, "with prompt": loaded, **routers}
+    if loaded.corruption is not None:
+        return {"without ECO": plain, "with ECO": loaded}
+    return {"answer": loaded}
+
+
+def answer_rows(rows, variants, words, args):
+    """Put into each of the `rows`, {"text"}, what every one of the `variants` answers."""
+    from utils.answers import answer_texts
+
+    texts = [row["text"] for row in rows]
+    for variant, model in variants.items():
+        answers = answer_texts(model, texts, words, args.max_length, args.eval_batch_size)
+        for row, (word, probability) in zip(rows, answers):
+            row[variant] = {"answer": word, "probability": round(probability, 4)}
+        if model.gate is not None:
+            for row, flag, share in zip(rows, *model.gate.decide(texts)):
+                row[variant] |= {"flagged": bool(flag), "gate_probability": round(float(share), 4)}
+
+
+def shown(row, as_json):
+    """One row of answers as a JSON line, or as the text with a line for each answer below it."""
+    if as_json:
+        return json.dumps(row, allow_nan=False)
+    lines = [row["text"]]
+    for variant, value in row.items():
+        if variant != "text":
+            gate = f", gate {100 * value['gate_probability']:.1f} %" if "flagged" in value else ""
+            gate += {True: ": flagged", False: ": let through"}.get(value.get("flagged"), "")
+            lines.append(f"    {variant:15} {value['answer']} ({100 * value['probability']:.1f} %{gate})")
+    return "\n".join(lines)
 
 
 if __name__ == "__main__":

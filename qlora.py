@@ -31,6 +31,7 @@ def main(args):
     import torch
 
     from utils import checkpoints, data, losses, metrics, models, planning, processes, report, training
+    from utils.answers import known_answers
     from utils.forward import completion_logits
 
     suffix = "-retain" if args.exclude_forget else ""
@@ -49,13 +50,10 @@ def main(args):
         raise cli.UserError(f"{args.model_name} is a checkpoint of this project; --model_name takes a plain model")
     tokenizer = models.load_tokenizer(chain, args.set_pad_id, args.trust_remote_code)
     splits = data.TRAIN_SPLITS[:1] if args.exclude_forget else data.TRAIN_SPLITS
-    examples = [
-        example
-        for split in splits
-        for example in data.tokenize(
-            tokenizer, frames[split]["text"], frames[split]["label_text"], args.max_length, split == "train_forget"
-        )
-    ]
+    known, examples = known_answers(tokenizer, words), []
+    for split in splits:
+        texts, labels = frames[split]["text"], frames[split]["label_text"]
+        examples += data.tokenize(tokenizer, texts, labels, args.max_length, split == "train_forget", answers=known)
 
     torch.manual_seed(args.seed)
     base = models.load_base(chain[0], args, args.quantization)

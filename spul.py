@@ -34,7 +34,7 @@ def parse_args():
         "--prompt_encoder", choices=["mlp", "lstm", "embedding"], default="mlp", help="what produces the virtual tokens"
     )
     start = group.add_mutually_exclusive_group()
-    start.add_argument("--init_text", help="start from the embeddings of this instruction")
+    start.add_argument("--init_text", type=cli.text, help="start from the embeddings of this instruction")
     start.add_argument(
         "--init_checkpoint", type=cli.path, help="start from the encoder of an earlier spul.py checkpoint"
     )
@@ -62,6 +62,7 @@ def main(args):
     from safetensors.torch import save_file
 
     from utils import checkpoints, data, losses, metrics, models, planning, processes, reference, report, training
+    from utils.answers import known_answers
     from utils.forward import completion_logits, prompt_prefix
 
     model_name = models.short_name(args.model_checkpoints)
@@ -77,6 +78,7 @@ def main(args):
     models.refuse_prompted(loaded.chain)
     model, tokenizer = loaded.model, loaded.tokenizer
     metrics.check_lengths(model, tokenizer, frames, args, args.ptuning_num_tokens)
+    metrics.note_other_length(loaded, frames, args)
     records = [] if args.dry_run else report_merge(loaded, frames, words, args)
 
     used = data.fingerprint({split: frames[split] for split in data.TRAIN_SPLITS})
@@ -85,8 +87,9 @@ def main(args):
         print(f"note: {args.model_checkpoints} was fine-tuned on other rows than the ones selected here")
     unlearning = data.draw_unlearning_labels(len(frames["train_forget"]), args.seed)
     retain, forget = frames["train_retain"], frames["train_forget"]
-    examples = data.tokenize(tokenizer, retain["text"], retain["label_text"], args.max_length)
-    examples += data.tokenize(tokenizer, forget["text"], unlearning, args.max_length, forget=True)
+    known = known_answers(tokenizer, words)
+    examples = data.tokenize(tokenizer, retain["text"], retain["label_text"], args.max_length, answers=known)
+    examples += data.tokenize(tokenizer, forget["text"], unlearning, args.max_length, forget=True, answers=known)
     models.check_length(model.config, max(map(len, examples)), args.ptuning_num_tokens)
 
     unprompted = None

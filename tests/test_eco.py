@@ -25,6 +25,7 @@ from transformers import (
 )
 
 from utils import eco, gates, metrics
+from utils.answers import answer_texts
 from utils.checkpoints import file_sha256
 from utils.cli import UserError
 from utils.corruption import CHANGES, DIMENSIONS, FAMILIES, ORDERS, Corruption, corrupt, has_strength
@@ -172,8 +173,8 @@ def test_corrupted_are_all_prompt_tokens_but_the_last_and_no_completion(llama):
     lengths = [len(e.prompt) for e in sorted(examples, key=len)]
     assert len(examples[0].completion) > 2
     score = lambda: metrics.score_rows(llama, frame, WORDS, 200, 5)  # noqa: E731
-    answer = lambda: metrics.answer(llama, list(frame["text"]), WORDS, 200, 5)  # noqa: E731
-    passes = {"score": embeddings_seen(llama, score), "answer": embeddings_seen(llama, answer)}
+    said = lambda: answer_texts(llama, list(frame["text"]), WORDS, 200, 5)  # noqa: E731
+    passes = {"score": embeddings_seen(llama, score), "answer": embeddings_seen(llama, said)}
     assert max(ids.shape[1] for ids, _ in passes["answer"]) > max(lengths)
     for ids, embedded in [*passes["score"], *passes["answer"]]:
         assert changed(llama, ids, embedded) == [list(range(n - 1)) for n in lengths]
@@ -183,7 +184,7 @@ def test_corrupted_are_the_names_alone_where_there_are_any(llama):
     marks = eco.Marks(lambda texts: [[match.span() for match in re.finditer("good", text)] for text in texts])
     loaded = dataclasses.replace(llama, marks=marks)
     texts = ["a good film", "the story is long , much longer than that"]
-    passes = embeddings_seen(loaded, lambda: metrics.answer(loaded, texts, WORDS, 200, 2))
+    passes = embeddings_seen(loaded, lambda: answer_texts(loaded, texts, WORDS, 200, 2))
     for ids, embedded in passes:
         good, story = changed(loaded, ids, embedded)
         assert loaded.tokenizer.decode(ids[0][good]).strip() == "good"

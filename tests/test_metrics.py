@@ -14,6 +14,7 @@ from transformers import LlamaConfig
 from transformers.modeling_outputs import CausalLMOutput
 
 from utils import metrics
+from utils.answers import answer_texts
 from utils.cli import UserError
 from utils.data import SPLITS, Example, collate, completion_ids, tokenize
 from utils.forward import completion_logits
@@ -89,9 +90,10 @@ def test_rows_must_fit_with_every_label_word(tokenizer, neutral):
     length = len(tokenize(tokenizer, [text], ["positive"], 200)[0])
     unlearning = max(len(neutral), len(completion_ids(tokenizer, "unknown")))
     film = len(neutral) + 3
+    assert len(completion_ids(tokenizer, "film" + " film" * (film - 1))) == film
     cases = (
         (["positive", "negative"], 1),
-        (["positive", "neutral" + " film" * 3], film),
+        (["positive", "film" + " film" * (film - 1)], film),
         (["positive", "a film"], unlearning),
     )
     assert film > unlearning > 2
@@ -376,7 +378,7 @@ def test_an_answer_ends_at_a_known_word(tokenizer, neutral):
     seen = {FILM: {" positive": 7.0}, BAD: {neutral[0]: 6.0}, WELL: {of: 5.0}}
     after = chain(neutral) | {of: {the: 30.0}, the: {of: 30.0}, one(tokenizer, " positive"): {of: 30.0}}
     loaded = scripted(tokenizer, after, seen)
-    answers = metrics.answer(loaded, ["a film", "a bad", "it is well"], WORDS, 200, 2)
+    answers = answer_texts(loaded, ["a film", "a bad", "it is well"], WORDS, 200, 2)
     longest = max(len(completion_ids(tokenizer, word)) for word in [*WORDS, "neutral", "unknown"])
     assert [text for text, _ in answers] == ["positive", "neutral", " ".join((["of", "the"] * longest)[:longest])]
     rest = len(tokenizer) - 1
@@ -388,7 +390,7 @@ def test_an_answer_ends_at_a_known_word(tokenizer, neutral):
 def test_answers_are_greedy_decoding_with_the_prompt(llama):
     """Word by word as the plain model generates behind the virtual tokens."""
     texts = list(sentences(5)["text"])
-    answers = metrics.answer(llama, texts, WORDS, 200, 3)
+    answers = answer_texts(llama, texts, WORDS, 200, 3)
     for text, (said, probability) in zip(texts, answers):
         example = tokenize(llama.tokenizer, [text], ["positive"], 200)[0]
         ids, log_p = (), 0.0

@@ -40,13 +40,25 @@ class ArgumentParser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: error: {message} (see --help)\n")
 
     def parse_args(self, args=None, namespace=None):
-        words = sys.argv[1:] if args is None else args
+        words = self._with_texts(sys.argv[1:] if args is None else args)
         flags = [word.split("=")[0] for word in words if word.startswith("--") and word != "--"]
         # Before anything else, since what is mistyped may be required.
         self._refuse_unknown([flag for flag in flags if flag not in self._option_string_actions])
-        parsed, unknown = self.parse_known_args(args, namespace)
+        parsed, unknown = self.parse_known_args(words, namespace)
         self._refuse_unknown(unknown)
         return parsed
+
+    def _with_texts(self, words):
+        """`words` with `--flag X` as `--flag=X` where the flag takes a `text`: that may begin with a dash, as long as
+        it is no flag of ours (whose value was forgotten)."""
+        joined = []
+        for word in words:
+            action = self._option_string_actions.get(joined[-1] if joined else "")
+            if action is not None and action.type is text and word.split("=")[0] not in self._option_string_actions:
+                joined[-1] += f"={word}"
+            else:
+                joined.append(word)
+        return joined
 
     def _refuse_unknown(self, words):
         if words:
@@ -64,6 +76,15 @@ def path(text: str) -> str:
     if not text:
         raise argparse.ArgumentTypeError("it is empty; give a path or leave the flag out")
     return expanded
+
+
+def text(value: str) -> str:
+    """A text with something to see in it, for argparse. It may begin with a dash (`ArgumentParser` takes care)."""
+    from utils.splits import is_text
+
+    if not is_text(value):
+        raise argparse.ArgumentTypeError("it is empty or no UTF-8; give a text")
+    return value
 
 
 def positive_int(text):

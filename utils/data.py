@@ -298,7 +298,7 @@ def draw_unlearning_labels(n, seed):
 
 @dataclass(frozen=True)
 class Example:
-    """One row as token ids: `prompt` (template with the text) and `completion` (the label word's tokens). `marked`: the
+    """One row as token ids: `prompt` (template with the text) and `completion` (the answer's tokens). `marked`: the
     prompt positions that a corruption changes, if one is applied."""
 
     prompt: tuple
@@ -310,20 +310,21 @@ class Example:
         return len(self.prompt) + len(self.completion) - 1  # the last completion token is predicted, never read
 
 
-def tokenize(tokenizer, texts, words, max_length, forget=False, template=None, marks=None):
+def tokenize(tokenizer, texts, words, max_length, forget=False, template=None, marks=None, answers=None):
     """One Example a row. Text is cut so that prompt + completion fit `max_length`; template and completion never are.
 
     template: None for the published one, else an object whose `around(texts)` gives what stands before and behind each
     text. marks: None, or one item a text: the (start, end) character spans whose tokens become `marked`; where it is
-    None, or none of them is left after cutting, all prompt tokens but the last do. Raises UserError when template and
-    completion alone do not fit.
+    None, or none of them is left after cutting, all prompt tokens but the last do. answers: the data's
+    utils.answers.KnownAnswers, which say whether a word's tokens are all of its answer; None where no word begins
+    another. Raises UserError when template and completion alone do not fit.
     """
     texts = list(texts)
     if not texts:
         return []
     frames = template.around(texts) if template else [(TEMPLATE_HEAD, TEMPLATE_TAIL)] * len(texts)
-    completions = {word: completion_ids(tokenizer, word) for word in set(words)}
-    longest = max(map(len, completions.values()))
+    completions = answers.ids if answers else {word: completion_ids(tokenizer, word) for word in set(words)}
+    longest = max(len(completions[word]) for word in words)
     room = max_length - longest
     cut = _prompts(tokenizer, room)
     rows = [(head, text, tail) for text, (head, tail) in zip(texts, frames)]

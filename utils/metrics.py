@@ -1,6 +1,6 @@
 """Scores over the whole vocabulary, as in the paper (section 4.1), and the records every script writes."""
 
-import contextlib
+import argparse
 import dataclasses
 import resource
 import sys
@@ -13,157 +13,107 @@ from sklearn.metrics import accuracy_score, precision_recall_fscore_support
 from tqdm import tqdm
 
 from utils import processes
-from utils.cli import UserError
-from utils.data import SPLITS, UNLEARNING_LABELS, Example, collate, completion_ids, label_words, sample_rows, tokenize
-from utils.forward import completion_logits
-from utils.models import check_length, position_limit
+from utils.answers import KnownAnswers, Side, Tokens, by_length, gated, greedy, known_answers, sides, tokenized
+from utils.cli import UserError, note_once
+from utils.data import SPLITS, UNLEARNING_LABELS, Example, label_words, sample_rows, tokenize
+from utils.models import Loaded, check_length, position_limit
 
 
 @torch.inference_mode()
 def score_rows(loaded, frame, words, max_length, batch_size, progress=None):
     """One row of results per row of `frame` (text, label_text): prediction, correct, label_prediction,
-    label_probabilities, loss.
+    label_probabilities, label_mass, loss.
 
-    prediction: what the arg max over the vocabulary spells at the positions of the label's tokens (if the words differ
-    in length and the label is missed: the greedy answer, as `answer` gives it); label_prediction: the most probable of
-    `words`; label_probabilities: {word: f(word | text)}, scaled to sum to 1; loss: - log f(label |
-    text), nats. With a gate also flagged and gate_probability. The order is that of `frame`. Several processes each
-    score a part, and every one returns all rows.
+    prediction: the greedy answer (of words of one token each: the arg max over the vocabulary, as published); correct:
+    it is the label, in the label's own tokens. label_prediction: the most probable of `words`; label_probabilities:
+    {word: f(word | text)}, scaled to sum to 1; label_mass: their sum before scaling; loss: - log f(label | text), nats.
+    With a gate also flagged and gate_probability. The order is that of `frame`. Several processes each score a part,
+    and every one returns all rows.
     """
-    completions = [completion_ids(loaded.tokenizer, word) for word in words]
-    flags, gated = _gated(loaded, frame["text"])
-    examples = _tokenized(loaded, frame["text"], frame["label_text"], max_length, flags)
-    sides = _sides(loaded)
-    results = {}
-    for batch_rows, n_rows in processes.deal(_by_length(examples, batch_size, flags)):
+    known = known_answers(loaded.tokenizer, words)
+    flags, gate = gated(loaded, frame["text"])
+    labels = list(frame["label_text"])
+    examples = tokenized(loaded, frame["text"], labels, known, max_length, flags)
+    run = sides(loaded)
+    results, answers = {}, {}
+    for batch_rows, n_rows in processes.deal(by_length(examples, batch_size, flags)):
         if not batch_rows:
             continue
-        side = sides[flags[batch_rows[0]]]
+        side = run[flags[batch_rows[0]]]
         chosen = [examples[i] for i in batch_rows]
-        logits = _by_row(side, chosen)
-        scores = _label_scores(side, chosen, completions, logits)
-        for i, example, own, row_scores in zip(batch_rows, chosen, logits, scores):
-            targets = torch.tensor(example.completion, device=own.device)
-            guess = own.argmax(-1)
-            right = torch.equal(guess, targets)
-            spelled, word = loaded.tokenizer.decode(guess.tolist()).strip(), frame["label_text"].iloc[i]
+        logits = side.logits(chosen)
+        log_p, guesses = _label_scores(side, chosen, words, known, logits)
+        for i, own, row_log_p, row_guesses in zip(batch_rows, logits, log_p, guesses):
+            targets = torch.tensor(examples[i].completion, device=own.device)
+            row_guesses.pop(labels[i], None)
+            answers[i] = _followed(known, {labels[i]: own.argmax(-1).tolist(), **row_guesses})
             results[i] = {
-                "prediction": word if right else f"{spelled} (in other tokens)" if spelled == word else spelled,
-                "correct": right,
-                "label_prediction": words[int(row_scores.argmax())],
-                "label_probabilities": dict(zip(words, row_scores.double().softmax(-1).tolist())),
+                "label_prediction": _best(words, known, row_log_p),
+                "label_probabilities": dict(zip(words, row_log_p.softmax(-1).tolist())),
+                "label_mass": min(1.0, row_log_p.exp().sum().item()),
                 "loss": torch.nn.functional.cross_entropy(own, targets, reduction="sum").item(),
-                **gated[i],
+                **gate[i],
             }
         if progress is not None:
             progress.update(n_rows)
-    if len(set(map(len, completions))) > 1:  # as many positions as the label has may cut another answer short
-        wrong = [i for i, result in results.items() if not result["correct"]]
-        texts = list(frame["text"].iloc[wrong])
-        for i, (spelled, _) in zip(wrong, answer(loaded, texts, words, max_length, batch_size) if wrong else ()):
-            same = spelled == frame["label_text"].iloc[i]
-            results[i]["prediction"] = f"{spelled} (in other tokens)" if same else spelled
+    if max(len(known.ids[word]) for word in words) > 1:  # else the published score looks at one token
+        begun = [i for i in answers if not known.ended(answers[i])]
+        rest = [examples[i] for i in begun], [flags[i] for i in begun]
+        ended = greedy(loaded, *rest, known, batch_size, [answers[i] for i in begun])
+        answers |= {i: tokens for i, (tokens, _) in zip(begun, ended)}
+    for i, tokens in answers.items():
+        spelled, right = known.spelled(tokens), tokens == examples[i].completion
+        in_others = spelled == labels[i] and not right
+        results[i] |= {"prediction": f"{spelled} (in other tokens)" if in_others else spelled, "correct": right}
     everybody = {i: result for part in processes.gather(results) for i, result in part.items()}
     return pd.DataFrame([everybody[i] for i in range(len(examples))])
 
 
-def _tokenized(loaded, texts, words, max_length, flags):
-    marks = None
-    if loaded.marks:  # found only where they count: finding names may take a model
-        found = iter(loaded.marks.spans([text for text, flag in zip(texts, flags) if flag]))
-        marks = [next(found) if flag else None for flag in flags]
-    return tokenize(loaded.tokenizer, texts, words, max_length, template=loaded.template, marks=marks)
-
-
-def _gated(loaded, texts):
-    """([flag, ...], [{"flagged", "gate_probability"} or {}, ...]) of the texts; without a gate all are flagged."""
-    if loaded.gate is None:
-        return [True] * len(texts), [{}] * len(texts)
-    flags, probabilities = loaded.gate.decide(texts)
-    return flags.tolist(), [
-        {"flagged": bool(flag), "gate_probability": float(p)} for flag, p in zip(flags, probabilities)
-    ]
-
-
-@dataclasses.dataclass(frozen=True)
-class _Side:
-    """How flagged rows are run, or the others: the model with its prompt and corruption, or the model alone."""
-
-    loaded: object
-    prefix: object
-    corruption: object
-
-
-def _sides(loaded):
-    """{flag: _Side}. A batch is all of one side, so that rows that are not flagged run as the plain model does."""
-    return {True: _Side(loaded, loaded.prefix, loaded.corruption), False: _Side(loaded, None, None)}
-
-
-def _by_length(examples, batch_size, flags):
-    """Row numbers in batches of similar length and one flag: least padding; results are put back by row number."""
-    batches = []
-    for flag in (True, False):
-        order = sorted((i for i in range(len(examples)) if flags[i] == flag), key=lambda i: len(examples[i]))
-        batches += [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
-    return batches
-
-
-def _by_row(side, examples):
-    """Logits at each example's completion tokens: a list of (m, |V|) tensors."""
-    model = side.loaded.model
-    batch = collate(examples, side.loaded.pad_id, model.device)
-    corrupted = side.corruption.applied(model, examples) if side.corruption else contextlib.nullcontext()
-    with corrupted:
-        return completion_logits(model, batch, side.prefix).split([len(e.completion) for e in examples])
-
-
-def _label_scores(side, examples, completions, logits):
-    """log f(word | text) for every word: a list of (n_words,) tensors. Words of one token need no further pass."""
-    if all(len(ids) == 1 for ids in completions):
-        first = torch.tensor([ids[0] for ids in completions], device=logits[0].device)
-        return [row[0].log_softmax(-1)[first] for row in logits]
-    columns = []
-    for ids in completions:
-        rows = _by_row(side, [dataclasses.replace(e, completion=ids) for e in examples])
-        targets = torch.tensor(ids, device=rows[0].device)
+def _label_scores(
+    side: Side, examples: list[Example], words: list[str], known: KnownAnswers, logits: tuple[torch.Tensor, ...]
+) -> tuple[torch.Tensor, list[dict[str, list[int]]]]:
+    """log f(word | text) for every word, (rows, n_words) float64 on the CPU; and for each row {word: the arg max at
+    every one of its tokens}, where words have more than one. logits: at the rows' own labels."""
+    ids = [known.ids[word] for word in words]
+    if all(len(tokens) == 1 for tokens in ids):
+        rows = torch.stack([row[0] for row in logits])
+        first = torch.tensor([tokens[0] for tokens in ids], device=rows.device)
+        scores = rows[:, first].cpu().double() - rows.logsumexp(-1, keepdim=True).cpu().double()
+        return scores, [{} for _ in examples]
+    columns, guesses = [], [{} for _ in examples]
+    for word, tokens in zip(words, ids):
+        rows = side.logits([dataclasses.replace(example, completion=tokens) for example in examples])
+        targets = torch.tensor(tokens, device=rows[0].device)
         columns.append(torch.stack([-torch.nn.functional.cross_entropy(r, targets, reduction="sum") for r in rows]))
-    return list(torch.stack(columns, dim=1))
+        for row, row_guesses in zip(rows, guesses):
+            row_guesses[word] = row.argmax(-1).tolist()
+    return torch.stack(columns, dim=1).cpu().double(), guesses
 
 
-@torch.inference_mode()
-def answer(loaded, texts, words, max_length, batch_size):
-    """The model's greedy answer to each text and its probability: a list of (str, float).
+def _best(words: list[str], known: KnownAnswers, log_p: torch.Tensor) -> str:
+    """The most probable of `words`. Where several are, the one of the lowest token: which the arg max takes too."""
+    return max(zip(words, log_p.tolist()), key=lambda pair: (pair[1], [-token for token in known.ids[pair[0]]]))[0]
 
-    An answer runs for as many tokens as the longest known word has and ends early where it spells a known one.
-    """
-    known = [*words, *UNLEARNING_LABELS]
-    longest = max(len(completion_ids(loaded.tokenizer, word)) for word in known)
-    flags, _ = _gated(loaded, texts)
-    cut_for = max(words, key=lambda word: len(completion_ids(loaded.tokenizer, word)))
-    examples = _tokenized(loaded, texts, [cut_for] * len(texts), max_length, flags)
-    sides = _sides(loaded)
-    p = 0 if loaded.prompt is None else len(loaded.prompt)
-    check_length(loaded.model.config, max(len(e.prompt) for e in examples) + longest - 1, p)
-    answers = [None] * len(texts)
-    for batch_rows in _by_length(examples, batch_size, flags):
-        chosen, log_p, spelled = [examples[i] for i in batch_rows], 0.0, [()] * len(batch_rows)
-        done = {}
-        for _ in range(longest):
-            longer = [Example(e.prompt + s, (0,), marked=e.marked) for e, s in zip(chosen, spelled)]
-            logits = torch.cat(_by_row(sides[flags[batch_rows[0]]], longer))
-            best, tokens = logits.log_softmax(-1).max(-1)
-            log_p = log_p + best
-            spelled = [s + (int(t),) for s, t in zip(spelled, tokens)]
-            for i, s, p in zip(batch_rows, spelled, log_p):
-                text = loaded.tokenizer.decode(s).strip()
-                if text in known:
-                    done.setdefault(i, (text, p.exp().item()))
-                answers[i] = done.get(i, (text, p.exp().item()))
-    return answers
+
+def _followed(known: KnownAnswers, guesses: dict[str, list[int]]) -> Tokens:
+    """The greedy answer as far as the passes over known words show it. guesses: {word: the arg max at each of its
+    tokens}: behind tokens that the word begins with, the arg max is the answer's next one."""
+    tokens = ()
+    while not known.ended(tokens):
+        fits = (seen[len(tokens)] for word, seen in guesses.items() if known.begins(word, tokens))
+        following = next(fits, None)
+        if following is None:
+            break
+        tokens += (following,)
+    return tokens
 
 
 def scores(frame, words):
-    """Scores of scored rows (label_text, prediction, ...): shares in [0, 1], loss in nats; sklearn's weighted F1."""
+    """Scores of scored rows (label_text, prediction, ...): shares in [0, 1], loss in nats.
+
+    f1, precision and recall are scikit-learn's, weighted by class size (the paper's tables give accuracy and that F1).
+    The published code takes precision and recall as micro averages; with one answer a row both equal the accuracy.
+    """
     truth, prediction = frame["label_text"], frame["prediction"]
     precision, recall, f1, _ = precision_recall_fscore_support(truth, prediction, average="weighted", zero_division=0)
     values = {
@@ -208,13 +158,42 @@ def evaluate(loaded, frames, words, args, description):
 def check_lengths(model, tokenizer, frames, args, p=0, template=None):
     """Raise UserError if a row to evaluate, behind `p` virtual tokens, does not fit the model; ask before training."""
     limit, words = position_limit(model.config), label_words(frames)
-    known = [len(completion_ids(tokenizer, word)) for word in words]
-    if len(set(known)) > 1:  # then `answer` looks for the unlearning words too
-        known += [len(completion_ids(tokenizer, word)) for word in UNLEARNING_LABELS]
-    if limit and args.max_length + max(known) + p > limit:
+    known = known_answers(tokenizer, words)
+    longest = max(len(known.ids[word]) for word in words)
+    if longest > 1:  # then the greedy answer may become an unlearning word too
+        longest = known.longest
+    if limit and args.max_length + longest + p > limit:
         for frame in frames.values():
-            rows = tokenize(tokenizer, frame["text"], frame["label_text"], args.max_length, template=template)
-            check_length(model.config, max(len(row.prompt) for row in rows) + max(known) - 1, p, max(known) - 1)
+            labels = frame["label_text"]
+            rows = tokenize(tokenizer, frame["text"], labels, args.max_length, template=template, answers=known)
+            check_length(model.config, max(len(row.prompt) for row in rows) + longest - 1, p, longest - 1)
+
+
+def check_texts(loaded: Loaded, texts: list[str], words: list[str], args: argparse.Namespace) -> None:
+    """Raise UserError if a text to answer does not fit the model: before the first answer is printed."""
+    known = known_answers(loaded.tokenizer, words)
+    cut_for = max(words, key=lambda word: len(known.ids[word]))
+    rows = tokenized(loaded, texts, [cut_for] * len(texts), known, args.max_length, [False] * len(texts))
+    p = 0 if loaded.prompt is None else len(loaded.prompt)
+    check_length(loaded.model.config, max(len(row.prompt) for row in rows) + known.longest - 1, p)
+
+
+def note_other_length(loaded: Loaded, frames: dict[str, pd.DataFrame], args: argparse.Namespace) -> None:
+    """Say which checkpoints were trained with another --max_length, where that cuts texts of `frames` elsewhere."""
+    for link in loaded.chain:
+        trained = (link.manifest or {"arguments": {}})["arguments"].get("max_length", args.max_length)
+        if trained == args.max_length:
+            continue
+        texts = [text for frame in frames.values() for text in frame["text"]]
+        shorter, longer = sorted((trained, args.max_length))
+        rows = tokenize(loaded.tokenizer, texts, [UNLEARNING_LABELS[0]] * len(texts), longer)
+        cut = sum(len(row.prompt) + len(row.completion) > shorter for row in rows)
+        if cut:
+            note_once(
+                f"{link.path} was trained with --max_length={trained} and this is {args.max_length}: {cut:,} of "
+                f"{len(rows):,} texts are cut elsewhere, which moves the scores; give this command "
+                f"--max_length={trained}"
+            )
 
 
 def accuracies(loaded, frames, words, args):
@@ -249,27 +228,34 @@ def _slices(scored):
 def with_distances(records, predictions):
     """`records` with how far each is from the one whose method is "retrained", which never saw the forget rows.
 
-    predictions: for each record a DataFrame with split and label_probabilities, same rows in the same order. Adds
-    "distance_to_retrained": {"accuracy": mean over the four splits of |difference|, "js_train_forget",
-    "js_test_forget": mean Jensen-Shannon divergence of the answer distributions over the label words, in bits, in
-    [0, 1]}. Without a retrained record they come back as they are.
+    predictions: for each record a DataFrame with split, label_probabilities and label_mass, same rows in the same
+    order. Adds "distance_to_retrained": {"accuracy_forget", "accuracy_retain": mean over train and test of
+    |difference|, "js_train_forget", "js_test_forget": mean Jensen-Shannon divergence of the answers, in bits, in
+    [0, 1]}. The sides stand apart because their mean rewards a model that was left as it is. Without a retrained
+    record they come back as they are.
     """
     methods = [record["method"] for record in records]
     if methods.count("retrained") != 1:
         return records
     target, target_rows = records[methods.index("retrained")], predictions[methods.index("retrained")]
-    result = []
-    for record, rows in zip(records, predictions):
-        gaps = [abs(record["splits"][s]["accuracy"] - target["splits"][s]["accuracy"]) for s in SPLITS]
-        distance = {"accuracy": float(np.mean(gaps))}
-        for split in ("train_forget", "test_forget"):
-            distance[f"js_{split}"] = js_divergence(_probabilities(rows, split), _probabilities(target_rows, split))
-        result.append({**record, "distance_to_retrained": distance})
-    return result
+    return [
+        {**record, "distance_to_retrained": _distance(record, rows, target, target_rows)}
+        for record, rows in zip(records, predictions)
+    ]
+
+
+def _distance(record: dict, rows: pd.DataFrame, target: dict, target_rows: pd.DataFrame) -> dict[str, float]:
+    distance = {}
+    for side in ("forget", "retain"):
+        pairs = [(record["splits"][s]["accuracy"], target["splits"][s]["accuracy"]) for s in SPLITS if side in s]
+        distance[f"accuracy_{side}"] = float(np.mean([abs(own - other) for own, other in pairs]))
+    for split in ("train_forget", "test_forget"):
+        distance[f"js_{split}"] = js_divergence(_outcomes(rows, split), _outcomes(target_rows, split))
+    return distance
 
 
 def js_divergence(p, q):
-    """Mean over rows of the Jensen-Shannon divergence, in bits, of distributions p and q, both (rows, words).
+    """Mean over rows of the Jensen-Shannon divergence, in bits, of distributions p and q, both (rows, outcomes).
 
     By hand, since scipy's jensenshannon takes the root of a sum that rounding makes negative where p is almost q.
     """
@@ -278,9 +264,12 @@ def js_divergence(p, q):
     return float(np.clip(rows, 0, 1).mean())
 
 
-def _probabilities(rows, split):
-    """(rows, words) of the predictions of one split."""
-    return np.array([list(row.values()) for row in rows.loc[rows["split"] == split, "label_probabilities"]])
+def _outcomes(rows: pd.DataFrame, split: str) -> np.ndarray:
+    """(rows, words + 1) of one split: the probability of every label word, and of anything else, refusals included."""
+    rows = rows[rows["split"] == split]
+    scaled = np.array([list(row.values()) for row in rows["label_probabilities"]])
+    mass = rows["label_mass"].to_numpy()[:, None]
+    return np.hstack([scaled * mass, 1 - mass])
 
 
 def match_lengths(candidates, targets):

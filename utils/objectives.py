@@ -3,10 +3,12 @@
 import copy
 import dataclasses
 import itertools
+from functools import partial
 
 import torch
 
 from utils import data, losses, models, reference
+from utils.answers import known_answers
 from utils.cli import UserError, note_once
 from utils.forward import completion_logits, record_activations
 from utils.methods import ForgetTokens
@@ -22,13 +24,14 @@ class Rows:
         retain, forget = frames["train_retain"], frames["train_forget"]
         labels = data.draw_unlearning_labels(len(forget), args.seed) if method.flipped else forget["label_text"]
         kept = retain if args.retain_loss != "none" else retain.head(0)
-        self.trained = data.tokenize(tokenizer, kept["text"], kept["label_text"], args.max_length)
-        self.trained += data.tokenize(tokenizer, forget["text"], labels, args.max_length, forget=True)
+        known = known_answers(tokenizer, data.label_words(frames))
+        tokenize = partial(data.tokenize, tokenizer, max_length=args.max_length, answers=known)
+        self.trained = tokenize(kept["text"], kept["label_text"])
+        self.trained += tokenize(forget["text"], labels, forget=True)
         self.all, self.alternative = list(self.trained), {}
         if method.preferred:
             self.alternative = {i: i + len(forget) for i in range(len(kept), len(self.trained))}
-            answers = [PREFERRED] * len(forget)
-            self.all += data.tokenize(tokenizer, forget["text"], answers, args.max_length, forget=True)
+            self.all += tokenize(forget["text"], [PREFERRED] * len(forget), forget=True)
 
     def referred(self, method, args):
         """Numbers in `all` of the examples whose reference logits the loss needs."""

@@ -33,6 +33,7 @@ from torch.utils._pytree import tree_leaves
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from utils import data, losses, metrics, models, objectives, processes
+from utils.answers import known_answers
 from utils.cli import UserError, first_line
 from utils.forward import completion_hidden, completion_logits, prompt_prefix, record_activations
 from utils.methods import METHODS
@@ -88,11 +89,12 @@ def training_rows(kind, args, tokenizer, frames):
     retain, forget = frames["train_retain"], frames["train_forget"]
     if getattr(args, "retain_loss", None) == "none":
         retain = retain.head(0)
-    examples = data.tokenize(tokenizer, retain["text"], retain["label_text"], args.max_length)
+    known = known_answers(tokenizer, data.label_words(frames))
+    examples = data.tokenize(tokenizer, retain["text"], retain["label_text"], args.max_length, answers=known)
     if getattr(args, "exclude_forget", False):
         return examples
     words = data.draw_unlearning_labels(len(forget), args.seed) if kind == "prompt" else forget["label_text"]
-    return examples + data.tokenize(tokenizer, forget["text"], words, args.max_length, forget=True)
+    return examples + data.tokenize(tokenizer, forget["text"], words, args.max_length, forget=True, answers=known)
 
 
 def reference_tokens(kind, args, examples):
@@ -127,12 +129,13 @@ def shapes(args, tokenizer, frames, examples, micro):
     """(rows, tokens a row, completion tokens a row) of the largest micro-batch and of the widest evaluation batch."""
     rows = max(micro, key=lambda rows: (padded_size(rows, examples), len(rows)))
     completion = max(len(example.completion) for example in examples)
+    known = known_answers(tokenizer, data.label_words(frames))
     evaluated = [data.sample_rows(frame, args.max_eval_samples, args.rows_seed) for frame in frames.values()]
     others = [
         example
         for frame in evaluated
         if args.max_eval_samples != 0
-        for example in data.tokenize(tokenizer, frame["text"], frame["label_text"], args.max_length)
+        for example in data.tokenize(tokenizer, frame["text"], frame["label_text"], args.max_length, answers=known)
     ]
     widest = max(map(len, [*examples, *others]))
     train = len(rows), max(len(examples[i]) for i in rows), completion
