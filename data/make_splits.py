@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from utils.cli import ArgumentParser, UserError, fraction, importing, path, run, seed
+from utils.cli import ArgumentParser, UserError, fraction, importing, note_once, path, run, seed
 
 with importing():
     import numpy as np
@@ -151,6 +151,13 @@ def label_words(values, args):
     taken = set(words) & set(UNLEARNING_LABELS)
     if taken:
         raise UserError(f"the label word {taken.pop()!r} is one that unlearning answers with; rename it in the data")
+    known = [*words, *UNLEARNING_LABELS]
+    pair = next(((a, b) for a in known for b in known if a != b and b.startswith(a)), None)
+    if pair:
+        note_once(
+            f"the answer {pair[0]!r} begins {pair[1]!r}; with a tokenizer whose tokens do so too, every answer is "
+            "trained and scored with an end-of-sequence token, which other label words would save"
+        )
     return words
 
 

@@ -161,6 +161,14 @@ def test_label_words(tmp_path, people, labels, flags, expected):
         assert dict(zip(split["label"], split["label_text"].astype(str))) == expected
 
 
+@pytest.mark.parametrize(("labels", "named"), [((1, 10), "'1' begins '10'"), (("un", "sure"), "'un' begins 'unknown'")])
+def test_a_label_word_that_begins_another_is_noted(tmp_path, people, labels, named):
+    frame = reviews().assign(label=[labels[i % 2] for i in range(60)])
+    result = make(tmp_path, people, frame=frame)
+    assert result.returncode == 0 and f"note: the answer {named}; with a tokenizer" in result.stderr
+    assert "note:" not in make(tmp_path, people, "--output_path", str(tmp_path / "other"), frame=reviews()).stderr
+
+
 def test_an_empty_output_folder_is_filled(tmp_path, people):
     (tmp_path / "out").mkdir()
     made(tmp_path, people, frame=reviews())

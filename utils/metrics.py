@@ -185,9 +185,10 @@ def note_other_length(loaded: Loaded, frames: dict[str, pd.DataFrame], args: arg
         if trained == args.max_length:
             continue
         texts = [text for frame in frames.values() for text in frame["text"]]
-        shorter, longer = sorted((trained, args.max_length))
-        rows = tokenize(loaded.tokenizer, texts, [UNLEARNING_LABELS[0]] * len(texts), longer)
-        cut = sum(len(row.prompt) + len(row.completion) > shorter for row in rows)
+        rows = tokenize(loaded.tokenizer, texts, [UNLEARNING_LABELS[0]] * len(texts), args.max_length)
+        if args.max_length < trained:
+            rows = tokenize(loaded.tokenizer, texts, [UNLEARNING_LABELS[0]] * len(texts), trained)
+        cut = sum(len(row.prompt) + len(row.completion) > min(trained, args.max_length) for row in rows)
         if cut:
             note_once(
                 f"{link.path} was trained with --max_length={trained} and this is {args.max_length}: {cut:,} of "
