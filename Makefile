@@ -1,6 +1,6 @@
 # make demo  the main job on embedded data with a real small model, a quarter of an hour on two cores
 # make compare  SPUL and every rival on the same rows with the same budget, in one table; an estimated hour on two cores
-# make test  every test
+# make test  every test; make test-latest with the newest packages allowed; make lock moves requirements.lock
 # make bench speed and memory against the plain path, an estimated forty minutes; BENCH_ARGS="--parts training" does a part
 # make lint  ruff
 # MODEL=... DATASET=... SEED=... make demo runs the same on another model, data set or seed;
@@ -16,6 +16,7 @@ STEPS ?= 225
 ALPHA ?= 15
 
 VENV := .venv
+TOOLS := pytest pytest-xdist ruff
 PY := $(VENV)/bin/python
 READY := $(VENV)/.installed
 FORGET_ONLY ?= $(if $(filter snippets,$(DATASET)),data/snippets/demo_names.txt)
@@ -58,7 +59,7 @@ PROMPTING = $(if $(filter snippets,$(DATASET)),,--instruction="If the text names
 # A run that was killed goes on from its last saved state.
 resume = $(if $(wildcard $(1).training.safetensors),--resume) --overwrite
 
-.PHONY: demo compare bench test lint
+.PHONY: demo compare bench test test-latest lock lint
 .DELETE_ON_ERROR:
 
 demo: $(UNLEARNT)/manifest.json
@@ -84,13 +85,40 @@ compare: | $(READY) $(if $(filter data/models/smollm2,$(MODEL)),data/models/smol
 data/models/smollm2/config.json: | $(READY)
 	$(PY) data/models/prepare.py smollm2
 
-$(READY): requirements.txt
-	$(PYTHON) -m venv $(VENV)
-	$(PY) -m pip install --quiet --disable-pip-version-check -r requirements.txt pytest pytest-xdist ruff
+# The lock says what is installed, by hash. Of torch there are two builds of one version: the one that pip would take by
+# itself (a CPU build where the machine has that) is checked against the lock, and the last line adds the CUDA libraries
+# that the other one needs. A torch of your own: make the environment, install it there, then call make.
+PIP := $(PY) -m pip --quiet --disable-pip-version-check
+$(READY): requirements.lock
+	test -x $(PY) || $(PYTHON) -m venv $(VENV)
+	awk '/^[a-z]/ {kept = /^torch==/} kept' requirements.lock > $(VENV)/torch.lock
+	$(PY) -c 'import torch' 2>$(VENV)/error || { \
+		$(PIP) download --no-deps --dest $(VENV)/torch $$(grep ^torch requirements.txt) && \
+		$(PIP) install --no-index --find-links $(VENV)/torch --no-deps --require-hashes -r $(VENV)/torch.lock; }
+	rm -rf $(VENV)/torch
+	$(PIP) install --no-deps --require-hashes -r requirements.lock
+	$(PIP) install -r requirements.txt
 	touch $@
 
 test: $(READY)
 	$(PY) -m pytest -n 2 --dist=loadfile
+
+# The same tests with the newest releases that requirements.txt allows, in an environment of their own.
+test-latest:
+	$(PYTHON) -m venv --clear $(VENV)-latest
+	$(VENV)-latest/bin/python -m pip --quiet --disable-pip-version-check install -r requirements.txt $(TOOLS)
+	$(VENV)-latest/bin/python -m pytest -n 2 --dist=loadfile
+
+# Moves the lock to the newest releases that requirements.txt allows, for every platform and Python since 3.11. What only
+# torch's GPU build needs is left out; the hash of the torch that pip installs here, maybe a CPU build, is added.
+lock: $(READY)
+	$(PIP) install uv
+	rm -rf $(VENV)/torch && $(PIP) download --no-deps --dest $(VENV)/torch $$(grep ^torch requirements.txt)
+	printf '%s\n' $(TOOLS) | $(VENV)/bin/uv pip compile requirements.txt - --universal --python-version 3.11 --upgrade \
+		--generate-hashes --no-annotate --quiet --custom-compile-command "make lock" \
+		| awk -v own="$$(sha256sum $(VENV)/torch/*.whl | cut -d' ' -f1)" '/^[a-z]/ {kept = !/^(nvidia|cuda|triton)/} \
+		kept || /^#/ {print} /^torch==/ {print "    --hash=sha256:" own " \\"}' > $(VENV)/lock
+	grep -q ^torch== $(VENV)/lock && mv $(VENV)/lock requirements.lock
 
 bench: | $(READY) $(if $(filter data/models/smollm2,$(MODEL)),data/models/smollm2/config.json)
 	$(PY) tests/benchmarks/bench.py --model=$(MODEL) --dataset=$(DATASET) $(BENCH_ARGS)
