@@ -1,10 +1,14 @@
 """Loading any causal language model from a folder, its tokenizer, and LoRA on it."""
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 from argparse import Namespace
 
 import pytest
+import scripts
 import tiny
 import torch
 
@@ -180,3 +184,35 @@ def test_attention_that_is_not_there_is_refused(tiny_model, tmp_path):
         link = models.resolve_chain(str(folder))[0]
         with pytest.raises(UserError, match=sentence):
             models.load_base(link, Namespace(**vars(ARGUMENTS) | {"attn_implementation": choice}))
+
+
+CLAIMS_AVX512 = '''
+import importlib.machinery
+import sys
+
+
+class Finder:
+    """Lets bitsandbytes find the processor that makes it ask the hub for a kernel."""
+
+    def find_spec(self, name, path=None, target=None):
+        if name != "bitsandbytes.functional":
+            return None
+        spec = importlib.machinery.PathFinder.find_spec(name, path)
+        load = spec.loader.exec_module
+        spec.loader.exec_module = lambda module: (load(module), setattr(module, "has_avx512bf16", lambda: True))
+        return spec
+
+
+sys.meta_path.insert(0, Finder())
+'''
+
+
+@pytest.mark.parametrize("installed", [True, False])
+def test_importing_bitsandbytes_asks_no_hub_and_says_nothing(tmp_path, installed):
+    (tmp_path / "sitecustomize.py").write_text(CLAIMS_AVX512, encoding="utf-8")
+    if installed:
+        (tmp_path / "kernels.py").write_text("get_kernel = lambda *_, **__: print('asked the hub')", encoding="utf-8")
+    command = [sys.executable, "-c", "import utils.models"]
+    environment = {**os.environ, "PYTHONPATH": f"{tmp_path}{os.pathsep}{scripts.ROOT}"}
+    ended = subprocess.run(command, env=environment, capture_output=True, text=True, encoding="utf-8", check=True)
+    assert (ended.stdout, ended.stderr) == ("", "")

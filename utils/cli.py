@@ -5,7 +5,6 @@ import contextlib
 import difflib
 import errno
 import functools
-import logging
 import os
 import signal
 import sys
@@ -241,7 +240,6 @@ def note_once(sentence):
 def _quiet_libraries():
     """Keep the libraries' own notices and progress bars out of what a script prints; errors still come through."""
     warnings.simplefilter("ignore")
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.set_verbosity_error()

@@ -1,5 +1,7 @@
 """Loading models: hub ids, folders and GGUF files; base -> merged LoRA -> prompt, each verified by hash."""
 
+import utils.quiet  # noqa: F401, I001  (before PEFT, which imports bitsandbytes)
+
 import platform
 import re
 from dataclasses import dataclass
