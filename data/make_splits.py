@@ -28,6 +28,7 @@ with importing():
         is_text,
         read_table,
         split_rows,
+        text_key,
         whole_number,
         write_splits,
     )
@@ -71,6 +72,7 @@ def main(args):
     frame["label"], frame["label_text"] = labels(source, args)
     found = [mentions(text, people) for text in frame["text"]]
     frame["forget"] = marked(source, args) if args.forget_column else [bool(names) for names in found]
+    both = int(frame.groupby(frame["text"].map(text_key))["forget"].nunique().gt(1).sum())
     frame, repeats, contradictions = drop_repeats(frame)
     if args.forget_fraction:
         frame["forget"] = drawn(len(frame), args)
@@ -80,6 +82,8 @@ def main(args):
 
     with new_folder(output) as folder:
         write_splits(frames, folder)
+    if both:
+        note_once(f"{both:,} texts are there as rows to forget and as others; all that are left are to be forgotten")
     if people:
         rows = count_rows(found, people)
         print("rows that name them: " + ", ".join(f"{name} {n:,}" for name, n in rows.items()))

@@ -15,6 +15,7 @@ from unittest import mock
 import pandas as pd
 import pytest
 
+from utils.cli import note_once
 from utils.splits import SPLITS, text_key
 
 SCRIPT = Path(__file__).resolve().parents[1] / "data" / "make_splits.py"
@@ -43,6 +44,7 @@ def make(tmp_path, *arguments, frame=None, name="reviews.csv", process=False):
     if process:
         return subprocess.run([sys.executable, *command], capture_output=True, text=True, check=False)
     out, err, code = io.StringIO(), io.StringIO(), 0
+    note_once.cache_clear()
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), mock.patch("sys.argv", command):
         try:
             runpy.run_path(str(SCRIPT), run_name="__main__")
@@ -124,6 +126,18 @@ def test_repeated_texts_count_once_and_contradictions_go(tmp_path, people):
     assert len(keys) == len(set(keys)) == 58
     # Upper case hides the name in the first copy; the repeat that names it decides.
     assert sum(len(frames[split]) for split in ("train_forget", "test_forget")) == 12
+
+
+def test_texts_to_forget_and_to_retain_are_said(tmp_path):
+    again = reviews().iloc[[4, 8, 9]].assign(user=1)  # of users 0, 0 and 1
+    flags = "--forget_column=user", "--forget_values", "1"
+    result = make(tmp_path, *flags, frame=pd.concat([reviews(), again]))
+    assert (
+        result.stderr
+        == "note: 2 texts are there as rows to forget and as others; all that are left are to be forgotten\n"
+    )
+    (tmp_path / "once").mkdir()
+    assert not make(tmp_path / "once", *flags, frame=reviews()).stderr
 
 
 def test_repeats_are_reported(tmp_path, people):
