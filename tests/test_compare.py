@@ -20,7 +20,7 @@ FLAGS = {
     "spul": "--ptuning_num_tokens=4 --ptuning_hidden_size=16",
     "with_retain": "--forget_per_batch=2",
     "prompting": "--instruction=Beware.",
-    "eco": "--eco_strength=1 --eco_max_fpr=0.3",
+    "eco": "--eco_start=3 --eco_steps=0 --eco_bisect=0 --eco_max_fpr=0.3",
     "budget_rows": "24",
     "batch_size": "8",
     "validation_share": "0.25",

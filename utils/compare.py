@@ -112,20 +112,22 @@ def compare(work, args, seed):
     tuned = work.run("qlora", f"fine-tuned-{seed}", [], own)
     retrained = work.run("qlora", f"retrained-{seed}", [], [*own, "--exclude_forget"])
     checkpoints, searches = {"base": args.model_name, "fine-tuned": tuned, "retrained": retrained}, {}
-    for method in args.methods:
-        name = "SPUL" if method == "spul" else method
+    checkpoints |= dict.fromkeys(args.methods)  # the order of the table
+    for method in sorted(args.methods, key=lambda method: method in TRAINED):  # what takes long comes last
         if method in TRAINED:
-            checkpoints[name], searches[name] = search(work, args, method, tuned, seed)
+            checkpoints[method], searches[method] = search(work, args, method, tuned, seed)
         else:
             flags = [f"--unlearn_method={method}", *own]
-            checkpoints[name] = work.run("baselines", f"{method}-{seed}", [tuned], flags)
-    evaluated = {name: work.evaluate(name, path, seed) for name, path in checkpoints.items()}
-    if {"SPUL", "eco"} <= set(checkpoints):
+            checkpoints[method] = work.run("baselines", f"{method}-{seed}", [tuned], flags)
+    evaluated = {method: work.evaluate(method, path, seed) for method, path in checkpoints.items()}
+    if {"spul", "eco"} <= set(checkpoints):
         router = [f"--router={checkpoints['eco']}"]
-        evaluated["SPUL + router"] = work.evaluate("SPUL + router", checkpoints["SPUL"], seed, router)
+        evaluated["SPUL + router"] = work.evaluate("SPUL + router", checkpoints["spul"], seed, router)
+    names = {"spul": "SPUL"}
     records = [
-        {**record, "seed": seed, **({"search": searches[name]} if name in searches else {})}
-        for name, (record, _) in evaluated.items()
+        {**record, "method": names.get(method, method), "seed": seed}
+        | ({"search": searches[method]} if method in searches else {})
+        for method, (record, _) in evaluated.items()
     ]
     return metrics.with_distances(records, [predictions for _, predictions in evaluated.values()])
 
@@ -213,7 +215,7 @@ class Workplace:
         record = json.loads((path / "metrics.json").read_text(encoding="utf-8"))[-1]
         predictions = pd.read_json(path / "predictions.jsonl", lines=True)
         predictions = predictions[predictions["method"] == record["method"]].reset_index(drop=True)
-        return {**record, "method": name}, predictions
+        return record, predictions
 
     def _command(self, script: str, parents: list[str]) -> list[str]:
         """The script with its model and the rows of the comparison, on which every command works."""
