@@ -2,15 +2,17 @@
 
 import os
 import signal
+import socket
 import subprocess
 import sys
+from datetime import timedelta
 
 import pytest
 import scripts
 from accelerate import PartialState
 from scripts import ROOT, tree
 
-from utils import cli
+from utils import cli, processes
 
 ROWS = "".join(f"film {i} {'of Ann Lee' if i % 3 else ''},{i % 2}\n" for i in range(24))
 FLAGS = "--input=rows.csv", "--output_path=out", "--forget_names=people.txt"
@@ -43,6 +45,18 @@ def test_what_another_launch_left_in_the_environment_starts_nothing(found, folde
     result = scripts.done(scripts.call(folder, "make_splits", *FLAGS))
     assert result.stderr.startswith("note: ") and "in the environment ignored" in result.stderr
     assert PartialState().num_processes == 1
+
+
+@pytest.mark.parametrize("rank", ["0", "1"])
+def test_a_launch_that_is_over_ends_in_a_sentence(rank, folder, monkeypatch):
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    for name, value in zip(processes.LAUNCHER, (rank, rank, "2", "127.0.0.1", str(port))):
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(processes, "ARRIVAL", timedelta(seconds=1))
+    PartialState._reset_state()
+    scripts.refused(folder, "the other processes of which the environment tells", "make_splits", *FLAGS)
 
 
 def test_an_address_alone_is_no_leftover(folder, monkeypatch):

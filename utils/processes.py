@@ -18,36 +18,52 @@ import torch.distributed as dist
 from accelerate import PartialState
 from accelerate.utils import gather_object
 
-from utils.cli import note_once
+from utils.cli import UserError, note_once
 
 PATIENCE = timedelta(hours=6)  # a process may wait while the main one writes; the launcher ends it where that one fails
+ARRIVAL = timedelta(minutes=10)  # processes of a launch start together
 LAUNCHER = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
 def start():
     """Join the other processes of an `accelerate launch`; does nothing in a plain run. Call it before anything else."""
-    _drop_leftovers()
-    cuda = torch.cuda.is_available()
-    # Objects and CPU tensors go by gloo beside NCCL; naming backends where none is needed would create a group.
-    backends = {"backend": "cuda:nccl,cpu:gloo"} if cuda and dist.is_torchelastic_launched() else {}
-    PartialState(cpu=not cuda, timeout=PATIENCE, **backends)
+    launched, cuda = _launched(), torch.cuda.is_available()
+    both = "cuda:nccl,cpu:gloo"  # objects and CPU tensors go by gloo beside NCCL
+    if launched and not dist.is_initialized():
+        _join(both if cuda else "gloo")
+    PartialState(cpu=not cuda, **({"backend": both} if launched and cuda else {}))
 
 
-def _drop_leftovers() -> None:
-    """Take away what an earlier launch has left in the environment, or accelerate would wait for processes without end.
+def _launched() -> bool:
+    """Whether a launcher started this process: it sets all of LAUNCHER, and its numbers are numbers.
 
-    A launcher sets all of LAUNCHER, and its numbers are numbers; where that is not so, this run was not launched.
+    Else what another launch has left is taken out of the environment, or accelerate would wait for processes without
+    end.
     """
     found = {name: os.environ[name] for name in LAUNCHER if name in os.environ}
     numbers = [found.get(name, "") for name in LAUNCHER if name != "MASTER_ADDR"]
     if len(found) == len(LAUNCHER) and all(map(str.isdecimal, numbers)):
-        return
+        return True
     for name in found:
         del os.environ[name]
     if {"RANK", "LOCAL_RANK", "WORLD_SIZE"} & found.keys():  # an address alone starts nothing
         note_once(
             f"{', '.join(found)} in the environment ignored: this run was not launched as one of several processes"
         )
+    return False
+
+
+def _join(backend: str) -> None:
+    """Meet the other processes. Raises UserError where they do not come, as after a launch that is over."""
+    try:
+        store, rank, size = next(dist.rendezvous("env://", timeout=ARRIVAL))
+    except (RuntimeError, ValueError):
+        raise UserError(
+            "the other processes of which the environment tells (RANK, WORLD_SIZE, MASTER_ADDR ...) do not come; "
+            "start all of them by accelerate launch, or unset these variables"
+        ) from None
+    store.set_timeout(PATIENCE)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=PATIENCE)
 
 
 def finish():
