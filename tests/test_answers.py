@@ -270,7 +270,8 @@ def test_a_refuser_is_far_from_the_retrained_model():
         {"accuracy_forget": 0.3, "accuracy_retain": 0, "js_train_forget": 0, "js_test_forget": 0}
     )
     assert (refuser["accuracy_forget"], refuser["js_train_forget"]) == pytest.approx((0.65, 1))
-    assert metrics.js_divergence(np.array([[0.1, 0.3, 0.6]]), np.array([[0.1, 0.3, 0.6]])) == 0
+    with pytest.raises(UserError, match="remove them and evaluate again"):
+        metrics.with_distances(rows[0], [frame.drop(columns="label_mass") for frame in rows[1]])
 
 
 def test_tables_show_rows_and_what_a_refusal_still_tells():

@@ -62,11 +62,18 @@ def score_rows(loaded, frame, words, max_length, batch_size, progress=None):
         ended = greedy(loaded, *rest, known, batch_size, [answers[i] for i in begun])
         answers |= {i: tokens for i, (tokens, _) in zip(begun, ended)}
     for i, tokens in answers.items():
-        spelled, right = known.spelled(tokens), tokens == examples[i].completion
-        in_others = spelled == labels[i] and not right
-        results[i] |= {"prediction": f"{spelled} (in other tokens)" if in_others else spelled, "correct": right}
+        results[i] |= _prediction(known, tokens, labels[i], examples[i].completion)
     everybody = {i: result for part in processes.gather(results) for i, result in part.items()}
     return pd.DataFrame([everybody[i] for i in range(len(examples))])
+
+
+def _prediction(known: KnownAnswers, tokens: Tokens, label: str, completion: Tokens) -> dict[str, str | bool]:
+    """What a row's answer spells, and whether it is the label: in other tokens it is not, and says so."""
+    spelled, right = known.spelled(tokens), tokens == completion
+    return {
+        "prediction": f"{spelled} (in other tokens)" if spelled == label and not right else spelled,
+        "correct": right,
+    }
 
 
 def _label_scores(
@@ -238,6 +245,8 @@ def with_distances(records, predictions):
     methods = [record["method"] for record in records]
     if methods.count("retrained") != 1:
         return records
+    if not all("label_mass" in rows for rows in predictions):
+        raise UserError("the predictions of an older version have no label_mass; remove them and evaluate again")
     target, target_rows = records[methods.index("retrained")], predictions[methods.index("retrained")]
     return [
         {**record, "distance_to_retrained": _distance(record, rows, target, target_rows)}
