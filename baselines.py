@@ -11,7 +11,7 @@ unlearn_checkpoints/<method>_<model>_<dataset>-<forget_size>_<time>.
 
 import contextlib
 import dataclasses
-import time
+from time import perf_counter
 
 from utils import cli
 
@@ -231,12 +231,22 @@ def refuse_eco_contradictions(parser, args):
 
 
 def main(args):
-    from utils import data, models, planning, training
-    from utils.methods import IN_CONTEXT
+    from utils import data, models, training
 
-    name = models.short_name(args.model_checkpoints)
-    stem = f"{args.unlearn_method}_{name}_{data.dataset_name(args.dataset)}-{args.forget_size}"
-    output = training.output_path(args, stem)
+    name = f"{models.short_name(args.model_checkpoints)}_{data.dataset_name(args.dataset)}-{args.forget_size}"
+    with training.claim(args, f"unlearn_checkpoints/{args.unlearn_method}_{name}", timed=True) as output:
+        if output:
+            run_method(args, output)
+
+
+def run_method(args, output):
+    """Train or build what --unlearn_method asks for and write the Output."""
+    from utils import data, planning, reference
+    from utils.methods import IN_CONTEXT, METHODS
+
+    method = METHODS.get(args.unlearn_method)
+    if method and (method.reference or args.retain_loss in ("kl", "activations")):
+        reference.try_place(args)
     frames = data.load_rows(vars(args))
     if args.dry_run:
         planning.print_plan("lora" if args.tune == "lora" else "full", args, args.model_checkpoints, frames)
@@ -334,51 +344,50 @@ def save(args, output, loaded, frames, words, kind, log, run):
     """Evaluate what was trained and write its folder."""
     from utils import checkpoints, metrics, processes, report
 
-    records, start = None, time.time()
+    records, start = None, perf_counter()
     if args.max_eval_samples != 0:
         scores, _ = metrics.evaluate(loaded, frames, words, args, args.unlearn_method)
         records = [
-            metrics.record(args.unlearn_method, output, loaded.base_name, args, scores, time.time() - start, run.cost)
+            metrics.record(
+                args.unlearn_method, output, loaded.base_name, args, scores, perf_counter() - start, run.cost
+            )
         ]
-        print(report.table(records))
     if not processes.is_main():
         return
-    with checkpoints.new_folder(output) as folder:
+    with output.new_folder() as folder:
         loaded.model.save_pretrained(folder)
         loaded.tokenizer.save_pretrained(folder)
-        report.write_curves(folder, log)
-        if records:
-            checkpoints.write_json(folder / "metrics.json", records)
         checkpoints.write_manifest(folder, output, kind, loaded.chain, args, run.fingerprint, words, records, run.cost)
-    run.state_path.unlink(missing_ok=True)
+        report.write_curves(folder, log)
+    if records:
+        print(report.table(records))
     print(f"wrote {output}")
 
 
 def instruct(args, output, frames):
     """Write the checkpoint of a rival that trains nothing: what it puts around every text."""
-    from utils import checkpoints, data, in_context, metrics, models, processes, report
+    from utils import checkpoints, data, files, in_context, metrics, models, processes, report
 
     template = in_context.build(args, frames)
     loaded = models.load(args.model_checkpoints, args, args.parent_path)
     models.refuse_prompted(loaded.chain)
     loaded = dataclasses.replace(loaded, template=template)
-    records, start = None, time.time()
+    records, start = None, perf_counter()
     metrics.check_lengths(loaded.model, loaded.tokenizer, frames, args, template=template)
     metrics.note_other_length(loaded, frames, args)
     if args.max_eval_samples != 0:
         scores, _ = metrics.evaluate(loaded, frames, data.label_words(frames), args, args.unlearn_method)
-        records = [metrics.record(args.unlearn_method, output, loaded.base_name, args, scores, time.time() - start)]
-        print(report.table(records))
+        records = [metrics.record(args.unlearn_method, output, loaded.base_name, args, scores, perf_counter() - start)]
     if not processes.is_main():
         return
     used = data.fingerprint({split: frames[split] for split in data.TRAIN_SPLITS})
-    with checkpoints.new_folder(output) as folder:
-        checkpoints.write_json(folder / in_context.FILE, template.settings)
-        if records:
-            checkpoints.write_json(folder / "metrics.json", records)
+    with output.new_folder() as folder:
+        files.write_json(folder / in_context.FILE, template.settings)
         checkpoints.write_manifest(
             folder, output, "in-context", loaded.chain, args, used, data.label_words(frames), records
         )
+    if records:
+        print(report.table(records))
     print(f"wrote {output}")
 
 
@@ -392,19 +401,18 @@ def gate(args, output, frames):
     metrics.note_other_length(loaded, frames, args)
     loaded, settings = eco.learn(args, loaded, frames)
     print(report.gate_table(settings))
-    records, start = None, time.time()
+    records, start = None, perf_counter()
     if args.max_eval_samples != 0:
         scores, _ = metrics.evaluate(loaded, frames, data.label_words(frames), args, "eco")
-        records = [metrics.record("eco", output, loaded.base_name, args, scores, time.time() - start)]
-        print(report.table(records))
+        records = [metrics.record("eco", output, loaded.base_name, args, scores, perf_counter() - start)]
     if not processes.is_main():
         return
     used = data.fingerprint({split: frames[split] for split in data.TRAIN_SPLITS})
-    with checkpoints.new_folder(output) as folder:
+    with output.new_folder() as folder:
         eco.save(loaded, settings, folder)
-        if records:
-            checkpoints.write_json(folder / "metrics.json", records)
         checkpoints.write_manifest(folder, output, "eco", loaded.chain, args, used, data.label_words(frames), records)
+    if records:
+        print(report.table(records))
     print(f"wrote {output}")
 
 

@@ -9,9 +9,10 @@ saved_results/<checkpoint>-<dataset>, or to --output_path.
 import dataclasses
 import hashlib
 import json
+import os
 import sys
-import time
 from pathlib import Path
+from time import perf_counter
 
 from utils import cli
 
@@ -69,7 +70,7 @@ def parse_args():
 
 
 def main(args):
-    from utils import checkpoints, data, processes, report
+    from utils import checkpoints, data, files, outputs, processes, report
 
     if args.logits_path:
         cli.note_once("inference compares nothing with a reference, so --logits_path is not used")
@@ -84,24 +85,23 @@ def main(args):
     if new_text:
         return predict(args, words)
 
-    names = "+".join(Path(name).name for name in args.model_checkpoints)
+    names = "+".join(Path(os.path.abspath(name)).name for name in args.model_checkpoints)
     if len(names) > LONGEST_NAME:
         digest = hashlib.sha256(names.encode()).hexdigest()[:8]
         names = f"{names[:LONGEST_NAME]}...{len(args.model_checkpoints)}-{digest}"
-    output = args.output_path or f"saved_results/{names}-{data.dataset_name(args.dataset)}"
-    checkpoints.check_output(output, args.overwrite or not args.output_path, args)
-    records, predictions = evaluate(args, frames, words)
+    name = args.output_path or f"saved_results/{names}-{data.dataset_name(args.dataset)}"
+    with outputs.claim([name], args) as output:
+        records, predictions = evaluate(args, frames, words)
+        if processes.is_main():
+            with output.new_folder() as folder:
+                files.write_json(folder / "metrics.json", records)
+                predictions.to_json(folder / "predictions.jsonl", orient="records", lines=True)
+                report.draw_comparison(records, path=folder / "comparison.png")
     print(report.table(records))
     if sentence := report.meaning(records):
         print(f"\n{sentence}")
     if args.show_examples:
         print(f"\n{report.examples(predictions, args.show_examples)}\n")
-    if not processes.is_main():
-        return
-    with checkpoints.new_folder(output) as folder:
-        checkpoints.write_json(folder / "metrics.json", records)
-        predictions.to_json(folder / "predictions.jsonl", orient="records", lines=True)
-        report.draw_comparison(records, folder / "comparison.png")
     print(f"wrote {output}")
 
 
@@ -130,10 +130,10 @@ def evaluate(args, frames, words):
         if router and loaded.prompt is not None:
             variants[f"{method} + router"] = routed(loaded, router, args)
         for variant, model in variants.items():
-            start = time.time()
+            start = perf_counter()
             splits, rows = metrics.evaluate(model, frames, words, args, variant)
             training = (loaded.chain[-1].manifest or {}).get("training")
-            entry = metrics.record(variant, name, loaded.base_name, args, splits, time.time() - start, training)
+            entry = metrics.record(variant, name, loaded.base_name, args, splits, perf_counter() - start, training)
             records.append({**entry, "seed": (loaded.chain[-1].manifest or entry)["seed"]})
             columns = [*PREDICTION_COLUMNS, *(["flagged", "gate_probability"] if model.gate else [])]
             predictions.append(rows.assign(method=variant, checkpoint=str(name))[columns])
@@ -199,7 +199,7 @@ def routed(loaded, router, args):
 
 
 def method_names(chains):
-    """What the table calls each checkpoint; a method that appears twice carries its folder's name."""
+    """What the table calls each checkpoint. Those of one method carry as much of their paths as tells them apart."""
     names = []
     for chain in chains:
         last = chain[-1]
@@ -207,7 +207,20 @@ def method_names(chains):
         retrained = "retrained" if arguments.get("exclude_forget") else None
         known = {"model": "base", "lora": "fine-tuned", "prompt": "SPUL"}  # the others carry their method
         names.append(arguments.get("unlearn_method") or retrained or known[last.kind])
-    return [f"{name} ({chain[-1].path.name})" if names.count(name) > 1 else name for name, chain in zip(names, chains)]
+    paths = [Path(os.path.abspath(chain[-1].name)) for chain in chains]
+    if repeated := [path for path in paths if paths.count(path) > 1]:
+        raise cli.UserError(f"--model_checkpoints names {repeated[0]} more than once; name it once")
+    alike = [[path for other, path in zip(names, paths) if other == name] for name in names]
+    return [
+        f"{name} ({distinct_part(path, among)})" if len(among) > 1 else name
+        for name, path, among in zip(names, paths, alike)
+    ]
+
+
+def distinct_part(path, among):
+    """The shortest end of `path` that no other of `among` ends in."""
+    ends = (Path(*path.parts[-n:]) for n in range(1, len(path.parts)))
+    return next((end for end in ends if sum(other.parts[-len(end.parts) :] == end.parts for other in among) == 1), path)
 
 
 def predict(args, words):

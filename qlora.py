@@ -8,7 +8,7 @@ python qlora.py --dataset=sst2 --model_name=meta-llama/Llama-2-7b-hf \
 Writes a LoRA adapter with manifest, metrics and curves to qlora_checkpoints/<model>-qlora-<dataset>.
 """
 
-import time
+from time import perf_counter
 
 from utils import cli
 
@@ -28,16 +28,22 @@ def parse_args():
 
 
 def main(args):
+    from utils import data, models, training
+
+    suffix = "-retain" if args.exclude_forget else ""
+    name = f"{models.short_name(args.model_name)}-qlora-{data.dataset_name(args.dataset)}{suffix}"
+    with training.claim(args, f"qlora_checkpoints/{name}") as output:
+        if output:
+            fine_tune(args, output)
+
+
+def fine_tune(args, output):
+    """Train the adapter, evaluate it and write the Output."""
     import torch
 
     from utils import checkpoints, data, losses, metrics, models, planning, processes, report, training
     from utils.answers import known_answers
     from utils.forward import completion_logits
-
-    suffix = "-retain" if args.exclude_forget else ""
-    name = f"{models.short_name(args.model_name)}-qlora-{data.dataset_name(args.dataset)}{suffix}"
-    output = args.output_path or f"qlora_checkpoints/{name}"
-    training.check_start(output, args)
 
     frames = data.load_rows(vars(args))
     words = data.label_words(frames)
@@ -87,22 +93,20 @@ def main(args):
     log = run.run()
     model.eval()
 
-    records, start = None, time.time()
+    records, start = None, perf_counter()
     if args.max_eval_samples != 0:
         scores, _ = metrics.evaluate(loaded, frames, words, args, "evaluating")
         method = "retrained" if args.exclude_forget else "fine-tuned"
-        records = [metrics.record(method, output, args.model_name, args, scores, time.time() - start, run.cost)]
-        print(report.table(records))
+        records = [metrics.record(method, output, args.model_name, args, scores, perf_counter() - start, run.cost)]
     if not processes.is_main():
         return
-    with checkpoints.new_folder(output) as folder:
+    with output.new_folder() as folder:
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
-        report.write_curves(folder, log)
-        if records:
-            checkpoints.write_json(folder / "metrics.json", records)
         checkpoints.write_manifest(folder, output, "lora", chain, args, run.fingerprint, words, records, run.cost)
-    run.state_path.unlink(missing_ok=True)
+        report.write_curves(folder, log)
+    if records:
+        print(report.table(records))
     print(f"wrote {output}")
 
 

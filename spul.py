@@ -9,7 +9,7 @@ Writes a PEFT prompt with manifest, metrics and curves to
 unlearn_checkpoints/spul_<model>_<dataset>-<forget_size>_<time>.
 """
 
-import time
+from time import perf_counter
 
 from utils import cli
 
@@ -58,6 +58,16 @@ def parse_args():
 
 
 def main(args):
+    from utils import data, models, training
+
+    name = f"spul_{models.short_name(args.model_checkpoints)}_{data.dataset_name(args.dataset)}-{args.forget_size}"
+    with training.claim(args, f"unlearn_checkpoints/{name}", timed=True) as output:
+        if output:
+            learn_prompt(args, output)
+
+
+def learn_prompt(args, output):
+    """Train the prompt, evaluate it and write the Output."""
     import torch
     from safetensors.torch import save_file
 
@@ -65,8 +75,8 @@ def main(args):
     from utils.answers import known_answers
     from utils.forward import completion_logits, prompt_prefix
 
-    model_name = models.short_name(args.model_checkpoints)
-    output = training.output_path(args, f"spul_{model_name}_{data.dataset_name(args.dataset)}-{args.forget_size}")
+    if args.beta:
+        reference.try_place(args)
     frames = data.load_rows(vars(args))
     words = data.label_words(frames)
     if args.dry_run:
@@ -134,26 +144,25 @@ def main(args):
     log = run.run()
 
     if args.max_eval_samples != 0:
-        start = time.time()
+        start = perf_counter()
         scores, _ = metrics.evaluate(prompted(), frames, words, args, "SPUL")
-        cost = time.time() - start, run.cost
+        cost = perf_counter() - start, run.cost
         records.append(metrics.record("SPUL", output, loaded.base_name, args, scores, *cost))
-        print(report.table(records))
     if not processes.is_main():
         return
-    with checkpoints.new_folder(output) as folder:
+    with output.new_folder() as folder:
         encoder.config.base_model_name_or_path = args.model_checkpoints
         encoder.config.inference_mode = True
         encoder.config.save_pretrained(folder)
         save_file({"prompt_embeddings": encoder().detach().cpu().contiguous()}, folder / "adapter_model.safetensors")
         save_file({k: v.cpu().contiguous() for k, v in encoder.state_dict().items()}, folder / "encoder.safetensors")
         tokenizer.save_pretrained(folder)
-        report.write_curves(folder, log)
-        checkpoints.write_json(folder / "metrics.json", records)
         checkpoints.write_manifest(
             folder, output, "prompt", loaded.chain, args, run.fingerprint, words, records, run.cost
         )
-    run.state_path.unlink(missing_ok=True)
+        report.write_curves(folder, log)
+    if records:
+        print(report.table(records))
     print(f"wrote {output}")
 
 
@@ -163,11 +172,11 @@ def report_merge(loaded, frames, words, args):
 
     if args.max_eval_samples == 0:
         return []
-    start = time.time()
+    start = perf_counter()
     scores, _ = metrics.evaluate(loaded, frames, words, args, "before SPUL")
     last = loaded.chain[-1]
     after = metrics.record(
-        "merged" if last.kind == "lora" else "base", last.path, loaded.base_name, args, scores, time.time() - start
+        "merged" if last.kind == "lora" else "base", last.path, loaded.base_name, args, scores, perf_counter() - start
     )
     before = (last.manifest or {}).get("metrics") or []
     print(report.table([*before, after]))

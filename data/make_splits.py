@@ -18,7 +18,7 @@ with importing():
     import numpy as np
     import pandas as pd
 
-    from utils.checkpoints import check_output, new_folder
+    from utils import outputs
     from utils.names import count_rows, mentions, note_absent, read_names
     from utils.splits import (
         SPLITS,
@@ -57,10 +57,15 @@ def parse_args():
 
 
 def main(args):
-    output = Path(args.output_path)
-    if output.exists() and not (output.is_dir() and not any(output.iterdir())):
-        raise UserError(f"{output} exists and is not an empty folder; choose another --output_path")
-    check_output(output, overwrite=True)
+    output_path = Path(args.output_path)
+    if output_path.exists() and not (output_path.is_dir() and not any(output_path.iterdir())):
+        raise UserError(f"{output_path} exists and is not an empty folder; choose another --output_path")
+    with outputs.claim([output_path], args, overwrite=True) as output:
+        make_splits(args, output)
+
+
+def make_splits(args, output):
+    """Read, mark and split the rows and write the Output."""
     people = read_names(args.forget_names) if args.forget_names else []
     if not Path(args.input).is_file():
         raise UserError(f"{args.input} does not exist; check --input")
@@ -80,7 +85,7 @@ def main(args):
     frames = split_rows(frame, args.test_fraction, args.seed)
     check_splits(frames)
 
-    with new_folder(output) as folder:
+    with output.new_folder() as folder:
         write_splits(frames, folder)
     if both:
         note_once(f"{both:,} texts are there as rows to forget and as others; all that are left are to be forgotten")

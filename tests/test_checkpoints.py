@@ -9,7 +9,7 @@ import scripts
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
-from scripts import done, refused, tree
+from scripts import done, refused
 from transformers import AutoModelForCausalLM
 
 from utils import checkpoints, data, models
@@ -222,50 +222,6 @@ def test_an_init_checkpoint_of_another_parent_is_refused(forest):
     prompt.write_text(prompt.read_text().replace("../fine-tuned", "../first"))
     retrain(forest)
     refused_start(forest, "is not the model that prompt was trained on", "--init_checkpoint=prompt")
-
-
-def write(path, content):
-    with checkpoints.new_folder(path) as folder:
-        (folder / "file").write_text(content)
-
-
-def test_a_new_folder_replaces_the_old_one_whole(tmp_path):
-    write(tmp_path / "a" / "out", "one")
-    (tmp_path / "a" / "out" / "other").write_text("gone after")
-    write(tmp_path / "a" / "out", "two")
-    assert {path.name for path in (tmp_path / "a").iterdir()} == {"out"}
-    assert [path.read_text() for path in (tmp_path / "a" / "out").iterdir()] == ["two"]
-
-
-@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
-def test_a_failed_write_leaves_what_was_there(tmp_path, error):
-    write(tmp_path / "out", "one")
-    before = tree(tmp_path)
-    for path in (tmp_path / "out", tmp_path / "new"):
-        with pytest.raises(error), checkpoints.new_folder(path) as folder:
-            (folder / "file").write_text("half")
-            raise error
-    assert tree(tmp_path) == before
-
-
-@pytest.mark.parametrize("name", ["notes", "notes.old"])
-def test_a_file_is_never_replaced(tmp_path, name):
-    (tmp_path / name).write_text("mine")
-    with pytest.raises(UserError, match=f"{name} is a file; choose another --output_path"):
-        checkpoints.check_output(tmp_path / "notes", True)
-
-
-def test_leftovers_of_a_kill_do_not_matter(tmp_path):
-    (tmp_path / "out.tmp").mkdir()
-    (tmp_path / "out.tmp" / "half").write_text("half")
-    write(tmp_path / "out", "one")
-    assert set(tree(tmp_path)) == {"out", "out/file"}
-
-
-def test_a_replacement_killed_between_its_two_renames_is_undone(forest):
-    (forest / "prompt").rename(forest / "prompt.old")
-    done(scripts.call(forest, "inference_spul", *inference(forest / "prompt")))
-    assert (forest / "prompt").is_dir() and not (forest / "prompt.old").exists()
 
 
 def test_json_has_no_nan(tmp_path):

@@ -634,13 +634,15 @@ def test_predictions_are_one_line_per_checkpoint_and_row(fine_tuned, prompt, sma
             assert right.mean() == record["splits"][split]["label_accuracy"]
 
 
-def test_results_are_replaced_by_default_and_kept_where_the_user_named_them(fine_tuned, small_data, tmp_path):
-    for _ in range(2):
-        done(inference(tmp_path, small_data, fine_tuned, "--max_eval_samples=2"))
-    assert names(tmp_path / "saved_results") == {"fine-tuned-data"}
-    done(inference(tmp_path, small_data, fine_tuned, "--max_eval_samples=2", "--output_path=out"))
-    arguments = f"--dataset={small_data}", f"--model_checkpoints={fine_tuned}", "--output_path=out"
-    refused(tmp_path, "out exists; choose another --output_path or add --overwrite", "inference_spul", *arguments)
+@pytest.mark.parametrize("flags", [[], ["--output_path=out"]])
+def test_results_are_replaced_only_on_request(fine_tuned, small_data, tmp_path, flags):
+    """Under the default name too, which checkpoints in folders of one name share."""
+    done(inference(tmp_path, small_data, fine_tuned, "--max_eval_samples=2", *flags))
+    arguments = f"--dataset={small_data}", f"--model_checkpoints={fine_tuned}", "--max_eval_samples=2", *flags
+    name = "out" if flags else "saved_results/fine-tuned-data"
+    sentence = f"{name} exists; choose another --output_path or add --overwrite"
+    refused(tmp_path, sentence, "inference_spul", *arguments)
+    done(call(tmp_path, "inference_spul", *arguments, "--overwrite"))
 
 
 def test_new_text_is_answered_with_and_without_the_prompt(prompt, fine_tuned, small_data, tmp_path):

@@ -27,6 +27,14 @@ def place(tiny_model, fine_tuned, small_data, tmp_path):
     return tmp_path
 
 
+@pytest.fixture
+def old_output(place):
+    """The scores of an earlier run at `out`."""
+    (place / "out").mkdir()
+    (place / "out" / "metrics.json").write_text('[{"method": "SPUL", "checkpoint": "a", "splits": {}}]')
+    (place / "out" / "predictions.jsonl").write_text("")
+
+
 def arguments(script, model=None, dataset="data"):
     """A short run of `script` in `place`; later flags override."""
     flags = {"qlora": scripts.QLORA, "spul": scripts.SPUL, "inference_spul": scripts.ROWS}[script]
@@ -369,12 +377,9 @@ def test_a_leftover_of_an_interrupted_run(place, script):
     check(place, script, "an interrupted run left out.training.safetensors; continue it with --resume")
 
 
-def test_overwrite_replaces_an_output(place):
-    (place / "out").mkdir()
-    (place / "out" / "old").write_text("old")
-    (place / "out" / "metrics.json").write_text("[]")  # a folder of ours
+def test_overwrite_replaces_an_output(place, old_output):
     done(call(place, "qlora", *arguments("qlora"), "--overwrite", "--max_eval_samples=0"))
-    assert not (place / "out" / "old").exists() and (place / "out" / "manifest.json").exists()
+    assert not (place / "out" / "metrics.json").exists() and (place / "out" / "manifest.json").exists()
 
 
 def test_overwrite_spares_what_is_not_ours(place):
@@ -385,10 +390,8 @@ def test_overwrite_spares_what_is_not_ours(place):
 
 def test_overwrite_spares_what_the_run_reads(place):
     """What the command names, and what that was trained on."""
-    (place / "data" / "metrics.json").write_text("[]")  # so that every folder here looks like one of ours
-    (place / "tiny-llama" / "metrics.json").write_text("[]")
     for output in ("data", "fine-tuned", "tiny-llama"):
-        sentence = f"/{output} would replace "
+        sentence = f"--output_path={output} would replace "
         check(place, "spul", sentence, f"--output_path={output}", "--overwrite")
         check(place, "inference_spul", sentence, f"--output_path={output}", "--overwrite")
 
@@ -420,14 +423,7 @@ def full_while_writing(place, result):
     assert result.code == 2 and FULL in result.stderr.splitlines()[-1]
     left = {path.name for path in place.iterdir()} - {"tiny-llama", "fine-tuned", "data"}
     assert left == {"out", "out.training.safetensors"}
-    assert {path.name for path in (place / "out").iterdir()} == {"old", "metrics.json"}
-
-
-@pytest.fixture
-def old_output(place):
-    (place / "out").mkdir()
-    (place / "out" / "old").write_text("old")
-    (place / "out" / "metrics.json").write_text("[]")  # a folder of ours
+    assert {path.name for path in (place / "out").iterdir()} == {"predictions.jsonl", "metrics.json"}
 
 
 # The largest file of an output is tokenizer.json (100 kB); the states of these runs are smaller (21 and 60 kB).

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, safe_open, save_file
 from scripts import call, done, refused, tree
 
-from utils import metrics
+from utils import files, metrics
 from utils.training import read_state, state_path
 
 STEPS = 30
@@ -55,6 +55,7 @@ def interrupted(killed, tmp_path):
     """A copy of it that the test may change."""
     script, arguments, cwd = killed
     shutil.copytree(cwd, tmp_path, dirs_exist_ok=True)
+    files.sweep(tmp_path / "out")  # as any start does
     return script, arguments, tmp_path
 
 
@@ -64,8 +65,8 @@ def saved_step(cwd):
 
 def test_a_kill_leaves_the_state_and_no_half_written_folder(killed):
     script, _, cwd = killed
-    leftovers = {name for name in tree(cwd) if not name.startswith("saved_logits")}
-    assert leftovers - {"out.training.tmp"} == {"out.training.safetensors"}
+    leftovers = {name for name in tree(cwd) if not name.startswith(("saved_logits", files.PREFIX))}
+    assert leftovers == {"out.training.safetensors"}
     assert 2 <= saved_step(cwd) < STEPS
 
 
@@ -85,7 +86,7 @@ def test_a_resumed_run_ends_bit_by_bit_like_an_uninterrupted_one(interrupted, tm
     steps = [json.loads(line)["step"] for line in (cwd / "out" / "training.jsonl").read_text().splitlines()]
     assert sorted(set(steps)) == list(range(1, STEPS + 1))
     for folder in (cwd, whole):
-        assert {path.name for path in folder.iterdir()} - {"saved_logits", "out.training.tmp"} == {"out"}
+        assert {path.name for path in folder.iterdir()} - {"saved_logits"} == {"out"}
 
 
 @pytest.mark.parametrize("flag", ["--lr=0.5", "--seed=7", "--train_batch_size=4", "--num_epochs=99", "--max_length=80"])
@@ -149,7 +150,7 @@ def test_the_state_of_the_other_script_is_refused(interrupted, tiny_model, fine_
     refused(cwd, "out.training.safetensors was saved with ", other, *arguments)
 
 
-def test_resume_finds_the_newest_interrupted_run_of_the_published_name(fine_tuned, small_data, tmp_path):
+def test_resume_finds_the_interrupted_run_of_the_published_name(fine_tuned, small_data, tmp_path):
     """spul.py's default folder carries the time of the start."""
     arguments = (*commands(None, fine_tuned, small_data)["spul"], "--max_steps=4")
     done(call(tmp_path, "spul", *arguments, "--output_path=out"))
@@ -161,6 +162,60 @@ def test_resume_finds_the_newest_interrupted_run_of_the_published_name(fine_tune
     assert "after step 2\n" in result.stdout
     assert [path.name for path in folder.parent.iterdir()] == [folder.name]
     assert (folder / "adapter_model.safetensors").read_bytes() == whole
+
+
+SHORT = "--max_steps=3", "--save_steps=1", "--beta=0"
+
+
+def test_resume_finds_the_run_of_these_settings(fine_tuned, small_data, tmp_path, monkeypatch):
+    """Whichever was saved last, of a data set whose name is also a pattern, started in the same second or not."""
+    monkeypatch.setattr("time.strftime", lambda *_: "2026")
+    shutil.copytree(small_data, tmp_path / "reviews [v2]")
+    arguments = (*commands(None, fine_tuned, "reviews [v2]")["spul"], *SHORT)
+    for rate in ("1e-2", "1e-3"):
+        stop_at(tmp_path, 2, "spul", *arguments, f"--lr={rate}")
+    refused(tmp_path, "was saved with lr=0.001, this command has 0.1;", "spul", *arguments, "--lr=0.1", "--resume")
+    for rate in ("1e-2", "1e-3"):
+        result = done(call(tmp_path, "spul", *arguments, f"--lr={rate}", "--resume"))
+        assert "after step 1\n" in result.stdout
+        folder = tmp_path / result.stdout.splitlines()[-1].removeprefix("wrote ")
+        assert json.loads((folder / "manifest.json").read_text())["arguments"]["lr"] == float(rate)
+    stem = "spul_tiny-llama_reviews [v2]-1.0_2026"
+    assert {path.name for path in (tmp_path / "unlearn_checkpoints").iterdir()} == {stem, f"{stem}_2"}
+
+
+def test_resume_does_not_choose_among_equals(fine_tuned, small_data, tmp_path):
+    arguments = (*commands(None, fine_tuned, small_data)["spul"], *SHORT)
+    for _ in range(2):
+        stop_at(tmp_path, 2, "spul", *arguments)
+    sentence = "interrupted runs of these settings: unlearn_checkpoints/spul_"
+    refused(tmp_path, sentence, "spul", *arguments, "--resume")
+
+
+@pytest.mark.parametrize("output", [[], ["--output_path=out"]])
+def test_resume_of_a_complete_run_says_so(fine_tuned, small_data, tmp_path, output):
+    """And removes the state that a kill may have left beside it."""
+    arguments = (*commands(None, fine_tuned, small_data)["spul"], *SHORT, *output)
+    stop_at(tmp_path, 3, "spul", *arguments)
+    (state,) = tmp_path.rglob("*.training.safetensors")
+    saved = state.read_bytes()
+    done(call(tmp_path, "spul", *arguments, "--resume"))
+    before = tree(tmp_path)
+    state.write_bytes(saved)
+    for more in ([], ["--overwrite"]):
+        result = done(call(tmp_path, "spul", *arguments, "--resume", *more))
+        assert result.stdout.endswith(" is complete, there is nothing to continue\n") and tree(tmp_path) == before
+
+
+def test_a_run_that_replaces_its_own_output_can_be_resumed(fine_tuned, small_data, tmp_path):
+    """Its state is none of the run that wrote what is there."""
+    arguments = (*commands(None, fine_tuned, small_data)["spul"], *SHORT, "--output_path=out")
+    done(call(tmp_path, "spul", *arguments))
+    log = tmp_path / "out" / "training.jsonl"
+    log.write_text(log.read_text().replace('"loss": ', '"loss": 1'))  # as with another version of the model
+    stop_at(tmp_path, 3, "spul", *arguments, "--overwrite")
+    refused(tmp_path, "out exists", "spul", *arguments, "--resume")
+    assert "after step 2" in done(call(tmp_path, "spul", *arguments, "--resume", "--overwrite")).stdout
 
 
 def test_a_slash_behind_the_output_path_changes_nothing(fine_tuned, small_data, tmp_path):

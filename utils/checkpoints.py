@@ -3,24 +3,18 @@
 import hashlib
 import json
 import os
-import shutil
 import subprocess
-from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cache, cached_property
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from utils.cli import UserError
+from utils.files import recover, write_json
 
 MANIFEST = "manifest.json"
 KINDS = ("lora", "full", "prompt", "in-context", "eco")
 LIBRARIES = ("torch", "transformers", "peft", "bitsandbytes", "datasets", "accelerate", "scikit-learn", "numpy")
-OURS = (MANIFEST, "metrics.json", "source.json")  # one of them is in every folder that the scripts write
-READ = (  # arguments that may name a file or folder
-    "model_name", "model_checkpoints", "init_checkpoint", "parent_path", "router", "dataset", "input", "forget_only",
-    "forget_names", "eco_names", "eco_classifier", "eco_token_classifier", "eco_target",
-)  # fmt: skip
 CONFIGURATIONS = ("config.json", "adapter_config.json", "template.json", "eco.json", "vocabulary.json")
 
 
@@ -42,86 +36,9 @@ class Link:
         return weights_sha256(self.path)
 
 
-def check_output(path, overwrite, args=None, ours=OURS):
-    """Raise UserError before any work if `path` cannot become an output folder; creates nothing.
-
-    What --overwrite may replace is an empty folder or one that this project wrote, which holds one of the files `ours`;
-    and nothing that the run reads: what the command's `args` (READ) name, and what that was trained on.
-    """
-    path = Path(os.path.abspath(path))
-    if path.exists() and not overwrite:
-        raise UserError(f"{path} exists; choose another --output_path or add --overwrite")
-    for file in (path, path.with_name(f"{path.name}.old"), path.with_name(f"{path.name}.tmp")):
-        if file.exists() and not file.is_dir():
-            raise UserError(f"{file} is a file; choose another --output_path")
-    if path.is_dir() and any(path.iterdir()) and not any((path / name).exists() for name in ours):
-        raise UserError(f"{path} is no folder that this project wrote; --overwrite does not delete it")
-    for other in _inputs(args):
-        if path == Path(os.path.abspath(other)) or path in Path(os.path.abspath(other)).parents:
-            raise UserError(f"--output_path={path} would replace {other}, which this run reads; choose another one")
-    ancestor = path.parent
-    while not ancestor.exists():
-        ancestor = ancestor.parent
-    if not ancestor.is_dir() or not os.access(ancestor, os.W_OK | os.X_OK):
-        raise UserError(f"cannot write to {ancestor}; choose another --output_path")
-
-
-def _inputs(args):
-    """The files and folders that `args` name, and the parents that the manifests among them name."""
-    values = [getattr(args, name, None) for name in READ]
-    given = [path for value in values if value for path in (value if isinstance(value, list) else [value])]
-    found = [path for path in given if isinstance(path, (str, Path))]  # --eco_target may be a number
-    for path in found:  # which grows
-        with suppress(OSError, ValueError, KeyError, TypeError):
-            found.append(parent_path(path, json.loads((Path(path) / MANIFEST).read_text(encoding="utf-8"))))
-    return found
-
-
-@contextmanager
-def new_folder(path):
-    """Yields a temporary folder that becomes `path` when the block ends well, and vanishes when it does not.
-
-    An old folder at `path` is replaced; a kill between the two renames leaves it as `<path>.old`, which `recover`
-    puts back.
-    """
-    path = Path(os.path.abspath(path))
-    temporary, old = path.with_name(f"{path.name}.tmp"), path.with_name(f"{path.name}.old")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    try:
-        yield temporary
-        if path.exists():
-            shutil.rmtree(old, ignore_errors=True)
-            path.rename(old)
-        temporary.rename(path)
-        shutil.rmtree(old, ignore_errors=True)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
-
-
-def recover(path):
-    """Undo a replacement that was killed halfway: `<path>.old` without `path` goes back."""
-    path = Path(os.path.abspath(path))
-    old = path.with_name(f"{path.name}.old")
-    if (old / MANIFEST).exists() and not path.exists():
-        with suppress(FileNotFoundError):  # another process was quicker
-            old.rename(path)
-
-
-def write_json(path, value):
-    """Write `value` as indented JSON, whole or not at all; NaN is refused with ValueError, since JSON has none."""
-    text, temporary = json.dumps(value, indent=2, allow_nan=False) + "\n", f"{path}.tmp"
-    try:
-        Path(temporary).write_text(text, encoding="utf-8")
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
-
-
 def write_manifest(folder, final_path, kind, chain, args, data_fingerprint, words, metrics, training=None):
-    """Describe the checkpoint in `folder`, which will lie at `final_path`.
+    """Describe the checkpoint in `folder`, which will lie at `final_path`: manifest.json, and metrics.json if it was
+    evaluated.
 
     chain: the Links of what it was trained on; its parent is the last. A local parent is recorded relative to the
     checkpoint, so that a tree of checkpoints can be moved as a whole. words: the data's label words, so that a
@@ -147,6 +64,8 @@ def write_manifest(folder, final_path, kind, chain, args, data_fingerprint, word
         "training": training,
         "metrics": metrics,
     }
+    if metrics:
+        write_json(folder / "metrics.json", metrics)
     write_json(folder / MANIFEST, manifest)
 
 
@@ -170,12 +89,10 @@ def read_manifest(path, verify=True):
             f"{path} holds neither {MANIFEST} nor config.json; pass what qlora.py or spul.py wrote, or a model"
         )
     try:
-        manifest = json.loads(file.read_text(encoding="utf-8"))
-        kind, files = manifest["kind"], dict(manifest["files"])
-        Path(manifest["parent"]["path"]), manifest["parent"]["sha256"]
-        dict(manifest["arguments"]), manifest["data_fingerprint"], manifest["seed"]
+        manifest = _parsed(file)
     except (ValueError, KeyError, TypeError):
         raise UserError(f"{file} is not a manifest of this project or is damaged; train the checkpoint again")
+    kind, files = manifest["kind"], manifest["files"]
     if kind not in KINDS:
         raise UserError(f"{file} names the unknown kind {kind!r}; this version reads {', '.join(KINDS)}")
     for name, digest in files.items():
@@ -183,6 +100,22 @@ def read_manifest(path, verify=True):
             raise UserError(f"{path} has lost its file {name}; restore it or train the checkpoint again")
         if verify and file_sha256(Path(path) / name) != digest:
             raise UserError(f"{Path(path) / name} is not the file its manifest names (SHA-256 differs); restore it")
+    return manifest
+
+
+def manifest_at(path):
+    """The manifest in the folder `path`, or None if there is none that this project wrote; no other file is read."""
+    try:
+        return _parsed(Path(path) / MANIFEST)
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _parsed(file):
+    """The JSON of a manifest. Raises ValueError, KeyError or TypeError where it is not one."""
+    manifest = json.loads(file.read_text(encoding="utf-8"))
+    Path(manifest["parent"]["path"]), manifest["parent"]["sha256"], manifest["kind"]
+    dict(manifest["files"]), dict(manifest["arguments"]), manifest["data_fingerprint"], manifest["seed"]
     return manifest
 
 

@@ -94,14 +94,26 @@ def refuse_unequal(parser: cli.ArgumentParser, args) -> None:
 
 
 def main(args):
-    from utils import data, models, report
+    from utils import data, files, models, report
 
     name = f"compare-{data.dataset_name(args.dataset)}-{models.short_name(args.model_name)}"
-    work = Workplace(Path(args.output_path or f"results/{name}"), args)
-    records = [record for seed in args.seeds for record in compare(work, args, seed)]
-    report.write_comparison(work.folder, records)
-    print((work.folder / "table.md").read_text(encoding="utf-8"))
-    print(f"wrote {work.folder}")
+    folder = Path(args.output_path or f"results/{name}")
+    with files.workplace(folder):  # held, so that no other comparison writes there
+        refuse_foreign(folder)
+        work = Workplace(folder, args)
+        records = [record for seed in args.seeds for record in compare(work, args, seed)]
+        report.write_comparison(folder, records)
+    print(report.comparison_table(records))
+    print(f"wrote {folder}")
+
+
+def refuse_foreign(folder):
+    """Raise UserError where `folder` holds files of the names that a comparison writes and that are none of its own."""
+    from utils import outputs
+
+    there = [name for name in ("metrics.json", "table.md", "tradeoff.png") if (folder / name).exists()]
+    if there and not outputs.records_in(folder / "metrics.json"):
+        raise cli.UserError(f"{folder / there[0]} was written by no comparison; choose another --output_path")
 
 
 def compare(work, args, seed):
@@ -190,7 +202,7 @@ class Workplace:
 
     def scores(self, path: Path, command: list[str]) -> dict | None:
         """Scores {split: ...} of a budgeted run, or None if its loss was not finite; they outlive its folder."""
-        from utils.checkpoints import write_json
+        from utils.files import write_json
 
         file = path.with_suffix(".json")
         if not file.exists():

@@ -367,4 +367,5 @@ def _rewritten(text, found, rewrite):
 def _draw(settings, path):
     from utils.report import draw_strength
 
-    draw_strength(settings["curve"], settings["metric"], settings["target"], settings["corruption"]["strength"], path)
+    strength = settings["corruption"]["strength"]
+    draw_strength(settings["curve"], settings["metric"], settings["target"], strength, path=path)

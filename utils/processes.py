@@ -121,6 +121,20 @@ def from_main(value):
     return gather(value)[0]
 
 
+def on_main(function):
+    """What `function()` returns in the main process, in every process; a UserError of it is raised in every one."""
+    value = error = None
+    if is_main():
+        try:
+            value = function()
+        except UserError as raised:
+            error = raised
+    value, error = from_main((value, error))
+    if error:
+        raise error
+    return value
+
+
 def shares(rows, size):
     """The part of `rows` of every process: as many of each length as the others have. size: function(row) -> its
     length."""

@@ -1,9 +1,9 @@
 """What the frozen model itself computes on training rows, once, before any training: the reference of a loss."""
 
+import contextlib
 import hashlib
 import itertools
 import json
-import os
 from pathlib import Path
 
 import torch
@@ -11,11 +11,13 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
-from utils import processes
+from utils import files, processes
 from utils.cli import UserError
 from utils.data import collate, dataset_name, fingerprint
 from utils.forward import completion_hidden, completion_logits, record_activations
 from utils.losses import token_nll
+
+FOLDER = "saved_logits"
 
 
 class Reference:
@@ -72,6 +74,16 @@ def token_counts(examples, rows, measure):
     return {i: len(examples[i]) if every else len(examples[i].completion) for i in rows}
 
 
+def try_place(args):
+    """Raise UserError where a reference can neither be written nor, perhaps, read."""
+    path = Path(args.logits_path or f"{FOLDER}/any.safetensors")
+    try:
+        processes.on_main(lambda: files.try_to_write(path))
+    except UserError:
+        if not any(other.exists() for other in ([path] if args.logits_path else path.parent.glob("*.safetensors"))):
+            raise
+
+
 def load_reference(loaded, examples, rows, frames, args, measure=hidden_states, settings=None):
     """The Reference of the examples number `rows` under `measure`, from its file, computed first if there is none.
 
@@ -89,13 +101,10 @@ def load_reference(loaded, examples, rows, frames, args, measure=hidden_states, 
         "tokenisation": _digest([(examples[i].prompt, examples[i].completion) for i in rows]),
     }
     name = f"{loaded.chain[-1].path.name}-{dataset_name(args.dataset)}-{_digest(key)[:12]}.safetensors"
-    path = Path(args.logits_path or f"saved_logits/{name}")
+    path = Path(args.logits_path or f"{FOLDER}/{name}")
     sizes = token_counts(examples, rows, measure)
     if not processes.from_main(path.exists()):
-        values = _compute(loaded, examples, sizes, args.eval_batch_size, measure)
-        if processes.is_main():
-            _write(path, values, key)
-        processes.gather(None)  # the others wait for the file
+        _write(path, key, lambda: _compute(loaded, examples, sizes, args.eval_batch_size, measure))
     try:
         with safe_open(path, "pt") as file:
             found = json.loads(file.metadata()["key"])
@@ -135,12 +144,13 @@ def _compute(loaded, examples, sizes, batch_size, measure):
     return result
 
 
-def _write(path, values, key):
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")  # another run may be writing the same
-    path.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        save_file({"values": values.contiguous()}, temporary, {"key": json.dumps(key)})
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
+def _write(path, key, compute):
+    """Put what `compute()` gives into the file `path`, unless another run has done that meanwhile; it is waited for."""
+    with files.workplace(path, wait=True) if processes.is_main() else contextlib.nullcontext() as place:
+        if processes.from_main(path.exists()):
+            return
+        values = compute()
+        if place:
+            save_file({"values": values.contiguous()}, place / files.NEW, {"key": json.dumps(key)})
+            files.publish(place, path)
+    processes.gather(None)  # the others wait for the file

@@ -1,12 +1,14 @@
 """What a person reads at the end of a run: the table, the sentence that says what it means, examples, pictures."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import matplotlib
 import numpy as np
 
-from utils.checkpoints import write_json
+from utils.cli import first_line, note_once
+from utils.files import new_file, write_json
 from utils.splits import SPLITS
 
 FORGET_SPLITS = ("train_forget", "test_forget")
@@ -19,6 +21,26 @@ FILLS = ("full", "none", "left")
 
 matplotlib.use("Agg")
 from matplotlib import pyplot  # noqa: E402  (the backend without a screen has to be chosen first)
+
+
+def picture(draw: Callable[..., pyplot.Figure]) -> Callable[..., None]:
+    """Makes function(...) -> figure one of (..., path) that saves it. It is decoration: a failure is only a note."""
+
+    def drawn(*arguments, path: Path) -> None:
+        try:
+            with new_file(path) as file:
+                draw(*arguments).savefig(file, dpi=150, format="png")
+        except Exception as error:
+            note_once(f"there is no picture {Path(path).name} ({first_line(error)})")
+        finally:
+            pyplot.close("all")
+
+    return drawn
+
+
+def _plain(name: str) -> str:
+    """`name` as matplotlib draws it letter by letter: between two `$` it would read a formula."""
+    return name.replace("$", r"\$")
 
 
 def table(records):
@@ -71,8 +93,9 @@ def _mean_and_spread(values, digits):
 def write_comparison(folder, records):
     """table.md, metrics.json and tradeoff.png of `utils.compare`: one record per method and seed."""
     write_json(Path(folder) / "metrics.json", records)
-    (Path(folder) / "table.md").write_text(comparison_table(records) + "\n", encoding="utf-8")
-    draw_tradeoff(records, Path(folder) / "tradeoff.png")
+    with new_file(Path(folder) / "table.md") as file:
+        file.write_text(comparison_table(records) + "\n", encoding="utf-8")
+    draw_tradeoff(records, path=Path(folder) / "tradeoff.png")
 
 
 def comparison_table(records):
@@ -99,7 +122,8 @@ def comparison_table(records):
     return _aligned(lines)
 
 
-def draw_tradeoff(records, path):
+@picture
+def draw_tradeoff(records):
     """Forget accuracy against retain accuracy, train and test: a small mark per seed, a large one for the mean. Every
     method has its own shape, so that it reads without colour and no label can overlap."""
     shapes = "osD^v<>phHdX*P8" + "x+1234|_"
@@ -113,7 +137,7 @@ def draw_tradeoff(records, path):
             style = {"marker": shape, "color": "black" if target else f"C{i % 10}", "linestyle": "none"}
             if len(splits) > 1:
                 panel.plot(retain, forget, markersize=4, alpha=0.5, **style)
-            label = "retrained (target)" if target else method
+            label = "retrained (target)" if target else _plain(method)
             edge = {} if shape in "x+1234|_" else {"markeredgecolor": "black", "fillstyle": FILLS[i // 10 % 3]}
             size = 13 - 7 * i / len(methods)  # those drawn later are smaller, so that none hides another
             panel.plot(np.mean(retain), np.mean(forget), markersize=size, label=label, **style, **edge)
@@ -127,8 +151,7 @@ def draw_tradeoff(records, path):
     handles, labels = panels[0].get_legend_handles_labels()
     figure.legend(handles, labels, frameon=False, loc="center left", bbox_to_anchor=(0.8, 0.5), fontsize=9)
     figure.tight_layout(rect=(0, 0, 0.8, 1))
-    figure.savefig(path, dpi=150)
-    pyplot.close(figure)
+    return figure
 
 
 def gate_table(settings):
@@ -155,7 +178,8 @@ def gate_table(settings):
     return "\n".join(text)
 
 
-def draw_strength(curve, metric, target, chosen, path):
+@picture
+def draw_strength(curve, metric, target, chosen):
     """The metric on train_forget against the strength of ECO's corruption; target and choice marked."""
     figure, axes = pyplot.subplots(figsize=(5, 3.4))
     axes.semilogx([point["strength"] for point in curve], [point["metric"] for point in curve], "o-", color="black")
@@ -165,8 +189,7 @@ def draw_strength(curve, metric, target, chosen, path):
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False)
     figure.tight_layout()
-    figure.savefig(path, dpi=150)
-    pyplot.close(figure)
+    return figure
 
 
 def meaning(records):
@@ -206,14 +229,15 @@ def examples(predictions, n):
     return "\n".join(lines)
 
 
-def draw_comparison(records, path):
+@picture
+def draw_comparison(records):
     """Bars of accuracy (percent) per split and method; hatched, so that it reads without colour."""
     figure, axes = pyplot.subplots(figsize=(8, 3.6))
     width = 0.8 / len(records)
     for i, (entry, hatch) in enumerate(zip(records, ("", "//", "..", "xx", "\\\\", "++", "oo", "**") * len(records))):
         shares = [100 * entry["splits"][split]["accuracy"] for split in SPLITS]
         places = np.arange(len(SPLITS)) + (i - (len(records) - 1) / 2) * width
-        bars = axes.bar(places, shares, width * 0.94, label=entry["method"], hatch=hatch, edgecolor="white")
+        bars = axes.bar(places, shares, width * 0.94, label=_plain(entry["method"]), hatch=hatch, edgecolor="white")
         if len(records) <= 4:
             axes.bar_label(bars, fmt="%.0f", padding=2, fontsize=8)
     axes.set_xticks(range(len(SPLITS)), [split.replace("_", " ") for split in SPLITS])
@@ -221,14 +245,17 @@ def draw_comparison(records, path):
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False, ncols=min(4, len(records)), loc="upper center", bbox_to_anchor=(0.5, 1.16))
     figure.tight_layout()
-    figure.savefig(path, dpi=150)
-    pyplot.close(figure)
+    return figure
 
 
 def write_curves(folder, log):
     """training.jsonl and training.png in `folder`: every logged loss, and the accuracies, against the step."""
-    lines = "".join(json.dumps(line) + "\n" for line in log)
-    (Path(folder) / "training.jsonl").write_text(lines, encoding="utf-8")
+    (Path(folder) / "training.jsonl").write_text("".join(json.dumps(line) + "\n" for line in log), encoding="utf-8")
+    _draw_curves(log, path=Path(folder) / "training.png")
+
+
+@picture
+def _draw_curves(log):
     losses = [line for line in log if "loss" in line]
     accuracies = [line for line in log if "accuracy" in line]
     figure, axes = pyplot.subplots(1, 1 + bool(accuracies), figsize=(5 + 5 * bool(accuracies), 3.6), squeeze=False)
@@ -254,5 +281,4 @@ def write_curves(folder, log):
         axes[0][1].set(xlabel="step", ylabel="accuracy, %", ylim=(0, 101))
         axes[0][1].legend(frameon=False, ncols=2, loc="lower center", bbox_to_anchor=(0.5, 1.0))  # off the curves
     figure.tight_layout()
-    figure.savefig(Path(folder) / "training.png", dpi=150)
-    pyplot.close(figure)
+    return figure

@@ -1,9 +1,8 @@
 """Making the four splits: tables of texts, one row per text, a stratified test share; which texts overlap."""
 
+import contextlib
 import json
-import os
 import re
-import tempfile
 import unicodedata
 from collections.abc import Iterable, Iterator, Sequence
 from decimal import Decimal
@@ -13,6 +12,7 @@ import numpy as np
 import pandas as pd
 
 from utils.cli import UserError, first_line, note_once
+from utils.files import new_file
 
 SPLITS = ("train_retain", "train_forget", "test_retain", "test_forget")
 UNLEARNING_LABELS = ("neutral", "unknown")  # y~ of L_f, section 3.2 of the paper; no class may be called so
@@ -161,13 +161,11 @@ def split_rows(frame, test_fraction, seed):
 
 
 def write_splits(frames, folder):
-    """Write `{split}.csv` into the existing `folder`; each file appears whole, under its final name, or not at all."""
-    with tempfile.TemporaryDirectory(prefix=".splits-", dir=folder) as temporary:
-        paths = [os.path.join(temporary, f"{split}.csv") for split in SPLITS]
-        for split, path in zip(SPLITS, paths):
-            frames[split].to_csv(path, index=False, lineterminator="\n", encoding="utf-8")
-        for path in paths:
-            os.replace(path, os.path.join(folder, os.path.basename(path)))
+    """Write `{split}.csv` into the existing `folder`; the files appear whole, all at once, or not at all."""
+    with contextlib.ExitStack() as stack:
+        for split in SPLITS:
+            file = stack.enter_context(new_file(Path(folder) / f"{split}.csv"))
+            frames[split].to_csv(file, index=False, lineterminator="\n", encoding="utf-8")
 
 
 def describe(frames):

@@ -1,11 +1,14 @@
 """The optimisation loop that the training scripts share: one step, one log line, one resumable state file."""
 
+import contextlib
+import glob
 import itertools
 import json
 import math
 import os
 import time
-from collections.abc import Iterable
+from argparse import Namespace
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,12 +19,14 @@ from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 from transformers import get_cosine_schedule_with_warmup
 
-from utils import processes
-from utils.checkpoints import check_output
+from utils import checkpoints, outputs, processes
 from utils.cli import UserError
 from utils.data import epoch_batches
+from utils.files import STATE, new_file, recover, workplace
 from utils.metrics import peak_memory
+from utils.outputs import Output, state_path
 
+PUBLISHED_SEED = 42
 UNSAVED_ARGUMENTS = (  # change nothing in what is trained
     "resume", "overwrite", "output_path", "logits_path", "save_steps", "eval_batch_size", "max_eval_samples",
     "parent_path", "gradient_checkpointing", "dry_run",
@@ -206,15 +211,9 @@ class Training:
         if torch.cuda.is_available():
             tensors["rng.cuda"] = torch.cuda.get_rng_state()
         text = {"settings": self.settings, "schedule": schedule.state_dict(), "log": log}
-        temporary = self.state_path.with_suffix(".tmp")
-        temporary.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            contiguous = {key: value.contiguous() for key, value in tensors.items()}
-            save_file(contiguous, temporary, {key: json.dumps(value) for key, value in text.items()})
-            os.replace(temporary, self.state_path)
-        except BaseException:
-            temporary.unlink(missing_ok=True)
-            raise
+        contiguous = {key: value.contiguous() for key, value in tensors.items()}
+        with new_file(self.state_path) as file:
+            save_file(contiguous, file, {key: json.dumps(value) for key, value in text.items()})
 
     def _numbers(self, optimizer: torch.optim.Optimizer) -> dict[str, int]:
         """Under which number the optimizer keeps what it knows of each parameter, by the parameter's name."""
@@ -256,33 +255,83 @@ def decay_groups(parameters: Iterable[torch.nn.Parameter], weight_decay: float) 
     return [{"params": kind, "weight_decay": decay} for decay, kind in kinds.items()]
 
 
-def output_path(args, stem):
-    """Where this unlearning run writes: --output_path, else the published unlearn_checkpoints/<stem>_<time>; the newest
-    interrupted run of that stem when resuming. Raises UserError as `check_start` does."""
-    output = args.output_path
-    if not output and args.resume:
-        states = Path("unlearn_checkpoints").glob(f"{stem}_*{state_path('').name}")
-        newest = max(states, key=lambda path: path.stat().st_mtime, default=state_path(f"unlearn_checkpoints/{stem}"))
-        output = str(newest).removesuffix(state_path("").name)
-    output = output or f"unlearn_checkpoints/{stem}_{time.strftime('%Y-%m-%d-%H-%M-%S')}"
-    output = processes.from_main(output)  # clocks differ
-    check_start(output, args)
-    return output
+@contextlib.contextmanager
+def claim(args: Namespace, stem: str, timed: bool = False) -> Iterator[Output | None]:
+    """Holds the output folder of a training run: --output_path, else the published `stem`, with the time of the start
+    if `timed`.
 
-
-def check_start(output_path, args):
-    """Raise UserError if the run cannot write `output_path`, or would silently start over an interrupted one."""
-    check_output(output_path, args.overwrite, args)
-    state = state_path(output_path)
+    With --resume it is the folder of the interrupted run of this command; None, which is said, if that has ended since.
+    Raises UserError as `outputs.claim` does, and where there is no such run or there are several.
+    """
+    names = [args.output_path] if args.output_path else _default_names(stem, args.seed, timed)
     if args.resume:
-        refuse_other_settings(state, read_state(state), saved_arguments(args))
-    elif state.exists() and not args.overwrite:
-        raise UserError(f"an interrupted run left {state}; continue it with --resume or start over with --overwrite")
+        names = processes.on_main(lambda: _to_resume(args, stem, None if timed and not args.output_path else [*names]))
+    if not names:
+        yield None
+        return
+    with outputs.claim(names, args) as output:
+        if args.resume:
+            state = state_path(output)
+            refuse_other_settings(state, read_state(state), saved_arguments(args))
+        yield output
 
 
-def state_path(output_path):
-    """Where the resumable state of the run that will write `output_path` lies: a file beside it."""
-    return Path(f"{str(output_path).rstrip('/')}.training.safetensors")
+def _default_names(stem: str, seed: int, timed: bool) -> Iterable[str]:
+    """The published name; another seed than the published one is part of it, and so is a number for every further run
+    of the same second."""
+    name = stem if seed == PUBLISHED_SEED else f"{stem}-seed{seed}"
+    if not timed:
+        return [name]
+    name = f"{name}_{time.strftime('%Y-%m-%d-%H-%M-%S')}"
+    return itertools.chain([name], (f"{name}_{i}" for i in range(2, 1000)))
+
+
+def _to_resume(args: Namespace, stem: str, names: list[str] | None) -> list[str]:
+    """The output that --resume is about, among those that begin with `stem` if no `names` are given; an empty list if
+    it is complete."""
+    (name,) = names or [_of_these_settings(stem, args)]
+    recover(name)
+    if not _is_complete(name, args):
+        return [name]
+    with workplace(name):
+        state_path(name).unlink(missing_ok=True)
+    print(f"{name} is complete, there is nothing to continue")
+    return []
+
+
+def _of_these_settings(stem: str, args: Namespace) -> str:
+    """The output beginning with `stem` whose interrupted run had the settings `args`; else a complete one that had."""
+    pattern = f"{glob.escape(stem)}*"
+    states = sorted(map(Path, glob.glob(f"{pattern}{STATE}")), key=os.path.getmtime)
+    found, refusal = [], UserError(f"there is no interrupted run to continue at {stem}*; leave out --resume")
+    for state in states:
+        try:
+            refuse_other_settings(state, read_state(state), saved_arguments(args))
+            found.append(str(state).removesuffix(STATE))
+        except UserError as error:
+            refusal = error
+    if len(found) > 1:
+        raise UserError(
+            f"these interrupted runs all have these settings: {', '.join(found)}; name one by --output_path"
+        )
+    found += [path for path in sorted(glob.glob(pattern)) if _is_complete(path, args)]
+    if not found:
+        raise refusal
+    return found[0]
+
+
+def _is_complete(name: str, args: Namespace) -> bool:
+    """Whether `name` is what this command writes, and the state beside it, if any, that of the run that wrote it."""
+    manifest, state = checkpoints.manifest_at(name), state_path(name)
+    if not manifest or any(manifest["arguments"].get(key) != value for key, value in saved_arguments(args).items()):
+        return False
+    if not state.exists():
+        return True
+    with contextlib.suppress(OSError, ValueError, UserError):
+        log = [json.loads(line) for line in (Path(name) / "training.jsonl").read_text(encoding="utf-8").splitlines()]
+        saved = read_state(state)["log"]
+        return log[: len(saved)] == saved
+    return False
 
 
 def saved_arguments(args):

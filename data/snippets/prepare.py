@@ -21,8 +21,9 @@ from utils.downloads import pip_download
 with importing():
     import pandas as pd
 
+    from utils.files import try_to_write
     from utils.names import mentions, read_names, spans
-    from utils.splits import describe, drop_repeats, split_rows, write_splits
+    from utils.splits import SPLITS, describe, drop_repeats, split_rows, write_splits
 
 HERE = Path(__file__).resolve().parent
 REQUIREMENT = "vaderSentiment==3.3.2"
@@ -46,6 +47,10 @@ def main(args):
     output = Path(args.output_path)
     if output.exists() and not output.is_dir():
         raise UserError(f"{output} is a file; choose a folder as --output_path")
+    there = [split for split in SPLITS if (output / f"{split}.csv").exists()]
+    if there and output.resolve() != HERE:
+        raise UserError(f"{output} has a {there[0]}.csv already; choose another --output_path")
+    try_to_write(output / SPLITS[0])
     if args.sdist:
         source = read_source(args.sdist)
     else:

@@ -12,6 +12,7 @@ Use the copy as --dataset; with --only_names_other its retain splits hold nothin
 to be met in a sample of the whole.
 """
 
+import json
 import sys
 from pathlib import Path
 
@@ -20,8 +21,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from utils import cli  # noqa: E402
 
 with cli.importing():
-    from utils import checkpoints, data, splits
+    from utils import data, files, outputs, splits
     from utils.names import read_names
+
+SCRIPT, SOURCE = "data/sst2/prepare.py", "source.json"
 
 
 def parse_args():
@@ -36,7 +39,21 @@ def parse_args():
 
 
 def main(args):
-    checkpoints.check_output(args.output_path, args.overwrite, args, [f"{splits.SPLITS[0]}.csv"])
+    with outputs.claim([args.output_path], args, ours=written) as output:
+        mark(args, output)
+
+
+def written(folder):
+    """The names of the files that this script writes, if it wrote the data in `folder`, else None."""
+    try:
+        ours = json.loads((folder / SOURCE).read_text(encoding="utf-8"))["written_by"] == SCRIPT
+    except (OSError, ValueError, KeyError, TypeError):
+        ours = False
+    return {SOURCE, *(f"{split}.csv" for split in splits.SPLITS)} if ours else None
+
+
+def mark(args, output):
+    """Read the splits, mark their rows and write the Output."""
     frames = data.load_splits(args.input)
     lists = {
         name: read_names(data.SNIPPETS_FOLDER / f"{name}.txt")
@@ -56,8 +73,9 @@ def main(args):
     frames = splits.mark_nested(frames)
     for split in splits.SPLITS[2:]:
         print(f"{split:13s}{len(frames[split]):8,d} rows, {frames[split]['nested'].sum():6,d} nested with train rows")
-    with checkpoints.new_folder(args.output_path) as folder:
+    with output.new_folder() as folder:
         splits.write_splits(frames, folder)
+        files.write_json(folder / SOURCE, {"written_by": SCRIPT, "input": args.input})
 
 
 def names_somebody(text, given, surnames):

@@ -140,23 +140,28 @@ def main(args):
     import rounds
     import summary
 
-    from utils import checkpoints
+    from utils import files
 
-    folder, start = Path(args.output_path), time.time()
+    folder, start = Path(args.output_path), time.perf_counter()
+    files.try_to_write(folder / "bench.json")
     bench = rounds.Bench(args)
     todo, records = [cell for cell in cells(args) if cell.part in args.parts], []
     for cell in todo:
         bench.check_length(cell)
-    folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as work:
         for i, cell in enumerate(todo):
             records += bench.measure(cell, Path(work) / str(i))
             print(summary.rows(records, cell, header=not i), flush=True)
-    result = {"machine": bench.machine, "settings": vars(args), "seconds": time.time() - start, "records": records}
+    result = {
+        "machine": bench.machine,
+        "settings": vars(args),
+        "seconds": time.perf_counter() - start,
+        "records": records,
+    }
     result |= {"ratios": summary.ratios(records), "linear_in_rows": summary.linear_fit(records)}
+    files.write_json(folder / "bench.json", json.loads(json.dumps(result, default=str)))
+    summary.draw(result, path=folder / "bench.png")
     print("\n".join(["", *summary.sentences(result)]))
-    checkpoints.write_json(folder / "bench.json", json.loads(json.dumps(result, default=str)))
-    summary.draw(result, folder / "bench.png")
     print(f"wrote {folder}/bench.json and bench.png")
 
 

@@ -58,8 +58,10 @@ def main(args):
         return print(table())
     import rounds
 
-    from utils import checkpoints, data, models
+    from utils import data, files, models
 
+    folder = Path(args.output_path)
+    files.try_to_write(folder / "estimates.json")
     chain = models.resolve_chain(args.model)
     if len(chain) > 1:
         raise cli.UserError(f"{args.model} is a checkpoint of this project; --model takes a plain model")
@@ -78,9 +80,7 @@ def main(args):
                     entry = {"kind": kind, "weights": weights, "tokens": length, "rows": batch}
                     records.append(entry | compare(kind, work / str(part), flags, work))
                     print(sentence(records[-1]), flush=True)
-    folder = Path(args.output_path)
-    folder.mkdir(parents=True, exist_ok=True)
-    checkpoints.write_json(folder / "estimates.json", {"settings": vars(args), "records": records})
+    files.write_json(folder / "estimates.json", {"settings": vars(args), "records": records})
     print(f"wrote {folder}/estimates.json")
 
 

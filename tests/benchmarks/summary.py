@@ -5,7 +5,7 @@ from statistics import median
 import numpy as np
 from scipy import stats
 
-from utils.report import pyplot
+from utils.report import picture, pyplot
 
 GIB = 2**30
 SHORT = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
@@ -131,7 +131,8 @@ def sentences(result):
     return lines
 
 
-def draw(result, path):
+@picture
+def draw(result):
     """Milliseconds a row over text length, times faster by work, seconds a step over rows; reads without colour."""
     bars = sum(entry["part"] != "lengths" for entry in result["ratios"])
     size = 13, max(3.8, 1 + 0.4 * bars)
@@ -144,8 +145,7 @@ def draw(result, path):
     for ax in axes:
         ax.spines[["top", "right"]].set_visible(False)
     figure.tight_layout()
-    figure.savefig(path, dpi=150)
-    pyplot.close(figure)
+    return figure
 
 
 def _draw_lengths(ax, records):
