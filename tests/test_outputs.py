@@ -96,38 +96,54 @@ def replace_and_die(path, renames):
         write(path, "two")
 
 
-def start_again(path):
-    """The next run of the command, which is refused since the output exists."""
-    with pytest.raises(UserError, match="out exists"):
-        write(path, overwrite=False)
+CALLS = "mkdir", "open", "pwrite", "truncate", "chmod", "rename", "replace", "unlink", "rmdir"
 
 
-@pytest.mark.parametrize("renames", [1, 2, 3])
-@pytest.mark.parametrize("next_start", [start_again, files.recover])
-def test_a_replacement_killed_at_any_rename_is_undone_its_state_included(tmp_path, renames, next_start):
-    write(tmp_path / "out", "one")
-    outputs.state_path(tmp_path / "out").write_text("state")
-    before = tree(tmp_path)
-    killed(replace_and_die, tmp_path / "out", renames)
-    next_start(tmp_path / "out")
-    assert (tmp_path / "out").is_dir()
-    files.sweep(tmp_path / "out")
-    assert tree(tmp_path) == before
+def replace_and_count(path, last=None):
+    """How many calls of the system a replacement makes; killed before the call number `last`."""
+    count = 0
 
+    def counted(call):
+        def counting(*arguments, **options):
+            nonlocal count
+            if count == last:
+                die()
+            count += 1
+            return call(*arguments, **options)
 
-def remove_and_die(path):
-    """Killed when the new output stands and the old one is about to go."""
+        return counting
+
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(shutil, "rmtree", lambda path: die())
+        for name in CALLS:
+            patch.setattr(os, name, counted(getattr(os, name)))
         write(path, "two")
+    return count
 
 
-def test_a_kill_behind_the_replacement_changes_nothing_of_it(tmp_path):
-    write(tmp_path / "out", "one")
-    outputs.state_path(tmp_path / "out").write_text("state")
-    killed(remove_and_die, tmp_path / "out")
-    files.sweep(tmp_path / "out")
-    assert {path.name for path in tmp_path.iterdir()} == {"out"} and content(tmp_path / "out") == "two"
+def prepared(folder):
+    """An output in `folder`, with the state of a later run."""
+    write(folder / "out", "one")
+    outputs.state_path(folder / "out").write_text("state")
+    return folder / "out"
+
+
+def test_a_kill_at_any_moment_leaves_the_old_output_with_its_state_or_the_new_one(tmp_path):
+    """After the next start, that is, and nothing else."""
+    outcomes = []
+    for last in range(replace_and_count(prepared(tmp_path / "counted"))):
+        path = prepared(tmp_path / str(last))
+        process = FORK.Process(target=replace_and_count, args=(path, last))
+        process.start()
+        process.join()
+        assert process.exitcode == -signal.SIGKILL
+        with pytest.raises(UserError, match="out exists"):  # the next start, which is refused
+            write(path, overwrite=False)
+        names = {file.name for file in path.parent.iterdir()}
+        assert {file.name for file in path.iterdir()} == {"metrics.json", "predictions.jsonl"}
+        outcomes.append((content(path), names))
+    old, new = ("one", {"out", "out.training.safetensors"}), ("two", {"out"})
+    first = outcomes.index(new)
+    assert outcomes == [old] * first + [new] * (len(outcomes) - first) and first > 5
 
 
 def test_what_a_kill_moved_aside_is_never_deleted_for_something_new_there(tmp_path):

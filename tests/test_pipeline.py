@@ -462,7 +462,7 @@ def test_sampling_flags_and_the_curve(fine_tuned, small_data, tmp_path):
 def test_a_part_of_the_forget_set(fine_tuned, small_data, tmp_path):
     result = done(scripts.spul(tmp_path, fine_tuned, small_data, "--forget_size=0.5"))
     assert "on 20 rows" in result.stdout
-    assert re.match(r"spul_fine-tuned_data-0\.5_", prompt_folder(tmp_path).name)
+    assert re.match(r"spul_tiny-llama_data-0\.5_", prompt_folder(tmp_path).name)
     before, after = metrics_of(prompt_folder(tmp_path))
     assert before["splits"]["train_forget"]["n"] == after["splits"]["train_forget"]["n"] == 4
     done(inference(tmp_path, small_data, prompt_folder(tmp_path), "--forget_size=0.5", "--output_path=out"))

@@ -132,7 +132,7 @@ def _take(place: Path, path: os.PathLike | str, wait: bool, attempts: int = 100)
     while True:
         try:
             place.mkdir(parents=True, exist_ok=True)
-            if any(place.iterdir()) and not (place / MARK).is_file():
+            if MARK not in (os.listdir(place) or [MARK]):
                 raise UserError(f"{place} is in the way and not of this project; move it")
             lock = os.open(place / MARK, os.O_RDWR | os.O_CREAT, 0o666)
         except FileNotFoundError:  # another process has just removed it
