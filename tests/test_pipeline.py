@@ -589,7 +589,7 @@ def test_many_checkpoints_have_a_short_name_and_the_data_of_any_of_them(tiny_mod
     (folder,) = (place / "saved_results").iterdir()
     assert len(folder.name) < 200 and folder.name.endswith("-data")
     assert "was trained on other rows" not in said.stderr
-    more = *command, "--max_train_samples=12"
+    more = *command, "--max_train_samples=12", "--overwrite"
     assert (
         "fine-tuned was trained on other rows than the train columns show"
         in done(call(place, "inference_spul", *more)).stderr

@@ -246,6 +246,11 @@ def _quiet_libraries():
     transformers_logging.disable_progress_bar()
 
 
+UNUSABLE = (  # what a system says of a place that is not for us, or that cannot be moved to make room
+    errno.EACCES, errno.EROFS, errno.EPERM, errno.ENOTDIR, errno.EEXIST, errno.EBUSY, errno.EXDEV, errno.ENOTEMPTY,
+)  # fmt: skip
+
+
 def _resource_message(error):
     """The sentence for a lack of disk, rights or GPU memory, else None (safetensors has its own error type)."""
     if type(error).__name__ == "OutOfMemoryError":  # torch's, without importing it
@@ -258,7 +263,7 @@ def _resource_message(error):
         return (
             f"the disk is full or a file-size limit was hit ({text}); free some space or choose another --output_path"
         )
-    if number in (errno.EACCES, errno.EROFS, errno.EPERM, errno.ENOTDIR, errno.EEXIST) or "os error 13" in text:
+    if number in UNUSABLE or "os error 13" in text:
         return f"cannot read or write there ({text}); check the permissions or choose another path"
     return None
 
