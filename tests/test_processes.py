@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file
 from scripts import ROOT, done, is_progress_bar, tree
 
+from utils import files
 from utils.cli import UserError
 from utils.training import Training, read_state, state_path
 
@@ -126,3 +127,11 @@ def test_accelerate_launch_starts_it_by_the_configuration(tiny_model, small_data
     assert result.returncode == 0, result.stderr
     assert result.stdout.count("wrote out") == 1
     assert len(read_log(tmp_path)) == 1
+
+
+def test_an_output_that_another_run_writes_is_said_once(tiny_model, small_data, tmp_path):
+    with files.workplace(tmp_path / "out"):
+        results = several.call(tmp_path, 2, *command("LoRA without dropout", tiny_model, small_data))
+    assert [result.code for result in results] == [2, 2]
+    (said,) = [line for result in results for line in sentences(result)]
+    assert " is writing out; wait for it" in said and not tree(tmp_path)

@@ -188,7 +188,7 @@ def test_resume_does_not_choose_among_equals(fine_tuned, small_data, tmp_path):
     arguments = (*commands(None, fine_tuned, small_data)["spul"], *SHORT)
     for _ in range(2):
         stop_at(tmp_path, 2, "spul", *arguments)
-    sentence = "interrupted runs of these settings: unlearn_checkpoints/spul_"
+    sentence = "these interrupted runs all have these settings: unlearn_checkpoints/spul_"
     refused(tmp_path, sentence, "spul", *arguments, "--resume")
 
 

@@ -1,6 +1,7 @@
 """data/sst2/prepare.py marks the rows that name somebody, on a stand-in for the four published splits."""
 
 import importlib.util
+import shutil
 import sys
 import time
 
@@ -83,7 +84,7 @@ def test_nested_takes_seconds():
 
 def test_the_input_is_not_replaced(published):
     flags = "--input=published", "--output_path=published", "--overwrite"
-    refused(published, "would replace published, which this run reads", "sst2_prepare", *flags)
+    refused(published, "--output_path=published would replace ", "sst2_prepare", *flags)
     assert "names_other" not in pd.read_csv(published / "published" / "test_retain.csv")
 
 
@@ -98,3 +99,12 @@ def test_only_rows_that_name_others(published):
         "--output_path=none", "--only_names_other",
     )  # fmt: skip
     assert not (published / "none").exists()
+
+
+def test_overwrite_replaces_what_this_script_wrote_and_nothing_else(published):
+    """Four splits alone are anybody's data."""
+    other = shutil.copytree(published / "published", published / "mine")
+    flags = "--input=published", "--overwrite"
+    refused(published, "mine is no folder that this project wrote", "sst2_prepare", *flags, f"--output_path={other}")
+    for _ in range(2):
+        done(call(published, "sst2_prepare", *flags, "--output_path=marked"))
