@@ -792,4 +792,5 @@ def test_a_router_of_other_data_needs_force(prompt, tiny_model, small_data, tmp_
 
 def test_a_gate_is_no_model_to_unlearn(checkpoint, small_data, tmp_path):
     command = f"--model_checkpoints={checkpoint}", f"--dataset={small_data}", *scripts.ROWS
-    refused(tmp_path, "--model_checkpoints takes what it was made on", "baselines", *command, "--unlearn_method=eco")
+    eco = "--unlearn_method=eco", "--eco_target=0.5"
+    refused(tmp_path, "--model_checkpoints takes what it was made on", "baselines", *command, *eco)
