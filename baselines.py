@@ -95,7 +95,7 @@ def add_eco_arguments(parser):
     group.add_argument("--eco_classifier_lr", type=cli.positive_float, default=2e-5, help="of an encoder")
     decision = group.add_mutually_exclusive_group()
     decision.add_argument(
-        "--eco_threshold", type=cli.share, help="flag above this probability (default: by --eco_max_fpr)"
+        "--eco_threshold", type=cli.below_one, help="flag above this probability (default: by --eco_max_fpr)"
     )
     decision.add_argument(
         "--eco_conformal",
@@ -342,7 +342,7 @@ def only_adapter_dropout(model):
 
 def save(args, output, loaded, frames, words, kind, log, run):
     """Evaluate what was trained and write its folder."""
-    from utils import checkpoints, metrics, processes, report
+    from utils import checkpoints, metrics, models, processes, report
 
     records, start = None, perf_counter()
     if args.max_eval_samples != 0:
@@ -355,7 +355,7 @@ def save(args, output, loaded, frames, words, kind, log, run):
     if not processes.is_main():
         return
     with output.new_folder() as folder:
-        loaded.model.save_pretrained(folder)
+        models.save(loaded.model, folder)
         loaded.tokenizer.save_pretrained(folder)
         checkpoints.write_manifest(folder, output, kind, loaded.chain, args, run.fingerprint, words, records, run.cost)
         report.write_curves(folder, log)

@@ -170,20 +170,20 @@ def find_router(args, chains):
 
     if not args.router:
         return None
-    prompts = [chain[-1] for chain in chains if chain[-1].kind == "prompt"]
+    prompts = [chain for chain in chains if chain[-1].kind == "prompt"]
     if not prompts:
         raise cli.UserError("--router goes in front of a prompt; add what spul.py wrote to --model_checkpoints")
-    link = models.resolve_chain(args.router, args.trust_remote_code, args.parent_path)[-1]
+    *above, link = models.resolve_chain(args.router, args.trust_remote_code, args.parent_path)
     if link.kind != "eco":
         raise cli.UserError(f"{args.router} is no ECO checkpoint; --router takes what baselines.py wrote with eco")
-    for prompt in prompts:
+    for *model, prompt in prompts:
         if link.manifest["data_fingerprint"] != prompt.manifest["data_fingerprint"] and not args.force:
             raise cli.UserError(
                 f"the classifier of {args.router} was trained on other data than {prompt.path}; train one on the same "
                 "rows, or take it nevertheless with --force"
             )
-        reads_states = link.manifest["arguments"]["eco_classifier"] == "features"
-        if reads_states and link.manifest["parent"]["sha256"] != prompt.manifest["parent"]["sha256"]:
+        reads_states = link.manifest["arguments"].get("eco_classifier") == "features"
+        if reads_states and above[-1].sha256 != model[-1].sha256:
             raise cli.UserError(
                 f"the classifier of {args.router} reads the hidden states of another model than that of {prompt.path}; "
                 "train one on the same model"

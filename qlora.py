@@ -101,7 +101,7 @@ def fine_tune(args, output):
     if not processes.is_main():
         return
     with output.new_folder() as folder:
-        model.save_pretrained(folder)
+        models.save(model, folder)
         tokenizer.save_pretrained(folder)
         checkpoints.write_manifest(folder, output, "lora", chain, args, run.fingerprint, words, records, run.cost)
         report.write_curves(folder, log)

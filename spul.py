@@ -185,10 +185,9 @@ def report_merge(loaded, frames, words, args):
 
 def build_encoder(args, loaded):
     """The prompt encoder: new, started from --init_text, or from the encoder that --init_checkpoint trained."""
-    from safetensors.torch import load_file
-
     from utils import checkpoints, models
     from utils.prompt_encoders import VirtualTokens, start_from_text
+    from utils.reading import Like, read_tensors
 
     embeddings, start = loaded.model.get_input_embeddings(), None
     if args.init_text is not None:
@@ -201,13 +200,10 @@ def build_encoder(args, loaded):
         if chain[-1].kind != "prompt":
             raise cli.UserError(f"{args.init_checkpoint} is no prompt; --init_checkpoint takes what spul.py wrote")
         checkpoints.verify_parent(loaded.chain[-1], chain[-1])
-        try:
-            encoder.load_state_dict(load_file(chain[-1].path / "encoder.safetensors"))
-        except RuntimeError:
-            raise cli.UserError(
-                f"{args.init_checkpoint} was trained with another --prompt_encoder, --ptuning_num_tokens or "
-                "--ptuning_hidden_size; pass the same ones"
-            )
+        expected = {name: Like(tuple(tensor.shape)) for name, tensor in encoder.state_dict().items()}
+        what = "encoder of this --prompt_encoder, --ptuning_num_tokens and --ptuning_hidden_size"
+        remedy = "pass those that it was trained with"
+        encoder.load_state_dict(read_tensors(chain[-1].path / "encoder.safetensors", expected, what, remedy))
     return encoder
 
 

@@ -125,7 +125,8 @@ def test_every_method_trains(trained, parent, method):
     assert manifest["training"].keys() == {"steps", "seconds_per_step", "peak_memory_bytes"}
     assert manifest["training"]["steps"] == 2 and manifest["training"]["seconds_per_step"] > 0
     assert metrics_of(folder)[0]["training"] == manifest["training"]
-    assert set(manifest["files"]) == {"model.safetensors", "config.json", "tokenizer.json", "tokenizer_config.json"}
+    read = {"model.safetensors", "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json"}
+    assert set(manifest["files"]) == read
     trained_names = set(parent)
     if method == "rmu":
         trained_names = {name for name in parent if re.search(r"layers\.[01]\.", name)}

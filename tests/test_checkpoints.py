@@ -213,7 +213,9 @@ def test_an_init_checkpoint_must_be_a_prompt(forest):
 
 @pytest.mark.parametrize("flag", ["--prompt_encoder=lstm", "--ptuning_num_tokens=5", "--ptuning_hidden_size=8"])
 def test_an_init_checkpoint_must_have_the_same_shape(forest, flag):
-    refused_start(forest, "was trained with another --prompt_encoder", "--init_checkpoint=prompt", flag)
+    refused_start(
+        forest, "encoder.safetensors holds no encoder of this --prompt_encoder", "--init_checkpoint=prompt", flag
+    )
 
 
 def test_an_init_checkpoint_of_another_parent_is_refused(forest):

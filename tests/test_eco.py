@@ -700,6 +700,7 @@ CONTRADICTIONS = {
     "not allowed with argument": ["--eco_threshold=0.5", "--eco_conformal=0.1"],
     "--eco_strength goes with --unlearn_method=eco": ["--unlearn_method=npo", "--eco_strength=1"],
     "eco trains nothing; leave out --retain_loss": ["--retain_loss=ce"],
+    "'1' is not a number of at least 0 and below 1": ["--eco_threshold=1"],  # it would flag nothing
     "'1.5' is not a number from 0 to 1": ["--eco_target=1.5"],
     "'nan' is not a number from 0 to 1": ["--eco_target=nan"],
     "invalid choice: 'noise'": ["--eco_corruption=noise"],
@@ -757,11 +758,11 @@ def sign(folder):
 @pytest.mark.parametrize(
     ("name", "change", "sentence"),
     [
-        ("eco.json", lambda path: path.write_text("{}"), "has lost its classifier or it is damaged"),
-        ("eco.json", lambda path: path.write_text(path.read_text().replace('"dims"', '"d"')), "is missing or damaged"),
-        ("classifier.safetensors", lambda path: path.write_bytes(b"x"), "has lost its classifier or it is damaged"),
-        ("vocabulary.json", lambda path: path.write_text("[["), "has lost its classifier or it is damaged"),
-        ("vocabulary.json", lambda path: path.write_text("[[]]"), "has lost its classifier or it is damaged"),
+        ("eco.json", lambda path: path.write_text("{}"), "is no description of an ECO gate or is damaged (classifier"),
+        ("eco.json", lambda path: path.write_text(path.read_text().replace('"dims"', '"d"')), "(corruption.dims"),
+        ("classifier.safetensors", lambda path: path.write_bytes(b"x"), "holds no classifier of this gate"),
+        ("vocabulary.json", lambda path: path.write_text("[["), "is no valid JSON or is damaged"),
+        ("vocabulary.json", lambda path: path.write_text("[[]]"), "is no vocabulary of a gate or is damaged"),
     ],
 )
 def test_a_damaged_checkpoint(copy, name, change, sentence):

@@ -528,12 +528,10 @@ def test_a_damaged_reference_is_refused(fine_tuned, small_data, tmp_path):
     path = tmp_path / "reference"
     for content in (b"", b"not safetensors", b"\0" * 64):
         path.write_bytes(content)
-        refused(
-            tmp_path, "is not a file of reference logits or is damaged", "spul", *arguments, f"--logits_path={path}"
-        )
+        refused(tmp_path, "is no file of reference logits or is damaged", "spul", *arguments, f"--logits_path={path}")
     save_file({"hidden": torch.zeros(2, 2)}, path)
-    refused(tmp_path, "is not a file of reference logits or is damaged", "spul", *arguments, f"--logits_path={path}")
-    refused(tmp_path, "is not a file of reference logits", "spul", *arguments, f"--logits_path={tmp_path}")
+    refused(tmp_path, "is no file of reference logits or is damaged", "spul", *arguments, f"--logits_path={path}")
+    refused(tmp_path, "is no regular file", "spul", *arguments, f"--logits_path={tmp_path}")
 
 
 def test_without_the_kl_term_there_is_no_reference(fine_tuned, small_data, tmp_path):

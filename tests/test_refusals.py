@@ -263,7 +263,7 @@ def test_lora_on_layers_that_are_not_there(place):
 def test_a_foreign_checkpoint(place, script):
     (place / "app").mkdir()
     (place / "app" / "manifest.json").write_text('{"short_name": "app", "icons": []}')
-    check(place, script, "manifest.json is not a manifest of this project or is damaged", model="app")
+    check(place, script, "manifest.json is no manifest of this project or is damaged", model="app")
 
 
 @pytest.mark.parametrize("script", ["spul", "inference_spul"])

@@ -140,7 +140,7 @@ def test_a_damaged_state_is_refused(interrupted, damage):
     script, arguments, cwd = interrupted
     state = state_path(cwd / "out")
     state.write_bytes(damage(state.read_bytes()))
-    refused(cwd, "is not a training state or is damaged", script, *arguments, "--resume")
+    refused(cwd, "is no training state or is damaged", script, *arguments, "--resume")
 
 
 def test_the_state_of_the_other_script_is_refused(interrupted, tiny_model, fine_tuned, small_data):

@@ -1,7 +1,6 @@
 """Checkpoint folders that describe themselves, written whole or not at all; no pickle."""
 
 import hashlib
-import json
 import os
 import subprocess
 from dataclasses import dataclass
@@ -9,13 +8,21 @@ from functools import cache, cached_property
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-from utils.cli import UserError
+from utils import schemas
+from utils.cli import UserError, note_once
 from utils.files import recover, write_json
+from utils.reading import inside, refuse_special, regular_file
 
 MANIFEST = "manifest.json"
 KINDS = ("lora", "full", "prompt", "in-context", "eco")
 LIBRARIES = ("torch", "transformers", "peft", "bitsandbytes", "datasets", "accelerate", "scikit-learn", "numpy")
+VERSION = 2  # of the manifest: since 2 its hashes cover all that loading reads
 CONFIGURATIONS = ("config.json", "adapter_config.json", "template.json", "eco.json", "vocabulary.json")
+READ_BY_LOADING = (  # beside weights
+    *CONFIGURATIONS, "generation_config.json", "tokenizer*", "special_tokens_map.json", "added_tokens.json",
+    "vocab.json", "vocab.txt", "merges.txt", "*.model", "*.py",
+)  # fmt: skip
+OF_A_GATE = ("classifier", "token_classifier")  # folders in an ECO checkpoint
 
 
 @dataclass(frozen=True)
@@ -35,6 +42,11 @@ class Link:
         """Hash of the model as it lay there when first asked for: `resolve_chain` asks before anything is loaded."""
         return weights_sha256(self.path)
 
+    @cached_property
+    def earlier_sha256(self) -> str:
+        """The hash that manifests of version 1 record of a parent."""
+        return _earlier_sha256(self.path)
+
 
 def write_manifest(folder, final_path, kind, chain, args, data_fingerprint, words, metrics, training=None):
     """Describe the checkpoint in `folder`, which will lie at `final_path`: manifest.json, and metrics.json if it was
@@ -48,10 +60,9 @@ def write_manifest(folder, final_path, kind, chain, args, data_fingerprint, word
     parent = chain[-1]
     local = parent.path.exists() and not is_hub_name(parent.name)
     path = os.path.relpath(parent.path.resolve(), Path(final_path).resolve()) if local else parent.name
-    configurations = [folder / name for name in CONFIGURATIONS if (folder / name).exists()]
-    hashed = {*folder.glob("*.safetensors"), *configurations, *folder.glob("tokenizer*"), *folder.glob("*/*.*")}
     manifest = {
         "kind": kind,
+        "version": VERSION,
         "parent": {"path": path, "sha256": parent.sha256},
         "base": base_name(chain),
         "arguments": {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()},
@@ -60,7 +71,7 @@ def write_manifest(folder, final_path, kind, chain, args, data_fingerprint, word
         "seed": args.seed,
         "libraries": {name: _version(name) for name in LIBRARIES},
         "git_commit": _git_commit(),
-        "files": {p.relative_to(folder).as_posix(): file_sha256(p) for p in sorted(hashed)},
+        "files": {name: file_sha256(folder / name) for name in model_files(folder)},
         "training": training,
         "metrics": metrics,
     }
@@ -81,42 +92,37 @@ def read_manifest(path, verify=True):
     verify=False: the contents of its files are not looked at. Raises UserError for a folder that is neither, a manifest
     that is not ours, and weights that are gone or altered.
     """
-    file = Path(path) / MANIFEST
+    path = Path(path)
+    file = path / MANIFEST
     if not file.exists():
-        if (Path(path) / "config.json").exists():
+        if (path / "config.json").exists():
+            refuse_special(path)
             return None
         raise UserError(
             f"{path} holds neither {MANIFEST} nor config.json; pass what qlora.py or spul.py wrote, or a model"
         )
-    try:
-        manifest = _parsed(file)
-    except (ValueError, KeyError, TypeError):
-        raise UserError(f"{file} is not a manifest of this project or is damaged; train the checkpoint again")
-    kind, files = manifest["kind"], manifest["files"]
-    if kind not in KINDS:
+    manifest = schemas.read(file, schemas.Manifest)
+    if (kind := manifest["kind"]) not in KINDS:
         raise UserError(f"{file} names the unknown kind {kind!r}; this version reads {', '.join(KINDS)}")
-    for name, digest in files.items():
-        if not (Path(path) / name).exists():
-            raise UserError(f"{path} has lost its file {name}; restore it or train the checkpoint again")
-        if verify and file_sha256(Path(path) / name) != digest:
-            raise UserError(f"{Path(path) / name} is not the file its manifest names (SHA-256 differs); restore it")
+    refuse_special(path)
+    for name, digest in manifest["files"].items():
+        held = inside(path, name)
+        if verify and file_sha256(held) != digest:
+            raise UserError(f"{held} is not the file its manifest names (SHA-256 differs); restore it")
+    unnamed = sorted(set(model_files(path)) - set(manifest["files"]))
+    if manifest.get("version", 1) == 1:  # which named the weights, but not all else
+        unnamed = [name for name in unnamed if name.endswith(".safetensors")]
+    if unnamed:
+        raise UserError(f"{path} holds {unnamed[0]}, which its manifest does not name; remove it")
     return manifest
 
 
 def manifest_at(path):
     """The manifest in the folder `path`, or None if there is none that this project wrote; no other file is read."""
     try:
-        return _parsed(Path(path) / MANIFEST)
-    except (OSError, ValueError, KeyError, TypeError):
+        return schemas.read(Path(path) / MANIFEST, schemas.Manifest)
+    except UserError:
         return None
-
-
-def _parsed(file):
-    """The JSON of a manifest. Raises ValueError, KeyError or TypeError where it is not one."""
-    manifest = json.loads(file.read_text(encoding="utf-8"))
-    Path(manifest["parent"]["path"]), manifest["parent"]["sha256"], manifest["kind"]
-    dict(manifest["files"]), dict(manifest["arguments"]), manifest["data_fingerprint"], manifest["seed"]
-    return manifest
 
 
 def first_manifest(names):
@@ -138,8 +144,15 @@ def parent_path(path, manifest, override=None):
 
 
 def verify_parent(link, child):
-    """Raise UserError unless `link` is, weight for weight, the parent that checkpoint `child` was trained on."""
-    if link.sha256 != child.manifest["parent"]["sha256"]:
+    """Raise UserError unless `link` is, file for file, the parent that checkpoint `child` was trained on."""
+    found = link.sha256
+    if child.manifest.get("version", 1) == 1:
+        found = link.earlier_sha256
+        note_once(
+            f"{child.path} is of an earlier version, which took no notice of its parent's tokenizer and of weights in "
+            "subfolders; whether those have changed since is not known"
+        )
+    if found != child.manifest["parent"]["sha256"]:
         raise UserError(
             f"{link.path} is not the model that {child.path} was trained on (SHA-256 differs); "
             "point --parent_path at the right one"
@@ -152,20 +165,46 @@ def is_hub_name(name):
 
 
 def weights_sha256(path):
-    """SHA-256 over the names and contents of the files that make a model: one GGUF file, or a folder's weights (.bin
-    only where there is no safetensors, as in loading) and the configuration without which they mean something else."""
+    """SHA-256 over the names and contents of all that makes a model: one GGUF file, or `model_files` of a folder."""
     path = Path(path)
+    names = [path.name] if path.is_file() else model_files(path)
+    folder = path.parent if path.is_file() else path
+    return _digest({name: folder / name for name in names})
+
+
+def model_files(folder: Path) -> list[str]:
+    """The files in `folder` that loading reads, sorted: weights, wherever an index says they lie, configurations and
+    tokenizer. Raises UserError where an index names a file outside of the folder, or one that is not there."""
+    found = [*_weights(folder), *(path for name in READ_BY_LOADING for path in folder.glob(name))]
+    found += [path for name in OF_A_GATE for path in folder.glob(f"{name}/*")]
+    return sorted({path.relative_to(folder).as_posix() for path in found if not path.is_dir()})
+
+
+def _weights(folder: Path) -> list[Path]:
+    """safetensors, .bin only without them, as in loading; the index of shards; and the shards that it names."""
+    kind = next((kind for kind in ("safetensors", "bin") if list(folder.glob(f"*.{kind}*"))), "safetensors")
+    indices = sorted(folder.glob(f"*.{kind}.index.json"))
+    shards = [name for index in indices for name in schemas.read_foreign(index, schemas.Index)["weight_map"].values()]
+    return [*folder.glob(f"*.{kind}"), *indices, *(inside(folder, name, links=True) for name in set(shards))]
+
+
+def _earlier_sha256(path: Path) -> str:
+    """What `weights_sha256` was before it saw tokenizer, index and shards in subfolders."""
     files = [path] if path.is_file() else sorted(path.glob("*.safetensors")) or sorted(path.glob("*.bin"))
     files += [path / name for name in CONFIGURATIONS if (path / name).exists()]
+    return _digest({file.name: file for file in files})
+
+
+def _digest(files: dict[str, Path]) -> str:
     digest = hashlib.sha256()
-    for file in files:
-        digest.update(f"{file.name}:{file_sha256(file)}\n".encode())
+    for name, file in files.items():
+        digest.update(f"{name}:{file_sha256(file)}\n".encode())
     return digest.hexdigest()
 
 
 def file_sha256(path):
     """SHA-256 of one file's bytes, as hex; of a file that has not been touched since, once a process."""
-    found = os.stat(path)
+    found = os.stat(regular_file(path))
     return _sha256(os.path.abspath(path), found.st_ino, found.st_size, found.st_mtime_ns)
 
 

@@ -121,7 +121,7 @@ def share(text):
     return _number(float, text, lambda v: 0 <= v <= 1, "a number from 0 to 1")
 
 
-def dropout(text):
+def below_one(text):
     """A float in [0, 1), for argparse."""
     return _number(float, text, lambda v: 0 <= v < 1, "a number of at least 0 and below 1")
 
@@ -366,7 +366,7 @@ def add_lora_arguments(parser, title):
     group = parser.add_argument_group(title)
     group.add_argument("--lora_rank", type=positive_int, default=16, help="r")
     group.add_argument("--lora_alpha", type=positive_float, default=64, help="scale is lora_alpha / lora_rank")
-    group.add_argument("--lora_dropout", "--lora_fropout", type=dropout, default=0.1, help="in front of the adapter")
+    group.add_argument("--lora_dropout", "--lora_fropout", type=below_one, default=0.1, help="in front of the adapter")
     group.add_argument(
         "--lora_bias", choices=["none", "all", "lora_only"], default="none", help="biases to train, in --dtype"
     )

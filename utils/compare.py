@@ -202,15 +202,15 @@ class Workplace:
 
     def scores(self, path: Path, command: list[str]) -> dict | None:
         """Scores {split: ...} of a budgeted run, or None if its loss was not finite; they outlive its folder."""
+        from utils import schemas
         from utils.files import write_json
 
         file = path.with_suffix(".json")
         if not file.exists():
             done = (path / "manifest.json").exists()
             finite = done or self._call([*command, f"--output_path={path}", *_resume(path)], or_not_finite=True)
-            records = json.loads((path / "metrics.json").read_text(encoding="utf-8")) if finite else [{"splits": None}]
-            write_json(file, records[-1]["splits"])
-        return json.loads(file.read_text(encoding="utf-8"))
+            write_json(file, _last(path)["splits"] if finite else None)
+        return schemas.read(file, schemas.SearchScores)
 
     def evaluate(self, name, checkpoint, seed, flags=()):
         """(record, predictions) of one checkpoint on the four splits; the predictions as a DataFrame."""
@@ -224,7 +224,7 @@ class Workplace:
         path = self._place("evaluations", f"{name.replace(' + ', '-')}-{seed}", command)
         if not (path / "metrics.json").exists():
             self._call([*command, f"--output_path={path}", "--overwrite"])
-        record = json.loads((path / "metrics.json").read_text(encoding="utf-8"))[-1]
+        record = _last(path)
         predictions = pd.read_json(path / "predictions.jsonl", lines=True)
         predictions = predictions[predictions["method"] == record["method"]].reset_index(drop=True)
         return record, predictions
@@ -267,6 +267,13 @@ class Workplace:
                 sys.stderr.flush()
                 said = (said + part)[-4096:]
         return process.returncode, said.decode(errors="replace")
+
+
+def _last(folder: Path) -> dict:
+    """The last record of metrics.json in `folder`."""
+    from utils import schemas
+
+    return schemas.read(folder / "metrics.json", schemas.Records)[-1]
 
 
 def _marks(frames):

@@ -13,6 +13,7 @@ import torch
 
 from utils.cli import UserError, first_line, note_once
 from utils.names import Person, count_rows, mentions, note_absent, read_names
+from utils.reading import refuse_special, regular_file
 from utils.splits import (
     READERS,
     SPLITS,
@@ -62,8 +63,9 @@ def load_splits(dataset):
 def read_texts(path):
     """The texts of a .txt (one a line), .csv, .jsonl or .parquet file (column `text`); UserError on bad input."""
     path = Path(path)
-    if not path.is_file():
+    if not path.exists():
         raise UserError(f"{path} does not exist; pass an existing file to --input_file")
+    regular_file(path)
     if path.suffix == ".txt":
         try:
             lines = path.read_text(encoding="utf-8-sig").split("\n")  # splitlines ends them at a form feed, too
@@ -100,6 +102,8 @@ def _from_hub(hub_id):
 def _from_disk(folder):
     from datasets import load_from_disk
 
+    for inner in (folder, *(path for path in folder.iterdir() if path.is_dir())):
+        refuse_special(inner)
     try:
         loaded = load_from_disk(str(folder))
     except Exception as error:

@@ -1,7 +1,6 @@
 """ECO (arXiv 2406.07933): a gate, corrupted embeddings behind it, and the search for how strongly to corrupt."""
 
 import dataclasses
-import json
 import math
 from pathlib import Path
 
@@ -9,9 +8,9 @@ import numpy as np
 import pandas as pd
 from sklearn.model_selection import StratifiedKFold
 
-from utils import gates, metrics, models
+from utils import gates, metrics, models, schemas
 from utils.checkpoints import write_json
-from utils.cli import UserError, first_line
+from utils.cli import UserError
 from utils.corruption import Corruption, has_strength
 from utils.data import SNIPPETS_FOLDER, SPLITS, learnt_by, load_rows, sample_rows
 from utils.names import Person, read_names, spans
@@ -39,16 +38,10 @@ class Tagger:
 
     def __init__(self, name, source, loaded, args):
         """name: what the user calls it. source: folder that holds it. loaded: the language model, for the device."""
-        from transformers import AutoModelForTokenClassification, AutoTokenizer, pipeline
+        from transformers import AutoModelForTokenClassification, pipeline
 
-        options = {"local_files_only": True, "trust_remote_code": args.trust_remote_code}
-        try:
-            model, info = AutoModelForTokenClassification.from_pretrained(source, output_loading_info=True, **options)
-            tokenizer = AutoTokenizer.from_pretrained(source, **options)
-        except gates.LOADING_ERRORS as error:
-            raise UserError(f"{name} is no token classifier ({first_line(error)}); use one, or --eco_names")
-        trained = any("TokenClassification" in kind for kind in model.config.architectures or ())
-        if info["missing_keys"] or not trained:  # transformers would give it a random head, or one of something else
+        model, tokenizer = gates.load_classifier(AutoModelForTokenClassification, source, args)
+        if not any("TokenClassification" in kind for kind in model.config.architectures or ()):
             raise UserError(f"{name} was not trained to classify tokens; use a model that was, or --eco_names")
         device = loaded.model.device
         options = {"model": model, "tokenizer": tokenizer, "aggregation_strategy": "simple", "device": device}
@@ -283,17 +276,19 @@ def save(loaded, settings, folder):
 def load(link, loaded, args):
     """`loaded`, the model under the ECO checkpoint `link`, with its gate and corruption."""
     gate = gates.load_gate(link, loaded, args)
+    settings, marks = schemas.read(Path(link.path) / FILE, schemas.EcoSettings), Marks()
+    if settings["tokens"] == "entities" and settings["token_classifier"]:
+        marks = Marks(Tagger(f"{link.path}/{TAGGER}", Path(link.path) / TAGGER, loaded, args))
+    elif settings["tokens"] == "entities":
+        marks = Marks(_by_list(_people(settings["names"], link.path)))
+    return dataclasses.replace(loaded, gate=gate, marks=marks, corruption=Corruption(**settings["corruption"]))
+
+
+def _people(listed: list[dict], folder: Path) -> list[Person]:
     try:
-        settings = json.loads((Path(link.path) / FILE).read_text(encoding="utf-8"))
-        names = [Person(**person) for person in settings["names"]]
-        marks = Marks()
-        if settings["tokens"] == "entities" and settings["token_classifier"]:
-            marks = Marks(Tagger(f"{link.path}/{TAGGER}", Path(link.path) / TAGGER, loaded, args))
-        elif settings["tokens"] == "entities":
-            marks = Marks(_by_list(names))
-        return dataclasses.replace(loaded, gate=gate, marks=marks, corruption=Corruption(**settings["corruption"]))
-    except (OSError, ValueError, KeyError, TypeError):
-        raise UserError(f"{link.path}/{FILE} is missing or damaged; train the checkpoint again")
+        return [Person(**parts) for parts in listed]
+    except ValueError as error:
+        raise UserError(f"{folder}/{FILE} is damaged ({error}); train the checkpoint again")
 
 
 def _labelled(retain, forget):

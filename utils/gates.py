@@ -8,18 +8,17 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import roc_auc_score
 from tqdm import tqdm
 
-from utils import processes
+from utils import processes, schemas
 from utils.cli import UserError, first_line
+from utils.reading import Like, is_finite, read_tensors, refuse_special
 
 ROUNDING = 1e-9  # a threshold taken from scores lies just above them, whatever the order of a later sum
-LOADING_ERRORS = (OSError, ValueError, KeyError, RuntimeError, SafetensorError)
 PICKED_AT = 0.99  # the threshold at which the authors count an encoder's errors, whatever it is in use
 WEIGHTS, VOCABULARY, ENCODER = "classifier.safetensors", "vocabulary.json", "classifier"
 _STATES = weakref.WeakKeyDictionary()  # of a model: {(text, max_length): mean hidden state}, see _pooled
@@ -85,9 +84,12 @@ class Tfidf:
 
     @classmethod
     def load(cls, folder, **_):
-        tensors = {key: value.numpy() for key, value in load_file(folder / WEIGHTS).items()}
+        vocabularies = schemas.read(folder / VOCABULARY, schemas.Vocabularies)
+        sizes = [len(terms) for terms in vocabularies]
+        expected = {f"idf.{i}": _numbers(n) for i, n in enumerate(sizes)}
+        tensors = _read_weights(folder, {**expected, "coefficients": _numbers(sum(sizes))})
         vectorizers = []
-        for i, terms in enumerate(json.loads((folder / VOCABULARY).read_text(encoding="utf-8"))):
+        for i, terms in enumerate(vocabularies):
             vectorizer = _vectorizers()[i].set_params(vocabulary={term: at for at, term in enumerate(terms)})
             vectorizer.idf_ = tensors[f"idf.{i}"]
             vectorizers.append(vectorizer)
@@ -124,9 +126,10 @@ class Features:
 
     @classmethod
     def load(cls, folder, loaded, args):
-        tensors = {key: value.numpy() for key, value in load_file(folder / WEIGHTS).items()}
-        numbers = [tensors[name] for name in ("mean", "scale", "coefficients")]
-        return cls(loaded, args, *numbers, float(tensors["intercept"][0]))
+        width = loaded.model.get_output_embeddings().weight.shape[-1]  # of some OPT models narrower than their layers
+        names = "mean", "scale", "coefficients"
+        tensors = _read_weights(folder, dict.fromkeys(names, _numbers(width)))
+        return cls(loaded, args, *(tensors[name] for name in names), float(tensors["intercept"][0]))
 
 
 class Encoder:
@@ -155,7 +158,7 @@ class Encoder:
                 source, num_labels=2, ignore_mismatched_sizes=True, **options
             )
             tokenizer = AutoTokenizer.from_pretrained(source, **options)
-        except LOADING_ERRORS as error:
+        except Exception as error:  # as in `load_classifier`
             raise UserError(f"{name} is no encoder to classify with ({first_line(error)}); use tfidf or another")
         if tokenizer.pad_token_id is None:
             raise UserError(f"{name} is no encoder to classify with (it has no padding token); use tfidf or another")
@@ -227,12 +230,47 @@ class Encoder:
 
     @classmethod
     def load(cls, folder, loaded, args):
-        from transformers import AutoModelForSequenceClassification, AutoTokenizer
+        from transformers import AutoModelForSequenceClassification
 
-        options = {"local_files_only": True, "trust_remote_code": args.trust_remote_code}
-        model = AutoModelForSequenceClassification.from_pretrained(folder / ENCODER, **options)
-        tokenizer = AutoTokenizer.from_pretrained(folder / ENCODER, **options)
+        model, tokenizer = load_classifier(AutoModelForSequenceClassification, folder / ENCODER, args)
+        if model.config.num_labels != 2:
+            raise UserError(f"{folder / ENCODER} has {model.config.num_labels} classes instead of 2; restore it")
         return cls(model.to(loaded.model.device), tokenizer)
+
+
+def load_classifier(kind: type, folder: Path, args: object) -> tuple[torch.nn.Module, object]:
+    """(model, tokenizer) of a Hugging Face classifier in `folder`; `kind` is the Auto class of such models.
+
+    Nothing is fetched. Raises UserError where it is not there, not of that kind, or holds a number that is not finite.
+    """
+    from transformers import AutoTokenizer
+
+    from utils.models import refuse_fetching
+
+    if not (folder / "config.json").is_file():
+        raise UserError(f"{folder} holds no config.json; restore it or train the checkpoint again")
+    refuse_special(folder)
+    refuse_fetching(folder)
+    options = {"local_files_only": True, "trust_remote_code": args.trust_remote_code}
+    try:
+        model, info = kind.from_pretrained(folder, output_loading_info=True, **options)
+        tokenizer = AutoTokenizer.from_pretrained(folder, **options)
+    except Exception as error:  # of a damaged file, whatever the library that reads it raises
+        raise UserError(f"{folder} is no classifier of texts ({first_line(error)}); restore it or use another")
+    if info["missing_keys"]:  # transformers would give it a random head
+        raise UserError(f"{folder} was not trained to classify texts; use a model that was, or --eco_names")
+    if not all(map(is_finite, model.parameters())):
+        raise UserError(f"{folder} holds weights that are not finite; restore it or train the checkpoint again")
+    return model, tokenizer
+
+
+def _numbers(n: int) -> Like:
+    return Like((n,), ("float64",))
+
+
+def _read_weights(folder: Path, expected: dict[str, Like]) -> dict[str, np.ndarray]:
+    tensors = read_tensors(folder / WEIGHTS, {**expected, "intercept": _numbers(1)}, "classifier of this gate")
+    return {name: tensor.numpy() for name, tensor in tensors.items()}
 
 
 CLASSIFIERS = {kind.kind: kind for kind in (Tfidf, Features, Encoder)}
@@ -240,12 +278,9 @@ CLASSIFIERS = {kind.kind: kind for kind in (Tfidf, Features, Encoder)}
 
 def load_gate(link, loaded, args):
     """The Gate of the ECO checkpoint `link`. Raises UserError if its files are missing or damaged."""
-    try:
-        settings = json.loads((Path(link.path) / "eco.json").read_text(encoding="utf-8"))
-        classifier = CLASSIFIERS[settings["classifier"]].load(Path(link.path), loaded=loaded, args=args)
-        return Gate(classifier, settings["threshold"])
-    except (*LOADING_ERRORS, TypeError, IndexError):
-        raise UserError(f"{link.path} has lost its classifier or it is damaged; train it again")
+    settings = schemas.read(Path(link.path) / "eco.json", schemas.EcoSettings)
+    classifier = CLASSIFIERS[settings["classifier"]].load(Path(link.path), loaded=loaded, args=args)
+    return Gate(classifier, settings["threshold"])
 
 
 def threshold_rank(n: int, rate: float, flag: str) -> int:
@@ -263,8 +298,14 @@ def threshold_rank(n: int, rate: float, flag: str) -> int:
 def threshold_for_rate(scores: np.ndarray, rate: float, flag: str) -> float:
     """The threshold under which a retain row is flagged with probability at most `rate`, by the `scores` (n,) of n
     retain rows. That holds for a row like them and the classifier that gave the scores; where another is used, trained
-    on all rows, it is an estimate."""
-    return float(np.sort(scores)[threshold_rank(len(scores), rate, flag) - 1]) + ROUNDING
+    on all rows, it is an estimate. Raises UserError where it is 1: a gate that flags nothing."""
+    threshold = float(np.sort(scores)[threshold_rank(len(scores), rate, flag) - 1]) + ROUNDING
+    if threshold < 1:
+        return threshold
+    raise UserError(
+        f"the classifier gives retain rows the probability 1, so the threshold for --{flag}={rate} is 1 and nothing "
+        "would be flagged; use a larger value or another --eco_classifier"
+    )
 
 
 def rates(gate, frames):

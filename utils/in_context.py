@@ -1,13 +1,13 @@
 """The rivals that train nothing: what they put around every text (arXiv 2403.03329 and 2310.07579)."""
 
-import json
 from pathlib import Path
 
 import numpy as np
 from sklearn.feature_extraction.text import TfidfVectorizer
 
+from utils import schemas
 from utils.cli import UserError
-from utils.data import SNIPPETS_FOLDER, TEMPLATE_HEAD, TEMPLATE_TAIL, learnt_by, load_rows
+from utils.data import SNIPPETS_FOLDER, TEMPLATE_HEAD, TEMPLATE_TAIL, TRAIN_SPLITS, learnt_by, load_rows
 from utils.names import read_names
 
 FILE = "template.json"
@@ -72,16 +72,18 @@ def build(args, frames):
 
 def load(link):
     """The template that `build` made for the checkpoint of `link`; icul reads its training rows again."""
-    try:
-        settings = json.loads((Path(link.path) / FILE).read_text(encoding="utf-8"))
-        if settings["method"] == "prompting":
-            return Instruction(settings)
-        dataset, frames = link.manifest["arguments"]["dataset"], load_rows(link.manifest["arguments"])
-        if not learnt_by(link.manifest, frames):
-            raise UserError(f"{dataset} has changed since {link.path} was made from it; make it again")
-        return Demonstrations(settings, frames)
-    except (OSError, ValueError, KeyError, TypeError, IndexError):
-        raise UserError(f"{link.path}/{FILE} is missing or damaged; make the checkpoint again")
+    file = Path(link.path) / FILE
+    settings = schemas.read(file, schemas.TemplateSettings)
+    if settings["method"] == "prompting":
+        return Instruction(schemas.check(settings, schemas.InstructionSettings, file))
+    schemas.check(settings, schemas.DemonstrationSettings, file)
+    dataset, frames = link.manifest["arguments"]["dataset"], load_rows(link.manifest["arguments"])
+    if not learnt_by(link.manifest, frames):
+        raise UserError(f"{dataset} has changed since {link.path} was made from it; make it again")
+    sizes = [len(frames[split]) for split in TRAIN_SPLITS]
+    if len(settings["flipped_labels"]) != sizes[1] or max(settings["retain_rows"], default=0) >= sizes[0]:
+        raise UserError(f"{file} names other rows than there are; make the checkpoint again")
+    return Demonstrations(settings, frames)
 
 
 def _people(args):

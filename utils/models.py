@@ -9,20 +9,22 @@ from functools import cached_property, partial
 from pathlib import Path
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
-from safetensors import SafetensorError
-from safetensors.torch import load_file
+from peft import LoraConfig, PeftModel, PeftModelForCausalLM, get_peft_model
+from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils import is_flash_attn_2_available
 
-from utils import in_context, processes
+from utils import in_context, processes, schemas
 from utils.checkpoints import Link, base_name, first_manifest, parent_path, read_manifest, recover, verify_parent
 from utils.cli import UserError, first_line
+from utils.reading import FLOATS, Like, is_finite, read_tensors
 from utils.forward import GROUPED, kept_positions, prompt_prefix
 
 GROUPED_UP_TO = 256  # tokens, virtual ones included; README, "Speed and memory"
+PROMPTED = ("prompt", "in-context", "eco")  # kinds that stand at the end of a chain
+LOCAL_ATTENTION = (None, "eager", "sdpa", "flex_attention", "grouped_mm", "batched_mm")  # others come from the hub
 HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
 
 
@@ -56,24 +58,50 @@ class Loaded:
         return None if self.prompt is None else prompt_prefix(self.model, self.prompt)
 
 
-def resolve_chain(name, trust_remote_code=False, parent=None, weights=True):
+def resolve_chain(name, trust_remote_code=False, parent=None, weights=True, children=()):
     """The Links from the base model to `name`, base first, every parent verified by hash.
 
     `name`: a checkpoint folder, a model folder, a .gguf file or a hub id. `parent`: where the parent of `name` lies,
-    if it was moved. weights=False: nothing is verified, and of a hub id no weights are fetched. Raises UserError on
-    anything missing, damaged or not the recorded parent.
+    if it was moved. weights=False: nothing is verified, and of a hub id no weights are fetched. children: the folders
+    that led here. Raises UserError on anything missing, damaged or not the recorded parent.
     """
     path = _local_path(name, trust_remote_code, weights)
+    if path.resolve() in children:
+        raise UserError(f"{path} is its own parent, or that of its parent; train the checkpoint again")
     manifest = None if path.is_file() else read_manifest(path, verify=weights)
     link = Link(path, str(name), manifest)
     if weights:
         link.sha256  # noqa: B018  (taken now, so that it is that of what gets loaded)
-    if manifest is None or manifest["kind"] == "full":  # holds all its weights: its parent is not needed
+    if link.kind in PROMPTED and children:
+        raise UserError(f"{path} is a prompt, which is nobody's parent; pass another --parent_path or train again")
+    if link.kind in ("model", "full"):  # holds all its weights: its parent is not needed
+        refuse_fetching(path)
         return [link]
-    chain = resolve_chain(parent_path(path, manifest, parent), trust_remote_code, weights=weights)
+    above = parent_path(path, manifest, parent)
+    chain = resolve_chain(above, trust_remote_code, weights=weights, children=(*children, path.resolve()))
     if weights:
         verify_parent(chain[-1], link)
     return [*chain, link]
+
+
+def refuse_fetching(path: Path) -> None:
+    """Raise UserError where the model in folder `path` would make transformers load something that is not in it."""
+    if path.is_file():
+        return
+    if (path / "adapter_config.json").exists():
+        raise UserError(f"{path} is a model with an adapter in it; merge them, or move adapter_config.json away")
+    config = schemas.read_foreign(path / "config.json", schemas.ModelConfig)
+    if config.get("transformers_weights"):
+        raise UserError(f"{path}/config.json names its weights itself; remove transformers_weights from it")
+    for key, value in _entries(config):
+        if re.fullmatch(r"_?(attn|experts)_implementation(_internal)?", key) and value not in LOCAL_ATTENTION:
+            raise UserError(f"{path}/config.json wants the {key} {value!r}, which is not in the folder; remove it")
+
+
+def _entries(value):
+    """Every (key, value) of nested JSON objects."""
+    parts = value if isinstance(value, list) else value.values() if isinstance(value, dict) else ()
+    return [*(value.items() if isinstance(value, dict) else ()), *(entry for part in parts for entry in _entries(part))]
 
 
 def short_name(name: str) -> str:
@@ -188,6 +216,9 @@ def load_base(link, args, quantization="none"):
         )
     except Exception as error:  # as above
         raise UserError(f"cannot load a causal language model from {link.name} ({first_line(error)})")
+    broken = next((name for name, weight in model.named_parameters() if not is_finite(_numbers(weight))), None)
+    if broken:
+        raise UserError(f"{link.name} holds numbers that are not finite ({broken}); restore it, or use --dtype=float32")
     if info["missing_keys"]:  # transformers would fill them with random numbers
         raise UserError(f"{link.name} lacks the weight {min(info['missing_keys'])}; restore its files")
     if link.path.is_file():  # from GGUF: loading has dequantised the weights, yet the model still claims otherwise
@@ -201,6 +232,12 @@ def load_base(link, args, quantization="none"):
     if compiled:
         compile_decoder(model)
     return model.eval().requires_grad_(False)
+
+
+def _numbers(weight: torch.nn.Parameter) -> torch.Tensor:
+    """Those in which a weight is not finite: of one in 4 bits the scale of each block."""
+    packed = getattr(weight, "quant_state", None)
+    return weight if packed is None else packed.absmax
 
 
 def refuse_attention(choice, device, dtype):
@@ -286,7 +323,7 @@ def load(name, args, parent=None):
         if link.kind == "lora":
             model = merge_lora(model, link)
         elif link.kind == "prompt":
-            prompt = load_prompt(link).to(model.device)
+            prompt = load_prompt(link, model.get_input_embeddings().weight.shape[1]).to(model.device)
         elif link.kind == "in-context":
             template = in_context.load(link)
     loaded = Loaded(model, tokenizer, prompt, chain, template)
@@ -299,7 +336,7 @@ def load(name, args, parent=None):
 
 def refuse_prompted(chain):
     """Raise UserError if the last Link is a prompt: what trains or instructs a model takes the model itself."""
-    if chain[-1].kind in ("prompt", "in-context", "eco"):
+    if chain[-1].kind in PROMPTED:
         raise UserError(f"{chain[-1].path} already is a prompt; --model_checkpoints takes what it was made on")
 
 
@@ -310,20 +347,42 @@ def decoder_layers(model):
 
 
 def merge_lora(model, link):
-    """`model` with the LoRA adapter of `link` added into its weights."""
+    """`model` with the LoRA adapter of `link` added into its weights. Raises UserError unless its tensors are those
+    that an adapter of its configuration on this model has."""
+    config = lora_config(link.path)
     try:
-        merged = PeftModel.from_pretrained(model, str(link.path)).merge_and_unload()
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        adapted = PeftModelForCausalLM(model, config)
+    except (ValueError, RuntimeError) as error:
         raise UserError(f"{link.path} is not a LoRA adapter of this model ({first_line(error)})")
-    return merged.eval().requires_grad_(False)
+    expected = get_peft_model_state_dict(adapted, save_embedding_layers=False)
+    expected = {name: Like(tuple(t.shape), FLOATS[:1] if "lora_" in name else FLOATS) for name, t in expected.items()}
+    tensors = read_tensors(link.path / "adapter_model.safetensors", expected, "LoRA adapter of this model")
+    set_peft_model_state_dict(adapted, tensors)
+    return adapted.merge_and_unload().eval().requires_grad_(False)
 
 
-def load_prompt(link):
-    """The virtual tokens (p, d), float32, that PEFT's saved format calls prompt_embeddings."""
-    try:
-        return load_file(link.path / "adapter_model.safetensors")["prompt_embeddings"].float()
-    except (OSError, KeyError, SafetensorError) as error:
-        raise UserError(f"{link.path} holds no prompt ({first_line(error)}); train it again")
+def lora_config(folder: Path) -> LoraConfig:
+    """The configuration of the LoRA adapter in `folder`. Raises UserError where it says more than we write there: a
+    field that changes what is computed, or names code to import."""
+    file = folder / "adapter_config.json"
+    found = schemas.read(file, schemas.LoraSettings)
+    known = {*schemas.LoraSettings.model_fields, "base_model_name_or_path", "inference_mode", "peft_version"}
+    plain = LoraConfig(task_type="CAUSAL_LM").to_dict()
+    for name, value in found.items():
+        if name not in known and value != plain.get(name) and value not in (None, False, {}, []):
+            raise UserError(f"{file} sets {name}, which this project does not know; train the checkpoint again")
+    names = "r", "lora_alpha", "lora_dropout", "bias", "target_modules"
+    return LoraConfig(
+        task_type="CAUSAL_LM", inference_mode=True, **{name: found[name] for name in names if name in found}
+    )
+
+
+def load_prompt(link: Link, width: int) -> torch.Tensor:
+    """The virtual tokens (p, width), float32, that PEFT's saved format calls prompt_embeddings."""
+    settings = schemas.read(link.path / "adapter_config.json", schemas.PromptSettings)
+    expected = {"prompt_embeddings": Like((settings["num_virtual_tokens"], width))}
+    tensors = read_tensors(link.path / "adapter_model.safetensors", expected, "prompt for this model")
+    return tensors["prompt_embeddings"]
 
 
 def add_lora(model, args):
@@ -351,6 +410,14 @@ def add_lora(model, args):
         if "lora_" in name:  # biases of --lora_bias are the model's own and compute in its dtype
             parameter.data = parameter.data.float()
     return model
+
+
+def save(model: torch.nn.Module, folder: Path) -> None:
+    """Write the weights of a model, or of the adapter in it, into `folder`."""
+    if isinstance(model, PeftModel):  # which by default asks the hub whether the base's embeddings have grown
+        model.save_pretrained(folder, save_embedding_layers=False)
+    else:
+        model.save_pretrained(folder)
 
 
 def check_length(config, n_tokens, p, spare=0):

@@ -14,6 +14,7 @@ from functools import cached_property, lru_cache
 from pathlib import Path
 
 from utils.cli import UserError, note_once
+from utils.reading import regular_file
 
 APOSTROPHES, HYPHENS, MIDDLE_DOTS = "\u2018\u2019\u201b\u02bb\u02bc\u2032\u00b4\uff07`", "\u2212\uff0d", "•‧∙⋅・･"
 ALIKE = {
@@ -74,7 +75,7 @@ def read_names(path: str | Path) -> list[Person]:
     Raises `UserError` where the file cannot be read, names nobody, or has a line without a spelling.
     """
     try:
-        lines = Path(path).read_text(encoding="utf-8-sig").split("\n")
+        lines = regular_file(path).read_text(encoding="utf-8-sig").split("\n")
     except OSError as error:
         raise UserError(f"cannot read the names file {path} ({error.strerror}); check the path") from None
     except ValueError:

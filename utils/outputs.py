@@ -2,7 +2,6 @@
 
 import contextlib
 import functools
-import json
 import os
 import shutil
 from argparse import Namespace
@@ -12,6 +11,7 @@ from pathlib import Path
 
 from utils import checkpoints, files
 from utils.cli import UserError
+from utils.reading import read_json
 
 READ = (  # arguments that may name a file or folder
     "model_name", "model_checkpoints", "init_checkpoint", "parent_path", "router", "dataset", "input", "input_file",
@@ -163,9 +163,9 @@ def written(folder: Path) -> set[str] | None:
 def records_in(file: Path) -> list[dict]:
     """The records of a metrics.json; an empty list if it holds anything else."""
     try:
-        records = json.loads(file.read_text(encoding="utf-8"))
+        records = read_json(file)
         ours = all({"method", "checkpoint", "splits"} <= record.keys() for record in records)
-    except (OSError, ValueError, TypeError, AttributeError):
+    except (UserError, TypeError, AttributeError):
         return []
     return records if ours else []
 

@@ -8,14 +8,15 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from tqdm import tqdm
 
-from utils import files, processes
-from utils.cli import UserError
+from utils import files, processes, schemas
+from utils.cli import UserError, first_line
 from utils.data import collate, dataset_name, fingerprint
 from utils.forward import completion_hidden, completion_logits, record_activations
 from utils.losses import token_nll
+from utils.reading import FLOATS, Like, parse_json, read_tensors, regular_file, tensors_sha256
 
 FOLDER = "saved_logits"
 
@@ -105,18 +106,27 @@ def load_reference(loaded, examples, rows, frames, args, measure=hidden_states, 
     sizes = token_counts(examples, rows, measure)
     if not processes.from_main(path.exists()):
         _write(path, key, lambda: _compute(loaded, examples, sizes, args.eval_batch_size, measure))
-    try:
-        with safe_open(path, "pt") as file:
-            found = json.loads(file.metadata()["key"])
-        values = load_file(path)["values"]
-    except (OSError, SafetensorError, TypeError, KeyError, ValueError):
-        raise UserError(
-            f"{path} is not a file of reference logits or is damaged; delete it or pass another --logits_path"
-        )
-    different = [name for name in key if found.get(name) != key[name]]
+    found = _recorded(path)
+    different = [name for name in key if found["key"].get(name) != key[name]]
     if different:
         raise UserError(f"{path} was computed for another {different[0]}; delete it or pass another --logits_path")
-    return Reference(values, sizes)
+    like = Like((sum(sizes.values()), None), FLOATS)
+    tensors = read_tensors(path, {"values": like}, "reference of these rows", schemas.Reference.remedy)
+    if tensors_sha256(tensors) != found["sha256"]:
+        raise UserError(f"{path} is damaged (its hash differs); {schemas.Reference.remedy}")
+    return Reference(tensors["values"], sizes)
+
+
+def _recorded(path: Path) -> dict:
+    """What the reference file `path` records of itself, as schemas.Reference has it."""
+    try:
+        with safe_open(regular_file(path), "pt") as file:
+            found = file.metadata() or {}
+    except (OSError, SafetensorError) as error:
+        what, remedy = schemas.Reference.what, schemas.Reference.remedy
+        raise UserError(f"{path} is no {what} or is damaged ({first_line(error)}); {remedy}")
+    found = {name: parse_json(value, path) if name == "key" else value for name, value in found.items()}
+    return schemas.check(found, schemas.Reference, path)
 
 
 def _digest(value):
@@ -151,6 +161,8 @@ def _write(path, key, compute):
             return
         values = compute()
         if place:
-            save_file({"values": values.contiguous()}, place / files.NEW, {"key": json.dumps(key)})
+            tensors = {"values": values.contiguous()}
+            recorded = {"key": json.dumps(key), "sha256": tensors_sha256(tensors)}
+            save_file(tensors, place / files.NEW, recorded)
             files.publish(place, path)
     processes.gather(None)  # the others wait for the file

@@ -13,6 +13,7 @@ import pandas as pd
 
 from utils.cli import UserError, first_line, note_once
 from utils.files import new_file
+from utils.reading import regular_file
 
 SPLITS = ("train_retain", "train_forget", "test_retain", "test_forget")
 UNLEARNING_LABELS = ("neutral", "unknown")  # y~ of L_f, section 3.2 of the paper; no class may be called so
@@ -42,10 +43,10 @@ def read_table(path: str | Path) -> pd.DataFrame:
     if path.suffix not in READERS:
         raise UserError(f"{path} is no .csv, .jsonl or .parquet file; convert it or rename it")
     try:
-        frame = READERS[path.suffix](path)
+        frame = READERS[path.suffix](regular_file(path))
     except pd.errors.EmptyDataError:
         raise UserError(f"{path} is empty; it needs a header and at least one row") from None
-    except MemoryError:
+    except (MemoryError, UserError):
         raise
     except Exception as error:  # pandas and pyarrow raise a dozen types on a damaged file
         raise UserError(f"{path} cannot be read ({first_line(error)}); check the file") from None

@@ -15,16 +15,17 @@ from pathlib import Path
 import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from tqdm import tqdm
 from transformers import get_cosine_schedule_with_warmup
 
-from utils import checkpoints, outputs, processes
-from utils.cli import UserError
+from utils import checkpoints, outputs, processes, schemas
+from utils.cli import UserError, first_line
 from utils.data import epoch_batches
 from utils.files import STATE, new_file, recover, workplace
 from utils.metrics import peak_memory
 from utils.outputs import Output, state_path
+from utils.reading import Like, parse_json, read_tensors, regular_file, tensors_sha256
 
 PUBLISHED_SEED = 42
 UNSAVED_ARGUMENTS = (  # change nothing in what is trained
@@ -210,10 +211,11 @@ class Training:
         tensors["rng.cpu"] = torch.get_rng_state()
         if torch.cuda.is_available():
             tensors["rng.cuda"] = torch.cuda.get_rng_state()
+        tensors = {key: value.cpu().contiguous() for key, value in tensors.items()}
         text = {"settings": self.settings, "schedule": schedule.state_dict(), "log": log}
-        contiguous = {key: value.contiguous() for key, value in tensors.items()}
+        text["sha256"] = tensors_sha256(tensors)
         with new_file(self.state_path) as file:
-            save_file(contiguous, file, {key: json.dumps(value) for key, value in text.items()})
+            save_file(tensors, file, {key: json.dumps(value) for key, value in text.items()})
 
     def _numbers(self, optimizer: torch.optim.Optimizer) -> dict[str, int]:
         """Under which number the optimizer keeps what it knows of each parameter, by the parameter's name."""
@@ -224,7 +226,7 @@ class Training:
     def _load(self, optimizer, schedule):
         text = read_state(self.state_path)
         refuse_other_settings(self.state_path, text, self.settings)
-        tensors = load_file(self.state_path)
+        tensors = self._read_tensors(text["sha256"])
         states, numbers = {}, self._numbers(optimizer)
         for key, value in tensors.items():
             kind, _, rest = key.partition(".")
@@ -232,8 +234,6 @@ class Training:
                 self.parameters[rest].data.copy_(value)
             elif kind == "optimizer":
                 name, _, quantity = rest.rpartition(".")
-                if name not in numbers:  # of another version, which numbered them
-                    raise UserError(f"{self.state_path} is of another version; start over with --overwrite")
                 states.setdefault(numbers[name], {})[quantity] = value
         optimizer.load_state_dict({"state": states, "param_groups": optimizer.state_dict()["param_groups"]})
         schedule.load_state_dict(text["schedule"])
@@ -244,6 +244,27 @@ class Training:
             torch.cuda.set_rng_state(tensors["rng.cuda"])
         print(f"continuing {self.state_path} after step {text['log'][-1]['step']}")
         return text["log"]
+
+    def _read_tensors(self, sha256: str) -> dict[str, torch.Tensor]:
+        """The tensors of the state: every parameter, what AdamW keeps of those that had a gradient, the random state.
+
+        sha256: what was recorded of them.
+        """
+        with safe_open(self.state_path, "pt") as file:
+            found = set(file.keys())
+        expected = {"rng.cpu": Like(tuple(torch.get_rng_state().shape), ("uint8",))}
+        if "rng.cuda" in found:
+            expected["rng.cuda"] = Like((None,), ("uint8",))
+        for name, parameter in self.parameters.items():
+            like = Like(tuple(parameter.shape), (str(parameter.dtype).removeprefix("torch."),))
+            expected[f"parameter.{name}"] = like
+            if f"optimizer.{name}.step" in found:
+                expected |= {f"optimizer.{name}.{key}": like for key in ("exp_avg", "exp_avg_sq")}
+                expected[f"optimizer.{name}.step"] = Like(())
+        tensors = read_tensors(self.state_path, expected, "state of this training", schemas.State.remedy)
+        if tensors_sha256(tensors) != sha256:
+            raise UserError(f"{self.state_path} is damaged (its hash differs); start over with --overwrite")
+        return tensors
 
 
 def decay_groups(parameters: Iterable[torch.nn.Parameter], weight_decay: float) -> list[dict]:
@@ -356,7 +377,8 @@ def read_state(path):
     if not Path(path).exists():
         raise UserError(f"there is no interrupted run to continue at {path}; leave out --resume to start one")
     try:
-        with safe_open(path, "pt") as file:
-            return {key: json.loads(value) for key, value in file.metadata().items()}
-    except (SafetensorError, ValueError, AttributeError):
-        raise UserError(f"{path} is not a training state or is damaged; start over with --overwrite")
+        with safe_open(regular_file(path), "pt") as file:
+            metadata = file.metadata() or {}
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{path} is no training state or is damaged ({first_line(error)}); start over with --overwrite")
+    return schemas.check({key: parse_json(value, path) for key, value in metadata.items()}, schemas.State, path)

