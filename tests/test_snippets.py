@@ -126,3 +126,9 @@ def test_test_rows_are_30_percent_of_every_stratum(frames):
 )
 def test_whole_words_in_the_given_case(text, people, names):
     assert mentions(text, names) == people
+
+
+def test_data_of_the_users_are_not_replaced(tmp_path):
+    (tmp_path / "train_retain.csv").write_text("mine", encoding="utf-8")
+    result = prepare(f"--output_path={tmp_path}")
+    assert result.returncode == 2 and "has a train_retain.csv already" in result.stderr
