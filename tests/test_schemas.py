@@ -357,6 +357,12 @@ def test_weights_are_finite(forest, value):
     says(forest, "holds numbers that are not finite", BASE, "--dataset=data")
 
 
+def test_weights_are_no_whole_numbers(forest):
+    """Loading would turn them into floats."""
+    edit_tensors(forest / BASE / "model.safetensors", lambda t: {name: tensor.int() for name, tensor in t.items()})
+    says(forest, "holds whole numbers for the weight", BASE, "--dataset=data")
+
+
 def test_finite_without_a_copy():
     for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
         whole = torch.ones(7, 5, dtype=dtype)

@@ -204,7 +204,10 @@ def _digest(files: dict[str, Path]) -> str:
 
 def file_sha256(path):
     """SHA-256 of one file's bytes, as hex; of a file that has not been touched since, once a process."""
-    found = os.stat(regular_file(path))
+    try:
+        found = os.stat(regular_file(path))
+    except OSError as error:
+        raise UserError(f"cannot read {path} ({error.strerror}); restore it") from None
     return _sha256(os.path.abspath(path), found.st_ino, found.st_size, found.st_mtime_ns)
 
 

@@ -11,13 +11,23 @@ from pathlib import Path
 import torch
 from peft import LoraConfig, PeftModel, PeftModelForCausalLM, get_peft_model
 from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
+from safetensors import safe_open
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils import is_flash_attn_2_available
 
 from utils import in_context, processes, schemas
-from utils.checkpoints import Link, base_name, first_manifest, parent_path, read_manifest, recover, verify_parent
+from utils.checkpoints import (
+    Link,
+    base_name,
+    first_manifest,
+    model_files,
+    parent_path,
+    read_manifest,
+    recover,
+    verify_parent,
+)
 from utils.cli import UserError, first_line
 from utils.reading import FLOATS, Like, is_finite, read_tensors
 from utils.forward import GROUPED, kept_positions, prompt_prefix
@@ -216,9 +226,13 @@ def load_base(link, args, quantization="none"):
         )
     except Exception as error:  # as above
         raise UserError(f"cannot load a causal language model from {link.name} ({first_line(error)})")
-    broken = next((name for name, weight in model.named_parameters() if not is_finite(_numbers(weight))), None)
-    if broken:
-        raise UserError(f"{link.name} holds numbers that are not finite ({broken}); restore it, or use --dtype=float32")
+    weights = dict(model.named_parameters())
+    if broken := [name for name, weight in weights.items() if not is_finite(_numbers(weight))]:
+        raise UserError(
+            f"{link.name} holds numbers that are not finite ({broken[0]}); restore it or use --dtype=float32"
+        )
+    if whole := [name for name in _whole_numbers(link.path) if name in weights and weights[name].is_floating_point()]:
+        raise UserError(f"{link.name} holds whole numbers for the weight {whole[0]}; restore its files")
     if info["missing_keys"]:  # transformers would fill them with random numbers
         raise UserError(f"{link.name} lacks the weight {min(info['missing_keys'])}; restore its files")
     if link.path.is_file():  # from GGUF: loading has dequantised the weights, yet the model still claims otherwise
@@ -232,6 +246,16 @@ def load_base(link, args, quantization="none"):
     if compiled:
         compile_decoder(model)
     return model.eval().requires_grad_(False)
+
+
+def _whole_numbers(path: Path) -> list[str]:
+    """The names of the tensors in a model's safetensors files that are no floats; loading would turn them into some."""
+    found = []
+    for name in model_files(path) if path.is_dir() else ():
+        if name.endswith(".safetensors"):
+            with safe_open(path / name, "pt") as file:
+                found += [key for key in file.keys() if file.get_slice(key).get_dtype()[0] not in "FB"]  # noqa: SIM118
+    return found
 
 
 def _numbers(weight: torch.nn.Parameter) -> torch.Tensor:
