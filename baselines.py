@@ -269,7 +269,7 @@ def unlearn(args, output, frames):
     method, words = METHODS[args.unlearn_method], data.label_words(frames)
     loaded = models.load(args.model_checkpoints, args, args.parent_path)
     models.refuse_prompted(loaded.chain)
-    metrics.check_lengths(loaded.model, loaded.tokenizer, frames, args)
+    metrics.check_rows(loaded.model.config, loaded.tokenizer, frames, args)
     metrics.note_other_length(loaded, frames, args)
     dtype, model = loaded.model.dtype, prepare(loaded.model, args)
     loaded = dataclasses.replace(loaded, model=model)
@@ -325,7 +325,10 @@ def prepare(model, args):
     from utils import models, objectives
 
     torch.manual_seed(args.seed)
-    model = models.add_lora(model, args) if args.tune == "lora" else model.float().requires_grad_(True)
+    if args.tune == "lora":
+        model = models.add_lora(model, args)
+    else:
+        model = models.dequantized(model).float().requires_grad_(True)
     if args.unlearn_method == "rmu":
         objectives.restrict_to_rmu_layers(model, args)
     return model.eval()  # no dropout while the reference is computed
@@ -373,7 +376,7 @@ def instruct(args, output, frames):
     models.refuse_prompted(loaded.chain)
     loaded = dataclasses.replace(loaded, template=template)
     records, start = None, perf_counter()
-    metrics.check_lengths(loaded.model, loaded.tokenizer, frames, args, template=template)
+    metrics.check_rows(loaded.model.config, loaded.tokenizer, frames, args, template=template)
     metrics.note_other_length(loaded, frames, args)
     if args.max_eval_samples != 0:
         scores, _ = metrics.evaluate(loaded, frames, data.label_words(frames), args, args.unlearn_method)
@@ -397,7 +400,7 @@ def gate(args, output, frames):
 
     loaded = models.load(args.model_checkpoints, args, args.parent_path)
     models.refuse_prompted(loaded.chain)
-    metrics.check_lengths(loaded.model, loaded.tokenizer, frames, args)
+    metrics.check_rows(loaded.model.config, loaded.tokenizer, frames, args)
     metrics.note_other_length(loaded, frames, args)
     loaded, settings = eco.learn(args, loaded, frames)
     print(report.gate_table(settings))

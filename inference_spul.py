@@ -117,8 +117,8 @@ def evaluate(args, frames, words):
     records, predictions, names = [], [], method_names(chains)
     for method, name in zip(names, args.model_checkpoints):
         loaded = models.load(name, args, args.parent_path)
-        metrics.check_lengths(
-            loaded.model,
+        metrics.check_rows(
+            loaded.model.config,
             loaded.tokenizer,
             frames,
             args,

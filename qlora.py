@@ -64,7 +64,7 @@ def fine_tune(args, output):
     torch.manual_seed(args.seed)
     base = models.load_base(chain[0], args, args.quantization)
     models.check_length(base.config, max(map(len, examples)), 0)
-    metrics.check_lengths(base, tokenizer, frames, args)
+    metrics.check_rows(base.config, tokenizer, frames, args)
     model = models.add_lora(base, args)
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
     print(f"training {sum(p.numel() for p in parameters.values()):,} LoRA parameters on {len(examples):,} rows")

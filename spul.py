@@ -87,7 +87,7 @@ def learn_prompt(args, output):
     loaded = models.load(args.model_checkpoints, args, args.parent_path)
     models.refuse_prompted(loaded.chain)
     model, tokenizer = loaded.model, loaded.tokenizer
-    metrics.check_lengths(model, tokenizer, frames, args, args.ptuning_num_tokens)
+    metrics.check_rows(model.config, tokenizer, frames, args, args.ptuning_num_tokens)
     metrics.note_other_length(loaded, frames, args)
     records = [] if args.dry_run else report_merge(loaded, frames, words, args)
 

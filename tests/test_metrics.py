@@ -101,10 +101,10 @@ def test_rows_must_fit_with_every_label_word(tokenizer, neutral):
         frames = {split: pd.DataFrame({"text": [text] * 2, "label": [0, 1], "label_text": words}) for split in SPLITS}
         needed = length + longest - 1  # the last token is predicted, never read
         model.config.max_position_embeddings = needed
-        metrics.check_lengths(model, tokenizer, frames, args)
+        metrics.check_rows(model.config, tokenizer, frames, args)
         model.config.max_position_embeddings = needed - 1
         with pytest.raises(UserError, match=f"the longest row has {needed} tokens"):
-            metrics.check_lengths(model, tokenizer, frames, args)
+            metrics.check_rows(model.config, tokenizer, frames, args)
 
 
 WORDS = ["negative", "positive"]

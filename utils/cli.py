@@ -251,10 +251,22 @@ UNUSABLE = (  # what a system says of a place that is not for us, or that cannot
 )  # fmt: skip
 
 
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether `error` is what torch, numpy, safetensors or Python raise where memory has run out, on a GPU or a CPU."""
+    raised = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"  # torch's, not imported here
+    text = str(error)
+    return (
+        raised
+        or getattr(error, "errno", None) == errno.ENOMEM
+        or any(said in text for said in ("DefaultCPUAllocator", "os error 12", "std::bad_alloc"))
+    )
+
+
 def _resource_message(error):
     """The sentence for a lack of disk, rights or GPU memory, else None (safetensors has its own error type)."""
-    if type(error).__name__ == "OutOfMemoryError":  # torch's, without importing it
-        return "the GPU has too little memory; lower --micro_batch_size or --eval_batch_size"
+    if is_out_of_memory(error):
+        where = "GPU" if type(error).__name__ == "OutOfMemoryError" else "machine"
+        return f"the {where} has too little memory; lower --micro_batch_size or --eval_batch_size, or ask --dry_run"
     number = getattr(error, "errno", None)
     text = str(error)
     if number == errno.ENAMETOOLONG:

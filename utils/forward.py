@@ -10,19 +10,24 @@ matrix product, q_1 K^T above q_2 K^T, so `grouped_attention` needs no copy of K
 """
 
 import inspect
+import weakref
+from collections.abc import Callable
 from contextlib import contextmanager
 
 import torch
-from transformers import AttentionInterface, AttentionMaskInterface
+from torch._subclasses import FakeTensor
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.cache_utils import Cache, DynamicLayer
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import eager_mask
 
-from utils.cli import note_once
+from utils.cli import UserError, first_line, is_out_of_memory, note_once
+from utils.data import Batch, Example, collate
 
 SOFTMAX_LANES = 32  # torch's bfloat16 softmax on a CPU takes up to 5 times as long for rows of any other length
 HEAD_ROWS = 16384  # words of the head that are converted to float32 at a time
 GROUPED = "grouped"  # the name of grouped_attention among transformers' attention implementations
+_OBSTACLES = weakref.WeakKeyDictionary()  # {model: why its prompt cannot be shared by the rows of a batch, or None}
 
 
 def completion_logits(model, batch, prompt=None, reference=None, reference_head=None):
@@ -48,16 +53,26 @@ def completion_hidden(model, batch):
 
 def prompt_prefix(model, prompt):
     """Keys and values of the virtual tokens `prompt` (p, d) per layer, for reuse over batches; `prompt` where a layer
-    cannot keep them (chunked attention, recurrent state), with a note that says so once."""
-    obstacle, cache = _obstacle(model), Cache(layer_class_to_replicate=_KeptLayer)
-    if not obstacle:
-        kept = {_cache_argument(model): cache}
-        model(inputs_embeds=_cast(model, prompt)[None], **kept, use_cache=True, logits_to_keep=1)
-        obstacle = None if cache.layers else f"{model.config.model_type} keeps no keys and values"
-    if obstacle:
-        note_once(f"the prompt is computed once a row instead of once a batch: {obstacle}")
+    cannot keep them (chunked attention, recurrent state) or a trial shows other numbers, with a note that says so once.
+    Raises UserError where the model computes something else from embeddings than from tokens."""
+    if model not in _OBSTACLES:
+        obstacle = _obstacle(model)
+        if isinstance(prompt, FakeTensor):  # it has no numbers to compare
+            return prompt if obstacle else _kept(model, prompt)
+        _OBSTACLES[model] = _tried_obstacle(model, obstacle)
+    if _OBSTACLES[model]:
+        note_once(f"the prompt is computed once a row instead of once a batch: {_OBSTACLES[model]}")
         return prompt
-    return [(layer.keys, layer.values) for layer in cache.layers]
+    return _kept(model, prompt)
+
+
+def _kept(model: torch.nn.Module, prompt: torch.Tensor) -> list | torch.Tensor:
+    """Keys and values of every layer for `prompt` (p, d); `prompt` where the model fills no cache."""
+    cache = Cache(layer_class_to_replicate=_KeptLayer)
+    kept = {_cache_argument(model): cache}
+    own = _cast(model, prompt)[None].clone()  # some models (CTRL) scale what they are given in place
+    model(inputs_embeds=own, **kept, use_cache=True, logits_to_keep=1)
+    return [(layer.keys, layer.values) for layer in cache.layers] or prompt
 
 
 def _obstacle(model):
@@ -70,6 +85,93 @@ def _obstacle(model):
     if getattr(model, "_is_stateful", False) or getattr(text_config, "num_kv_shared_layers", None):
         return f"{config.model_type} keeps another state than keys and values per layer"
     return None
+
+
+# What is taken for granted is tried once on every model, on a few tokens: no list of architectures stays complete.
+
+
+def decoder_of(model: torch.nn.Module) -> torch.nn.Module:
+    """The layers of a causal LM with what is around them, without its head. transformers looks for an attribute named
+    decoder, which in some architectures is part of the head."""
+    found = model.get_decoder()
+    return found if isinstance(found, PreTrainedModel) else model.base_model
+
+
+@torch.no_grad()
+def trial(model: torch.nn.Module, name: str) -> torch.Tensor:
+    """Completion logits (5, |V|) of two short rows, for comparison with other ways to compute them.
+
+    Raises UserError where `name` is no causal language model: a later token changes what an earlier position predicts,
+    or its head does not map each position on its own.
+    """
+    batch = _trial_batch(model)
+    try:
+        every = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False).logits
+        expected = every[batch.rows, batch.positions].float()
+    except Exception as error:  # whatever an architecture raises that wants more than text
+        if is_out_of_memory(error):
+            raise
+        raise UserError(f"{name} cannot read plain text ({first_line(error)}); use a causal language model")
+    first, last = (expected[i] - expected[i + 2] for i in (0, 1))  # one prompt, different completions
+    if first.norm() > 0.1 * last.norm():
+        raise UserError(
+            f"{name} is not causal: later tokens change what its earlier positions predict; use a causal language model"
+        )
+    if not same_logits(model, batch, expected):
+        raise UserError(f"{name} has no head that maps each position on its own; use another causal language model")
+    return expected
+
+
+@torch.no_grad()
+def same_logits(model: torch.nn.Module, batch: Batch, expected: torch.Tensor, prompt: object = None) -> bool:
+    """Whether `completion_logits` gives `expected` (N, |V|) up to rounding; False also where it raises."""
+    logits = _attempt(lambda: completion_logits(model, batch, prompt))
+    if logits is None or logits.shape != expected.shape:
+        return False
+    tolerance = torch.finfo(model.dtype).eps ** 0.5 * (expected - expected.mean()).norm()
+    return not (logits - expected).norm() > tolerance  # NaN, of an overflow, is refused elsewhere
+
+
+def same_as_trial(model: torch.nn.Module, expected: torch.Tensor) -> bool:
+    """Whether `model` still gives what `trial` returned."""
+    return same_logits(model, _trial_batch(model), expected)
+
+
+def _trial_batch(model: torch.nn.Module, start: int = 0) -> Batch:
+    """Two rows of the same 6 prompt tokens, those from `start` on, with different completions of 2 and 3 tokens."""
+    size = model.get_input_embeddings().weight.shape[0]
+    ids = [(5 + i) % size for i in range(11)]
+    examples = [Example(tuple(ids[start:6]), tuple(completion)) for completion in (ids[6:8], ids[8:])]
+    return collate(examples, 0, model.device)
+
+
+@torch.no_grad()
+def _tried_obstacle(model: torch.nn.Module, obstacle: str | None) -> str | None:
+    """`obstacle`, or what a trial of the shared prompt shows. Raises UserError where the model cannot take embeddings
+    in place of tokens, or gives other numbers for them."""
+    kind, rest = model.config.model_type, _trial_batch(model, 3)
+    embedded = model.get_input_embeddings()(_trial_batch(model).input_ids[0, :6])
+    tokens, virtual = embedded[:3], (embedded[:3] + embedded[3:]) / 2  # the latter are those of no token
+    expected = _attempt(lambda: completion_logits(model, rest, virtual))
+    if expected is None or not same_logits(model, rest, completion_logits(model, _trial_batch(model)), tokens):
+        raise UserError(f"{kind} takes no embeddings in place of tokens, which a prompt is; use another model")
+    if obstacle:
+        return obstacle
+    kept = _attempt(lambda: _kept(model, virtual))
+    if kept is None or isinstance(kept, torch.Tensor):
+        return f"{kind} keeps no keys and values"
+    exact = same_logits(model, rest, expected, kept)
+    return None if exact else f"{kind} does not continue its keys and values exactly"
+
+
+def _attempt(work: Callable) -> object:
+    """What `work()` returns; None where the architecture trips over it (wrong shapes, arguments it does not have)."""
+    try:
+        return work()
+    except Exception as error:
+        if is_out_of_memory(error):
+            raise
+        return None
 
 
 # Both layers of a cache do the same however often they are updated: with gradient checkpointing the backward pass runs
@@ -146,7 +248,7 @@ def _run(model, batch, prompt, seen):
         inputs = torch.cat([virtual, embedded], dim=1)
         return model(inputs_embeds=inputs, attention_mask=mask, use_cache=False).logits
     mask = torch.nn.functional.pad(batch.attention_mask, (prompt[0][0].shape[2], 0), value=1)
-    cache = Cache(layers=[_PrefixLayer(*pair, model.get_decoder().config) for pair in prompt])
+    cache = Cache(layers=[_PrefixLayer(*pair, decoder_of(model).config) for pair in prompt])
     kept = {_cache_argument(model): cache}
     return model(input_ids=batch.input_ids, attention_mask=mask, **kept, use_cache=True).logits
 

@@ -160,7 +160,7 @@ class Encoder:
             tokenizer = AutoTokenizer.from_pretrained(source, **options)
         except Exception as error:  # as in `load_classifier`
             raise UserError(f"{name} is no encoder to classify with ({first_line(error)}); use tfidf or another")
-        if tokenizer.pad_token_id is None:
+        if tokenizer.pad_token_id is None or tokenizer.pad_token_id >= model.get_input_embeddings().weight.shape[0]:
             raise UserError(f"{name} is no encoder to classify with (it has no padding token); use tfidf or another")
         classifier = cls(model.float().to(loaded.model.device), tokenizer)
         classifier._train(texts, labels, args, validation)
@@ -215,6 +215,8 @@ class Encoder:
         positions = getattr(self._model.config, "max_position_embeddings", 514) - 2  # RoBERTa's begin at 2
         limit = min(512, positions, self._tokenizer.model_max_length)
         batch = self._tokenizer(texts, truncation=True, max_length=limit, padding=True, return_tensors="pt")
+        if batch["input_ids"].max() >= self._model.get_input_embeddings().weight.shape[0]:
+            raise UserError("the tokenizer of --eco_classifier gives tokens that its model does not know; use another")
         return self._model(**batch.to(self._model.device)).logits
 
     @torch.no_grad()
@@ -347,9 +349,9 @@ def _pooled(loaded, texts, args):
     """Mean over the prompt's tokens of the hidden states that go into the head, (n, d) float64, without virtual tokens
     or corruption. One row a pass, so that no mean depends on the rows beside it; every text once a process."""
     from utils.data import UNLEARNING_LABELS, collate, tokenize
-    from utils.forward import completion_hidden, record_activations
+    from utils.forward import completion_hidden, decoder_of, record_activations
 
-    backbone = loaded.model.get_decoder()
+    backbone = decoder_of(loaded.model)
     known = _STATES.setdefault(backbone, {})
     new = [text for text in dict.fromkeys(texts) if (text, args.max_length) not in known]
     examples = tokenize(loaded.tokenizer, new, [UNLEARNING_LABELS[0]] * len(new), args.max_length)

@@ -16,7 +16,7 @@ from utils import processes
 from utils.answers import KnownAnswers, Side, Tokens, by_length, gated, greedy, known_answers, sides, tokenized
 from utils.cli import UserError, note_once
 from utils.data import SPLITS, UNLEARNING_LABELS, Example, label_words, sample_rows, tokenize
-from utils.models import Loaded, check_length, position_limit
+from utils.models import Loaded, check_length, check_tokens, position_limit, vocabulary_size
 
 
 @torch.inference_mode()
@@ -162,18 +162,21 @@ def evaluate(loaded, frames, words, args, description):
     return splits, pd.concat(scored.values(), ignore_index=True)
 
 
-def check_lengths(model, tokenizer, frames, args, p=0, template=None):
-    """Raise UserError if a row to evaluate, behind `p` virtual tokens, does not fit the model; ask before training."""
-    limit, words = position_limit(model.config), label_words(frames)
+def check_rows(config, tokenizer, frames, args, p=0, template=None):
+    """Raise UserError if a row to evaluate, behind `p` virtual tokens, does not fit a model with this configuration: it
+    is too long, or holds a token that the model does not know. Asked before training."""
+    limit, words = position_limit(config), label_words(frames)
     known = known_answers(tokenizer, words)
     longest = max(len(known.ids[word]) for word in words)
     if longest > 1:  # then the greedy answer may become an unlearning word too
         longest = known.longest
-    if limit and args.max_length + longest + p > limit:
+    may_be_long = limit and args.max_length + longest + p > limit
+    if may_be_long or len(tokenizer) > vocabulary_size(config):
         for frame in frames.values():
             labels = frame["label_text"]
             rows = tokenize(tokenizer, frame["text"], labels, args.max_length, template=template, answers=known)
-            check_length(model.config, max(len(row.prompt) for row in rows) + longest - 1, p, longest - 1)
+            check_length(config, max(len(row.prompt) for row in rows) + longest - 1, p, longest - 1)
+            check_tokens(config, tokenizer, rows)
 
 
 def check_texts(loaded: Loaded, texts: list[str], words: list[str], args: argparse.Namespace) -> None:
@@ -183,6 +186,7 @@ def check_texts(loaded: Loaded, texts: list[str], words: list[str], args: argpar
     rows = tokenized(loaded, texts, [cut_for] * len(texts), known, args.max_length, [False] * len(texts))
     p = 0 if loaded.prompt is None else len(loaded.prompt)
     check_length(loaded.model.config, max(len(row.prompt) for row in rows) + known.longest - 1, p)
+    check_tokens(loaded.model.config, loaded.tokenizer, rows)
 
 
 def note_other_length(loaded: Loaded, frames: dict[str, pd.DataFrame], args: argparse.Namespace) -> None:

@@ -4,17 +4,24 @@ import utils.quiet  # noqa: F401, I001  (before PEFT, which imports bitsandbytes
 
 import platform
 import re
+from collections import Counter
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
 
 import torch
 from peft import LoraConfig, PeftModel, PeftModelForCausalLM, get_peft_model
+from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors import safe_open
 from torch.utils.checkpoint import checkpoint
-from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_QUESTION_ANSWERING_MAPPING_NAMES,
+    MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
+    MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES,
+)
 from transformers.utils import is_flash_attn_2_available
 
 from utils import in_context, processes, schemas
@@ -28,13 +35,22 @@ from utils.checkpoints import (
     recover,
     verify_parent,
 )
-from utils.cli import UserError, first_line
+from utils.cli import UserError, first_line, is_out_of_memory
+from utils.forward import GROUPED, decoder_of, kept_positions, prompt_prefix, same_as_trial, trial
 from utils.reading import FLOATS, Like, is_finite, read_tensors
-from utils.forward import GROUPED, kept_positions, prompt_prefix
 
 GROUPED_UP_TO = 256  # tokens, virtual ones included; README, "Speed and memory"
 PROMPTED = ("prompt", "in-context", "eco")  # kinds that stand at the end of a chain
 LOCAL_ATTENTION = (None, "eager", "sdpa", "flex_attention", "grouped_mm", "batched_mm")  # others come from the hub
+OTHER_HEADS = {
+    name
+    for heads in (
+        MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
+        MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES,
+        MODEL_FOR_QUESTION_ANSWERING_MAPPING_NAMES,
+    )
+    for name in heads.values()
+}
 HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
 
 
@@ -168,7 +184,11 @@ def pick_device(name):
 
 
 def pick_dtype(name, device):
-    """`auto` -> bfloat16 where the device computes in it, else float32 (float16 overflows without loss scaling)."""
+    """`auto` -> bfloat16 where the device computes in it, else float32.
+
+    Never float16: it needs activations below 65,504, and training needs its loss scaled, as the published code had it
+    (small gradients become 0 otherwise); bfloat16 needs neither.
+    """
     if name != "auto":
         return getattr(torch, name)
     if device.startswith(("cuda", "balanced")):
@@ -183,8 +203,8 @@ def pick_dtype(name, device):
 
 def load_tokenizer(chain, set_pad_id, trust_remote_code=False):
     """The tokenizer of the last Link that has one. It pads with its own pad token, or with the end-of-sequence token
-    when `set_pad_id` or when it has none (or token 0 if there is none either); masks go by length, so the choice
-    changes no result."""
+    when `set_pad_id` or when it has none that the model knows (or token 0 if there is none either); masks go by length,
+    so the choice changes no result."""
     has_files = (link for link in reversed(chain) if link.path.is_file() or list(link.path.glob("tokenizer*")))
     link = next(has_files, chain[0])
     source = loading_arguments(link.path)
@@ -196,23 +216,61 @@ def load_tokenizer(chain, set_pad_id, trust_remote_code=False):
         raise UserError(
             f"the tokenizer of {link.name} has no fast version, which texts are cut with; add tokenizer.json"
         )
-    if set_pad_id or tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.eos_token or tokenizer.convert_ids_to_tokens(0)
+
+    def known(token):  # tokenizers get new ones that models do not follow
+        number = tokenizer.convert_tokens_to_ids(token)
+        is_added = number >= tokenizer.vocab_size
+        return not is_added or number < vocabulary_size(load_config(chain[0], trust_remote_code))
+
+    wanted = [] if set_pad_id else [tokenizer.pad_token]
+    usable = (token for token in (*wanted, tokenizer.eos_token) if token and known(token))
+    pad = next(usable, None) or tokenizer.convert_ids_to_tokens(0)
+    if pad != tokenizer.pad_token:
+        tokenizer.pad_token = pad
     return tokenizer
+
+
+def load_config(link: Link, trust_remote_code: bool, quantization: str = "none") -> object:
+    """The configuration of a plain model; of a GGUF file from its metadata. Raises UserError if there is none, or if it
+    is that of no causal language model or cannot be loaded with this quantization (see `load_base`)."""
+    if link.path.is_file() and quantization != "none":
+        raise UserError(f"{link.name} is quantised already; add --quantization=none")
+    try:
+        config = AutoConfig.from_pretrained(**loading_arguments(link.path), trust_remote_code=trust_remote_code)
+    except Exception as error:  # of a damaged file, whatever the library that reads it raises
+        raise UserError(f"cannot read the configuration of {link.name} ({first_line(error)})")
+    if getattr(config, "is_encoder_decoder", False):  # transformers would take its decoder alone
+        raise UserError(f"{link.name} is an encoder-decoder model; use a causal language model")
+    heads = [name for name in getattr(config, "architectures", None) or () if name in OTHER_HEADS]
+    if heads:
+        raise UserError(f"{link.name} is a {heads[0]}, no language model; use the model it was made from")
+    if quantization != "none" and stored_quantization(config) not in (None, "4-bit"):
+        raise UserError(f"{link.name} is quantised already; add --quantization=none")
+    return config
+
+
+def stored_quantization(config: object) -> str | None:
+    """How the weights of a model with this configuration lie on the disk: None as plain numbers, `4-bit` as those of
+    bitsandbytes, else the name of another method."""
+    stored = getattr(config, "quantization_config", None)
+    stored = stored if isinstance(stored, dict | None) else stored.to_dict()
+    if stored is None:
+        return None
+    return "4-bit" if stored.get("load_in_4bit") else stored.get("quant_method", "quantised")
 
 
 def load_base(link, args, quantization="none"):
     """The causal LM of a plain Link on args.device in args.dtype, in eval mode, all weights frozen.
 
-    quantization: `nf4` loads its linear layers in 4-bit NormalFloat through bitsandbytes, `none` as they are.
+    quantization: `nf4` loads its linear layers in 4-bit NormalFloat through bitsandbytes, `none` as they are. What lies
+    in 4 bits on the disk is loaded as it is either way. Raises UserError where it is no causal language model.
     """
-    if link.path.is_file() and quantization != "none":
-        raise UserError(f"{link.name} is quantised already; add --quantization=none")
+    config = load_config(link, args.trust_remote_code, quantization)
     device = pick_device(args.device)
     dtype = pick_dtype(args.dtype, device)
     placement = device if device == "balanced" else {"": device}
     options = {"dtype": dtype, "device_map": placement, "trust_remote_code": args.trust_remote_code}
-    if quantization == "nf4":
+    if quantization == "nf4" and not stored_quantization(config):
         options["quantization_config"] = BitsAndBytesConfig(
             load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype
         )
@@ -225,6 +283,8 @@ def load_base(link, args, quantization="none"):
             **loading_arguments(link.path), **options, output_loading_info=True
         )
     except Exception as error:  # as above
+        if is_out_of_memory(error):
+            raise
         raise UserError(f"cannot load a causal language model from {link.name} ({first_line(error)})")
     weights = dict(model.named_parameters())
     if broken := [name for name, weight in weights.items() if not is_finite(_numbers(weight))]:
@@ -240,12 +300,32 @@ def load_base(link, args, quantization="none"):
         model.is_quantized = False
     if device == "balanced" and any(p.device.type != "cuda" for p in model.parameters()):
         raise UserError(f"{link.name} does not fit the GPUs; use more of them or a smaller --dtype")
-    set_attention(model, args.attn_implementation, device)
+    keep_one_format(model)
+    model.eval().requires_grad_(False)
+    _try(model, link.name, args.attn_implementation, device)
     if getattr(args, "gradient_checkpointing", False):
         checkpoint_layers(model)
     if compiled:
         compile_decoder(model)
-    return model.eval().requires_grad_(False)
+    return model
+
+
+def _try(model: torch.nn.Module, name: str, attention: str, device: str) -> None:
+    """Let `model` compute attention by `attention`; where the one for short rows changes its numbers, by SDPA alone.
+    Raises UserError as `trial` and `set_attention` do."""
+    expected = trial(model, name)
+    hook = set_attention(model, attention, device)
+    if hook and not same_as_trial(model, expected):
+        hook.remove()
+        model.set_attn_implementation("sdpa")
+
+
+def keep_one_format(model: torch.nn.Module) -> None:
+    """Let the 4-bit layers of `model` keep their weights as they are. On processors with AVX512-BF16 bitsandbytes
+    packs them anew in the first pass of evaluation: rounded, without a gradient, and no longer to be dequantised."""
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
 
 
 def _whole_numbers(path: Path) -> list[str]:
@@ -279,12 +359,14 @@ def set_attention(model, choice, device):
     """Let `model` compute attention by `choice` (--attn_implementation).
 
     auto: SDPA where the architecture has it; on a CPU utils.forward.grouped_attention for short batches, which is
-    faster there. Raises UserError where the architecture does not have the one asked for.
+    faster there (the hook that chooses is returned, else None). Raises UserError where the architecture does not have
+    the one asked for.
     """
     if choice == "auto":
+        decoder = decoder_of(model)
         interchangeable = model.config._attn_implementation == "sdpa" and model._supports_attention_backend
-        if device == "cpu" and interchangeable:
-            model.get_decoder().register_forward_pre_hook(_attention_by_width, with_kwargs=True)
+        if device == "cpu" and interchangeable and decoder.config is model.config:  # else masks may be made outside it
+            return decoder.register_forward_pre_hook(_attention_by_width, with_kwargs=True)
         return
     try:
         model.set_attn_implementation(choice)
@@ -322,7 +404,7 @@ def compile_decoder(model, backend="inductor"):
     The decoder as a whole, not layer by layer: a layer reads its own number in the cache, so that nothing compiled for
     one serves the next. What stands behind it (the head, which sees only some positions) is left alone.
     """
-    model.get_decoder().compile(backend=backend, dynamic=True)
+    decoder_of(model).compile(backend=backend, dynamic=True)
 
 
 def _checkpointed(forward, config, *args, **kwargs):
@@ -365,14 +447,20 @@ def refuse_prompted(chain):
 
 
 def decoder_layers(model):
-    """The model's transformer layers, first to last: the list of modules as long as its configuration says."""
+    """The model's transformer layers, first to last: the list of modules as long as its configuration says. Raises
+    UserError where there is none."""
     n = model.config.get_text_config().num_hidden_layers
-    return next(m for m in model.modules() if isinstance(m, torch.nn.ModuleList) and len(m) == n)
+    lists = (m for m in model.modules() if isinstance(m, torch.nn.ModuleList) and len(m) == n)
+    layers = next(lists, None)
+    if layers is None:
+        raise UserError(f"{model.config.model_type} has no list of its {n} layers, which rmu needs; use another method")
+    return layers
 
 
 def merge_lora(model, link):
-    """`model` with the LoRA adapter of `link` added into its weights. Raises UserError unless its tensors are those
-    that an adapter of its configuration on this model has."""
+    """`model`, dequantised where it was quantised, with the LoRA adapter of `link` added into its weights. Raises
+    UserError unless its tensors are those that an adapter of its configuration on this model has."""
+    model = dequantized(model)
     config = lora_config(link.path)
     try:
         adapted = PeftModelForCausalLM(model, config)
@@ -382,6 +470,7 @@ def merge_lora(model, link):
     expected = {name: Like(tuple(t.shape), FLOATS[:1] if "lora_" in name else FLOATS) for name, t in expected.items()}
     tensors = read_tensors(link.path / "adapter_model.safetensors", expected, "LoRA adapter of this model")
     set_peft_model_state_dict(adapted, tensors)
+    untie(adapted)
     return adapted.merge_and_unload().eval().requires_grad_(False)
 
 
@@ -407,6 +496,31 @@ def load_prompt(link: Link, width: int) -> torch.Tensor:
     expected = {"prompt_embeddings": Like((settings["num_virtual_tokens"], width))}
     tensors = read_tensors(link.path / "adapter_model.safetensors", expected, "prompt for this model")
     return tensors["prompt_embeddings"]
+
+
+def dequantized(model: torch.nn.Module) -> torch.nn.Module:
+    """`model` with plain weights in its dtype. Raises UserError where the kind of its quantisation cannot be undone."""
+    if not getattr(model, "is_quantized", False):
+        return model
+    kind = stored_quantization(model.config)
+    try:
+        return model.dequantize(model.dtype).requires_grad_(False)
+    except (NotImplementedError, ValueError):
+        raise UserError(f"the weights of this model ({kind}) cannot be dequantised; use the model it was made from")
+
+
+def untie(model: torch.nn.Module) -> None:
+    """Give every adapted layer of the PEFT `model` a weight of its own.
+
+    An adapter changes its layer alone; merged into a weight that another layer shares (a head tied to the embedding)
+    it would change both. PEFT then notes in the configuration that they are no longer tied.
+    """
+    layers = list(model.modules())
+    owners = Counter(id(layer.weight) for layer in layers if isinstance(getattr(layer, "weight", None), torch.Tensor))
+    for layer in layers:
+        base = layer.get_base_layer() if isinstance(layer, BaseTunerLayer) else None
+        if base is not None and owners[id(base.weight)] > 2:  # itself, its wrapper, another layer
+            base.weight = torch.nn.Parameter(base.weight.detach().clone(), requires_grad=False)
 
 
 def add_lora(model, args):
@@ -456,6 +570,24 @@ def check_length(config, n_tokens, p, spare=0):
             f"the longest row has {n_tokens} tokens and the prompt {p}, but the model has {limit} positions; "
             f"use --max_length={limit - p - spare} or less"
         )
+
+
+def check_tokens(config: object, tokenizer: object, examples: list) -> None:
+    """Raise UserError if an example holds a token for which a model with this configuration has no embedding."""
+    size = vocabulary_size(config)
+    if len(tokenizer) <= size:
+        return
+    largest = max((max(*example.prompt, *example.completion) for example in examples), default=0)
+    if largest >= size:
+        raise UserError(
+            f"a text holds token {largest} ({tokenizer.convert_ids_to_tokens(largest)!r}), but the model knows {size}; "
+            "take it out of the texts, or give the model its own tokenizer"
+        )
+
+
+def vocabulary_size(config: object) -> float:
+    """How many tokens a model with this configuration has embeddings for; infinite where it does not say."""
+    return getattr(config.get_text_config(), "vocab_size", None) or float("inf")
 
 
 def position_limit(config):

@@ -5,7 +5,8 @@ Rows, tokens, steps and padding are counted on the tokenised rows themselves. Th
     peak = process + weights + trained + reference + heap x max(step, evaluation)
 
     process     what this process holds once libraries and rows are loaded, and 60 MiB that the first step adds for
-                kernels; with nf4 also the file of the weights, which stays mapped (nothing on a GPU)
+                kernels; with nf4 also the weights as they are read before they are packed, in the wider of --dtype
+                and the file's type, which stay with the C library (nothing on a GPU)
     weights     the frozen parameters in --dtype; nf4: 4 bits and 1/64 of a float32 for each in a linear layer
     trained     what is learnt, in float32: a parameter and AdamW's two moments, 12 bytes each; the gradient is part of
                 the step. With the kind `full` all parameters, and none is frozen (rmu: those of three layers, the
@@ -30,11 +31,10 @@ import torch
 from torch._subclasses import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoModelForCausalLM
 
 from utils import data, losses, metrics, models, objectives, processes
 from utils.answers import known_answers
-from utils.cli import UserError, first_line
 from utils.forward import completion_hidden, completion_logits, prompt_prefix, record_activations
 from utils.methods import METHODS
 from utils.prompt_encoders import VirtualTokens
@@ -42,6 +42,7 @@ from utils.reference import Reference, hidden_states, token_counts
 from utils.training import Training
 
 HEAP, KERNELS = 1.4, 60 * 2**20  # on a CPU; see above
+NF4_BYTES = 0.5 + 4 / 64  # of a weight: 4 bits, and a float32 scale for every 64
 PROBED = 5  # batches that are timed: the middle ones of as many groups of equal size, by padded length
 
 
@@ -54,13 +55,16 @@ def print_plan(kind, args, name, frames):
     chain = models.resolve_chain(name, args.trust_remote_code, getattr(args, "parent_path", None), weights=False)
     models.refuse_prompted(chain)
     tokenizer = models.load_tokenizer(chain, args.set_pad_id, args.trust_remote_code)
-    config = load_config(chain[0], args.trust_remote_code)
+    quantization = getattr(args, "quantization", "none")
+    config = models.load_config(chain[0], args.trust_remote_code, quantization)
     examples = training_rows(kind, args, tokenizer, frames)
     batches = [rows for _, rows in schedule(args, examples).steps_from(0)]
     shares = [share for rows in batches for share in processes.shares(rows, lambda i: len(examples[i]))]
     micro = [part for rows in shares for part in _parts(rows, args.micro_batch_size) if part]
     longest = max(map(len, examples))
     models.check_length(config, longest, virtual_tokens(kind, args))
+    models.check_tokens(config, tokenizer, examples)
+    metrics.check_rows(config, tokenizer, frames, args, virtual_tokens(kind, args))
 
     real = sum(len(examples[i]) for rows in micro for i in rows)
     padded = sum(padded_size(rows, examples) for rows in micro)
@@ -70,18 +74,11 @@ def print_plan(kind, args, name, frames):
     print(f"rows     {len(examples):,}: {len(examples) - forget:,} to keep, {forget:,} to forget")
     print(f"steps    {len(batches):,} of {args.train_batch_size} rows; {seen:,} rows are read")
     print(f"tokens   {real:,} and {padded - real:,} of padding ({1 - real / padded:.1%}); longest row {longest:,}")
-    sizes = memory(config, kind, args, *shapes(args, tokenizer, frames, examples, micro))
+    merged = any(link.kind == "lora" for link in chain)
+    sizes = memory(config, kind, args, *shapes(args, tokenizer, frames, examples, micro), merged)
     sizes["reference"] = reference_tokens(kind, args, examples) * sizes["hidden bytes"]
     print(disk_line(sizes))
     print(memory_line(models.pick_device(args.device), sizes))
-
-
-def load_config(link, trust_remote_code):
-    """The configuration of a plain model; of a GGUF file from its metadata. Raises UserError if there is none."""
-    try:
-        return AutoConfig.from_pretrained(**models.loading_arguments(link.path), trust_remote_code=trust_remote_code)
-    except Exception as error:  # of a damaged file, whatever the library that reads it raises
-        raise UserError(f"cannot read the configuration of {link.name} ({first_line(error)})")
 
 
 def training_rows(kind, args, tokenizer, frames):
@@ -142,11 +139,12 @@ def shapes(args, tokenizer, frames, examples, micro):
     return train, (min(args.eval_batch_size, max(len(examples), len(others))), widest, completion)
 
 
-def memory(config, kind, args, train, evaluation):
+def memory(config, kind, args, train, evaluation, merged=False):
     """Bytes by the names of the module's equation, for batches of the shapes (rows, tokens, completion tokens a row).
 
     Also `parameters` (number trained), `all parameters`, `output` (bytes of the weights that are written: what is
     trained, in float32; with `full` the whole model in --dtype) and `hidden bytes` (of one token's hidden state).
+    merged: a LoRA is merged into the model, whose weights are plain for that whatever they are on the disk.
     `step` and `evaluation` are None for architectures whose shapes depend on the numbers (mixtures of experts).
     """
     device = models.pick_device(args.device)
@@ -157,9 +155,11 @@ def memory(config, kind, args, train, evaluation):
         options = {"dtype": model_dtype, "trust_remote_code": args.trust_remote_code}
         model = AutoModelForCausalLM.from_config(config, **options).eval()
         every = sum(parameter.numel() for parameter in model.parameters())
-        quantization = getattr(args, "quantization", "none") if kind == "lora" else "none"
+        quantization = _frozen_as(config, kind, args, merged)
         if device == "cpu" and quantization == "nf4":
-            process += every * (config.dtype or torch.float32).itemsize
+            in_4_bits = models.stored_quantization(config) == "4-bit"
+            read_as = max(dtype.itemsize, (config.dtype or torch.float32).itemsize)
+            process += int(every * (NF4_BYTES if in_4_bits else read_as))
         weights, unpacked = _weights(model, quantization)
         models.set_attention(model, args.attn_implementation, device)
         if args.gradient_checkpointing:
@@ -209,13 +209,22 @@ def peak(sizes):
     return fixed + sizes["heap"] * max(sizes["step"], sizes["evaluation"])
 
 
+def _frozen_as(config, kind, args, merged):
+    """`nf4` where the frozen linear layers have 4 bits, else `none`."""
+    if kind == "full" or merged:
+        return "none"
+    if models.stored_quantization(config) == "4-bit":
+        return "nf4"
+    return getattr(args, "quantization", "none") if kind == "lora" else "none"
+
+
 def _weights(model, quantization):
     """Bytes of the parameters, and of the largest one that is unpacked for a product (0 without quantisation)."""
     if quantization == "none":
         return sum(p.numel() * p.element_size() for p in model.parameters()), 0
     head = model.get_output_embeddings()
     linear = [m.weight for m in model.modules() if isinstance(m, torch.nn.Linear) and m is not head]
-    packed = sum(int(w.numel() * (0.5 + 4 / 64)) for w in linear)
+    packed = sum(int(w.numel() * NF4_BYTES) for w in linear)
     plain = sum(p.numel() * p.element_size() for p in model.parameters()) - sum(w.nbytes for w in linear)
     return packed + plain, max(w.nbytes for w in linear)
 

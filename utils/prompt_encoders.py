@@ -45,6 +45,9 @@ def start_from_text(tokenizer, embeddings, text, n_tokens):
     ids = tokenizer(text, add_special_tokens=False)["input_ids"]
     if not ids:
         raise UserError("--init_text has no token; write an instruction")
+    if max(ids) >= embeddings.weight.shape[0]:
+        unknown = tokenizer.decode(max(ids))
+        raise UserError(f"--init_text holds {unknown!r}, which the model does not know; leave it out")
     if len(ids) > n_tokens:
         print(f"note: --init_text has {len(ids)} tokens and the prompt {n_tokens}; the last ones are left out")
     ids = (ids * (n_tokens // len(ids) + 1))[:n_tokens]

@@ -23,6 +23,7 @@ from utils import checkpoints, outputs, processes, schemas
 from utils.cli import UserError, first_line
 from utils.data import epoch_batches
 from utils.files import STATE, new_file, recover, workplace
+from utils.methods import IN_CONTEXT
 from utils.metrics import peak_memory
 from utils.outputs import Output, state_path
 from utils.reading import Like, parse_json, read_tensors, regular_file, tensors_sha256
@@ -284,6 +285,7 @@ def claim(args: Namespace, stem: str, timed: bool = False) -> Iterator[Output | 
     With --resume it is the folder of the interrupted run of this command; None, which is said, if that has ended since.
     Raises UserError as `outputs.claim` does, and where there is no such run or there are several.
     """
+    _refuse_float16(args)
     names = [args.output_path] if args.output_path else _default_names(stem, args.seed, timed)
     if args.resume:
         names = processes.on_main(lambda: _to_resume(args, stem, None if timed and not args.output_path else [*names]))
@@ -295,6 +297,13 @@ def claim(args: Namespace, stem: str, timed: bool = False) -> Iterator[Output | 
             state = state_path(output)
             refuse_other_settings(state, read_state(state), saved_arguments(args))
         yield output
+
+
+def _refuse_float16(args: Namespace) -> None:
+    """Raise UserError if the run trains in float16: its small gradients become 0 there unless the loss is scaled, which
+    is not done here."""
+    if args.dtype == "float16" and getattr(args, "unlearn_method", None) not in (*IN_CONTEXT, "eco"):
+        raise UserError("--dtype=float16 loses small gradients in training; use --dtype=bfloat16, float32 or auto")
 
 
 def _default_names(stem: str, seed: int, timed: bool) -> Iterable[str]:
