@@ -180,7 +180,10 @@ def test_a_label_word_that_begins_another_is_noted(tmp_path, people, labels, nam
     frame = reviews().assign(label=[labels[i % 2] for i in range(60)])
     result = make(tmp_path, people, frame=frame)
     assert result.returncode == 0 and f"note: the answer {named}; with a tokenizer" in result.stderr
-    assert "note: the answer" not in make(tmp_path, people, "--output_path", str(tmp_path / "other"), frame=reviews()).stderr
+    assert (
+        "note: the answer"
+        not in make(tmp_path, people, "--output_path", str(tmp_path / "other"), frame=reviews()).stderr
+    )
 
 
 def test_an_empty_output_folder_is_filled(tmp_path, people):
