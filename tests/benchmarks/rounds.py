@@ -247,15 +247,19 @@ def _continued(texts, row, n_words):
     return " ".join(words)
 
 
-def matmul_rate(dtype, device):
-    """Floating-point operations a second of a large square matrix product: the best of a few."""
-    n = 2048 if device == "cpu" else 8192
-    a, b = (torch.randn(n, n, device=device).to(getattr(torch, dtype)) for _ in range(2))
-    times = []
-    for _ in range(6):
+def matmul_rate(dtype: str, device: str) -> float:
+    """Floating-point operations a second of a large square matrix product: the best of a few. The size grows while a
+    product takes next to no time: a processor that only emulates bfloat16 needs minutes for a large one."""
+    n, largest, times = 256, 2048 if device == "cpu" else 8192, []
+    while len(times) < 6:
+        a, b = (torch.randn(n, n, device=device).to(getattr(torch, dtype)) for _ in range(2))
         start = time.perf_counter()
         (a @ b)[0, 0].item()  # waits for the device
-        times.append(time.perf_counter() - start)
+        seconds = time.perf_counter() - start
+        if n < largest and seconds < 0.1:
+            n *= 2
+        else:
+            times.append(seconds)
     return 2 * n**3 / min(times)
 
 
