@@ -277,8 +277,9 @@ def _last(folder: Path) -> dict:
 
 
 def _marks(frames):
-    """The names_other columns, which scores depend on and the fingerprint of texts and labels leaves out."""
-    return [frame["names_other"].tolist() for frame in frames.values() if "names_other" in frame]
+    """The columns beside text and label that scores depend on, which the fingerprint leaves out."""
+    marks = "names_other", "nested"
+    return [frame[column].tolist() for frame in frames.values() for column in marks if column in frame]
 
 
 def _contents(args):
@@ -294,8 +295,9 @@ def _contents(args):
 
 def _resume(path):
     """How to start a run that may have been interrupted: go on from its state, else replace what is left of it."""
-    state = Path(f"{path}.training.safetensors")
-    return ["--overwrite", *(["--resume"] if state.exists() else [])]
+    from utils.outputs import state_path
+
+    return ["--overwrite", *(["--resume"] if state_path(path).exists() else [])]
 
 
 if __name__ == "__main__":
