@@ -11,6 +11,16 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["OMP_NUM_THREADS"] = "1"  # set before torch is loaded: sums in one order, so equal runs are equal bit by bit
 
 
+@pytest.fixture(scope="module")
+def tokenizer():
+    """The tiny models' tokenizer, which pads with its end-of-sequence token."""
+    import tiny
+
+    tokenizer = tiny.build_tokenizer()
+    tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory):
     """Folder of a tiny Llama with tokenizer."""

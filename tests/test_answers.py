@@ -28,13 +28,6 @@ VERDICTS = ["very good", "not bad", "not good"]  # two tokens each
 
 
 @pytest.fixture(scope="module")
-def tokenizer():
-    tokenizer = tiny.build_tokenizer()
-    tokenizer.pad_token = tokenizer.eos_token
-    return tokenizer
-
-
-@pytest.fixture(scope="module")
 def stars(small_data):
     """The small splits with 1 and 10 as labels."""
     folder = small_data.parent / "stars"

@@ -109,13 +109,6 @@ def test_the_strength_scales_what_has_one():
 
 
 @pytest.fixture(scope="module")
-def tokenizer():
-    tokenizer = tiny.build_tokenizer()
-    tokenizer.pad_token = tokenizer.eos_token
-    return tokenizer
-
-
-@pytest.fixture(scope="module")
 def llama(tokenizer):
     """A random model, head enlarged so that corruption changes answers, with noise on every dimension."""
     model = tiny.build_model("llama", seed=3)

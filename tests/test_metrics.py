@@ -55,13 +55,6 @@ def one(tokenizer, piece):
 
 
 @pytest.fixture(scope="module")
-def tokenizer():
-    tokenizer = tiny.build_tokenizer()
-    tokenizer.pad_token = tokenizer.eos_token
-    return tokenizer
-
-
-@pytest.fixture(scope="module")
 def neutral(tokenizer):
     """The several tokens of ` neutral`."""
     ids = completion_ids(tokenizer, "neutral")
