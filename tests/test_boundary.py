@@ -93,12 +93,22 @@ def test_scripts_leave_the_imports_that_take_seconds_to_the_run():
     assert result.stdout == "set()\n"
 
 
+@pytest.fixture
+def interruptible():
+    """Ctrl-C counts, though a shell that started the tests in its background has switched it off for them."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("interruptible")
 def test_ctrl_c_while_it_works(capsys):
     with pytest.raises(SystemExit) as error:
         cli.run(lambda: None, lambda args: os.kill(os.getpid(), signal.SIGINT))
     assert error.value.code == 130 and capsys.readouterr() == ("", "")
 
 
+@pytest.mark.usefixtures("interruptible")
 def test_ctrl_c_while_it_imports():
     """An import that swallows whatever is raised does not swallow that."""
     stop = "try: os.kill(os.getpid(), signal.SIGINT)\n    except BaseException: pass"
@@ -107,16 +117,14 @@ def test_ctrl_c_while_it_imports():
     assert (result.returncode, result.stdout, result.stderr) == (130, "", "")
 
 
+@pytest.mark.usefixtures("interruptible")
 def test_ctrl_c_stays_as_it_was():
     with cli.importing():
         assert signal.getsignal(signal.SIGINT) is not signal.default_int_handler
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # in the background of a script
-    try:
-        with cli.importing():
-            assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
-    finally:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+    with cli.importing():
+        assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
 
 
 def test_home_in_a_path(folder, monkeypatch):
