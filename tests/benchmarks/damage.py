@@ -1,6 +1,6 @@
 """Damages checkpoints, references, states and data in hundreds of ways and looks at what the scripts make of them.
 
-python tests/benchmarks/damage.py --output=damage.json
+python tests/benchmarks/damage.py --output_path=damage.json
 
 Everything is tiny and random, built once; each case is a fresh copy with one damage, read by the real script in this
 process under a time limit. Where a manifest vouches for the damaged file, a second case signs it again, so that the
@@ -33,7 +33,7 @@ import tiny  # noqa: E402
 import torch  # noqa: E402
 from safetensors.torch import load_file, safe_open, save_file  # noqa: E402
 
-from utils import checkpoints  # noqa: E402
+from utils import checkpoints, cli  # noqa: E402
 from utils.data import SNIPPETS_FOLDER  # noqa: E402
 
 BASE, ADAPTER = "tiny-llama", "lora"
@@ -62,11 +62,11 @@ class Case:
 
 
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seed", type=int, default=0, help="of the bytes that are flipped and the values put in")
-    parser.add_argument("--seconds", type=int, default=60, help="time limit of a case")
+    parser = cli.ArgumentParser(__doc__)
+    parser.add_argument("--seed", type=cli.seed, default=0, help="of the bytes that are flipped and the values put in")
+    parser.add_argument("--seconds", type=cli.positive_int, default=60, help="time limit of a case")
     parser.add_argument("--only", default="", help="the cases whose name holds this text")
-    parser.add_argument("--output", type=Path, help="where to write every outcome as JSON")
+    parser.add_argument("--output_path", type=cli.path, help="file for every outcome, as JSON")
     return parser.parse_args()
 
 
@@ -86,8 +86,8 @@ def main(args: argparse.Namespace) -> None:
             if outcome not in OUTCOMES[:2]:
                 print(f"{outcome:16} {name_of(case)}: {said}", flush=True)
     print(summary(results))
-    if args.output:
-        args.output.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+    if args.output_path:
+        Path(args.output_path).write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
 
 
 def name_of(case: Case) -> str:

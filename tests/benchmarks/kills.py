@@ -46,14 +46,14 @@ def parse_args():
     parser = cli.ArgumentParser(__doc__)
     parser.add_argument("--kills", type=cli.positive_int, default=100, help="how many runs are killed")
     parser.add_argument("--seed", type=cli.seed, default=0, help="of the moments")
-    parser.add_argument("--output_path", type=Path, default=Path("results/kills"), help="folder; must be new or empty")
+    parser.add_argument("--output_path", type=cli.path, default="results/kills", help="folder; must be new or empty")
     return parser.parse_args()
 
 
 def main(args):
-    if args.output_path.exists() and any(args.output_path.iterdir()):
-        raise cli.UserError(f"{args.output_path} is not empty; choose another --output_path")
-    folder = args.output_path.resolve()
+    folder = Path(args.output_path).resolve()
+    if folder.exists() and any(folder.iterdir()):
+        raise cli.UserError(f"{folder} is not empty; choose another --output_path")
     folder.mkdir(parents=True, exist_ok=True)
     inputs = prepare(folder / "inputs")
     expected, seconds = {}, {}
