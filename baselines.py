@@ -13,7 +13,7 @@ import contextlib
 import dataclasses
 from time import perf_counter
 
-from utils import cli
+from utils import arguments, cli
 
 ECO_METRICS = ("accuracy", "f1", "precision", "recall", "label_accuracy", "out_of_label")
 NO_TRAINING = (
@@ -28,15 +28,15 @@ ECO_SEARCH = (
 
 
 def parse_args():
-    from utils.methods import IN_CONTEXT, METHODS
+    from utils.unlearning.methods import IN_CONTEXT, METHODS
 
     parser = cli.ArgumentParser(__doc__)
     parser.add_argument(
         "--model_checkpoints", type=cli.path, required=True, help="what qlora.py wrote, or a plain model"
     )
     parser.add_argument("--unlearn_method", required=True, choices=[*METHODS, *IN_CONTEXT, "eco"], help="the rival")
-    cli.add_model_arguments(parser)
-    cli.add_training_arguments(parser, num_epochs=1)
+    arguments.add_model_arguments(parser)
+    arguments.add_training_arguments(parser, num_epochs=1)
     group = parser.add_argument_group("unlearning")
     group.add_argument("--forget_size", type=cli.fraction, default=1.0, help="share of train_forget to unlearn")
     group.add_argument("--retain_loss", choices=["none", "ce", "kl"], help="on retain rows (default: the method's)")
@@ -48,7 +48,7 @@ def parse_args():
         default=0,
         help="forget rows in every batch of a method with a retain loss (0: all rows mixed, as published)",
     )
-    cli.add_retain_ratio(group)
+    arguments.add_retain_ratio(group)
     group.add_argument(
         "--stop_at_forget_accuracy", type=cli.share, metavar="A",
         help="stop once train_forget accuracy, measured every --eval_steps, is at most A (in [0, 1])",
@@ -65,7 +65,7 @@ def parse_args():
     group.add_argument("--method_delta", type=cli.non_negative_float, help="margin of simnpo")
     group.add_argument("--rmu_layer", type=cli.non_negative_int, help="layer that rmu steers (default: 7 of 32)")
     group.add_argument("--rmu_steering", type=cli.positive_float, help="c of rmu")
-    cli.add_lora_arguments(parser, "LoRA (with --tune=lora)")
+    arguments.add_lora_arguments(parser, "LoRA (with --tune=lora)")
     group = parser.add_argument_group("prompting and icul")
     group.add_argument(
         "--forget_names",
@@ -85,7 +85,7 @@ def parse_args():
 
 def add_eco_arguments(parser):
     """ECO's gate, corruption and search (arXiv 2406.07933); defaults are the authors' where they gave one."""
-    from utils.corruption import FAMILIES
+    from utils.interventions.corruption import FAMILIES
 
     group = parser.add_argument_group("eco")
     group.add_argument(
@@ -155,7 +155,7 @@ def eco_target(text):
 def refuse_contradictions(parser, args):
     """Exit 2 on flags that the chosen method would ignore, or that cannot work together. Those of the published command
     are taken by every method, so that only its name need be changed."""
-    from utils.methods import CONSTANTS, METHODS
+    from utils.unlearning.methods import CONSTANTS, METHODS
 
     name = args.unlearn_method
     if args.forget_per_batch >= args.train_batch_size:
@@ -206,7 +206,7 @@ def given(parser, args, flags):
 
 def refuse_eco_contradictions(parser, args):
     """Exit 2 on flags of ECO that would be ignored."""
-    from utils.corruption import ORDERS, has_strength
+    from utils.interventions.corruption import ORDERS, has_strength
 
     family, searched = args.eco_corruption, args.eco_strength is None and has_strength(args.eco_corruption)
     if not has_strength(family) and args.eco_strength is not None:
@@ -231,25 +231,32 @@ def refuse_eco_contradictions(parser, args):
 
 
 def main(args):
-    from utils import data, models, training
+    from utils.data.load import dataset_name
+    from utils.models.chain import short_name
+    from utils.training.state import claim_run
+    from utils.unlearning.methods import METHODS
 
-    name = f"{models.short_name(args.model_checkpoints)}_{data.dataset_name(args.dataset)}-{args.forget_size}"
-    with training.claim(args, f"unlearn_checkpoints/{args.unlearn_method}_{name}", timed=True) as output:
+    name = f"{short_name(args.model_checkpoints)}_{dataset_name(args.dataset)}-{args.forget_size}"
+    with claim_run(
+        args, f"unlearn_checkpoints/{args.unlearn_method}_{name}", timed=True, trains=args.unlearn_method in METHODS
+    ) as output:
         if output:
             run_method(args, output)
 
 
 def run_method(args, output):
     """Train or build what --unlearn_method asks for and write the Output."""
-    from utils import data, planning, reference
-    from utils.methods import IN_CONTEXT, METHODS
+    from utils import plan
+    from utils.data.select import load_rows
+    from utils.unlearning import reference
+    from utils.unlearning.methods import IN_CONTEXT, METHODS
 
     method = METHODS.get(args.unlearn_method)
     if method and (method.reference or args.retain_loss in ("kl", "activations")):
         reference.try_place(args)
-    frames = data.load_rows(vars(args))
+    frames = load_rows(vars(args))
     if args.dry_run:
-        planning.print_plan("lora" if args.tune == "lora" else "full", args, args.model_checkpoints, frames)
+        plan.print_plan("lora" if args.tune == "lora" else "full", args, args.model_checkpoints, frames)
     if args.dry_run == "plan":
         return
     if args.unlearn_method == "eco":
@@ -263,24 +270,34 @@ def unlearn(args, output, frames):
     """Train the model (or a LoRA adapter on it) with the chosen method and write the checkpoint."""
     import torch
 
-    from utils import data, metrics, models, objectives, planning, reference, training
-    from utils.methods import METHODS
+    from utils import plan
+    from utils.data.select import fingerprint
+    from utils.data.splits import TRAIN_SPLITS
+    from utils.evaluation.run import accuracies, check_rows, note_other_length
+    from utils.interventions.served import load_served
+    from utils.models.chain import refuse_prompted
+    from utils.models.lengths import check_length
+    from utils.storage import outputs
+    from utils.tasks.classification import label_words
+    from utils.training.loop import Training
+    from utils.unlearning import objectives, reference
+    from utils.unlearning.methods import METHODS
 
-    method, words = METHODS[args.unlearn_method], data.label_words(frames)
-    loaded = models.load(args.model_checkpoints, args, args.parent_path)
-    models.refuse_prompted(loaded.chain)
-    metrics.check_rows(loaded.model.config, loaded.tokenizer, frames, args)
-    metrics.note_other_length(loaded, frames, args)
+    method, words = METHODS[args.unlearn_method], label_words(frames)
+    loaded = load_served(args.model_checkpoints, args, args.parent_path)
+    refuse_prompted(loaded.chain)
+    check_rows(loaded.model.config, loaded.tokenizer, frames, args)
+    note_other_length(loaded, frames, args)
     dtype, model = loaded.model.dtype, prepare(loaded.model, args)
     loaded = dataclasses.replace(loaded, model=model)
     numerics = contextlib.nullcontext()
     if args.tune == "full" and dtype != torch.float32:  # float32 weights, multiplied in the dtype they came in
         numerics = torch.autocast(model.device.type, dtype)
 
-    used = {split: frames[split] for split in data.TRAIN_SPLITS}
+    used = {split: frames[split] for split in TRAIN_SPLITS}
     rows = objectives.Rows(loaded.tokenizer, used, method, args)
-    models.check_length(model.config, max(map(len, rows.all)), 0)
-    load = planning.blank_reference if args.dry_run else reference.load_reference
+    check_length(model.config, max(map(len, rows.all)), 0)
+    load = plan.blank_reference if args.dry_run else reference.load_reference
     with numerics:
         objective = objectives.Objective(method, loaded, rows, used, args, f"{args.tune} {dtype}", load)
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
@@ -292,17 +309,17 @@ def unlearn(args, output, frames):
 
     def evaluate():
         with numerics:
-            result = metrics.accuracies(loaded, frames, words, args)
+            result = accuracies(loaded, frames, words, args)
         only_adapter_dropout(model)
         return result
 
-    run = training.Training(
+    run = Training(
         parameters=parameters,
         examples=rows.trained,
         loss=loss,
         args=args,
-        state_path=training.state_path(output),
-        fingerprint=data.fingerprint(used),
+        state_path=outputs.state_path(output),
+        fingerprint=fingerprint(used),
         chain=loaded.chain,
         warmup=0.05,
         evaluate=evaluate,
@@ -310,7 +327,7 @@ def unlearn(args, output, frames):
     only_adapter_dropout(model)
     if args.dry_run:
         referred = objective.reference.examples(rows.all) if objective.reference else []
-        return planning.print_probe(run, loaded, frames, words, referred, numerics=numerics)
+        return plan.print_probe(run, loaded, frames, words, referred, numerics=numerics)
     log = run.run()
     model.eval()
     if args.tune == "full":
@@ -322,15 +339,17 @@ def prepare(model, args):
     """`model` ready to train: float32 weights that all learn, or frozen with a new float32 LoRA adapter."""
     import torch
 
-    from utils import models, objectives
+    from utils.models.adapters import add_lora
+    from utils.models.base import dequantized
+    from utils.unlearning import rmu
 
     torch.manual_seed(args.seed)
     if args.tune == "lora":
-        model = models.add_lora(model, args)
+        model = add_lora(model, args)
     else:
-        model = models.dequantized(model).float().requires_grad_(True)
+        model = dequantized(model).float().requires_grad_(True)
     if args.unlearn_method == "rmu":
-        objectives.restrict_to_rmu_layers(model, args)
+        rmu.restrict_to_rmu_layers(model, args)
     return model.eval()  # no dropout while the reference is computed
 
 
@@ -345,77 +364,99 @@ def only_adapter_dropout(model):
 
 def save(args, output, loaded, frames, words, kind, log, run):
     """Evaluate what was trained and write its folder."""
-    from utils import checkpoints, metrics, models, processes, report
+    from utils import distributed
+    from utils.evaluation import figures, tables
+    from utils.evaluation.record import make_record
+    from utils.evaluation.run import evaluate_splits
+    from utils.models.adapters import save_weights
+    from utils.storage import checkpoints
 
     records, start = None, perf_counter()
     if args.max_eval_samples != 0:
-        scores, _ = metrics.evaluate(loaded, frames, words, args, args.unlearn_method)
+        scores, _ = evaluate_splits(loaded, frames, words, args, args.unlearn_method)
         records = [
-            metrics.record(
-                args.unlearn_method, output, loaded.base_name, args, scores, perf_counter() - start, run.cost
-            )
+            make_record(args.unlearn_method, output, loaded.base_name, args, scores, perf_counter() - start, run.cost)
         ]
-    if not processes.is_main():
+    if not distributed.is_main():
         return
     with output.new_folder() as folder:
-        models.save(loaded.model, folder)
+        save_weights(loaded.model, folder)
         loaded.tokenizer.save_pretrained(folder)
         checkpoints.write_manifest(folder, output, kind, loaded.chain, args, run.fingerprint, words, records, run.cost)
-        report.write_curves(folder, log)
+        figures.write_curves(folder, log)
     if records:
-        print(report.table(records))
+        print(tables.table(records))
     print(f"wrote {output}")
 
 
 def instruct(args, output, frames):
     """Write the checkpoint of a rival that trains nothing: what it puts around every text."""
-    from utils import checkpoints, data, files, in_context, metrics, models, processes, report
+    from utils import distributed
+    from utils.data.select import fingerprint
+    from utils.data.splits import TRAIN_SPLITS
+    from utils.evaluation import tables
+    from utils.evaluation.record import make_record
+    from utils.evaluation.run import check_rows, evaluate_splits, note_other_length
+    from utils.interventions import in_context
+    from utils.interventions.served import load_served
+    from utils.models.chain import refuse_prompted
+    from utils.storage import checkpoints, files
+    from utils.tasks.classification import label_words
 
     template = in_context.build(args, frames)
-    loaded = models.load(args.model_checkpoints, args, args.parent_path)
-    models.refuse_prompted(loaded.chain)
+    loaded = load_served(args.model_checkpoints, args, args.parent_path)
+    refuse_prompted(loaded.chain)
     loaded = dataclasses.replace(loaded, template=template)
     records, start = None, perf_counter()
-    metrics.check_rows(loaded.model.config, loaded.tokenizer, frames, args, template=template)
-    metrics.note_other_length(loaded, frames, args)
+    check_rows(loaded.model.config, loaded.tokenizer, frames, args, template=template)
+    note_other_length(loaded, frames, args)
     if args.max_eval_samples != 0:
-        scores, _ = metrics.evaluate(loaded, frames, data.label_words(frames), args, args.unlearn_method)
-        records = [metrics.record(args.unlearn_method, output, loaded.base_name, args, scores, perf_counter() - start)]
-    if not processes.is_main():
+        scores, _ = evaluate_splits(loaded, frames, label_words(frames), args, args.unlearn_method)
+        records = [make_record(args.unlearn_method, output, loaded.base_name, args, scores, perf_counter() - start)]
+    if not distributed.is_main():
         return
-    used = data.fingerprint({split: frames[split] for split in data.TRAIN_SPLITS})
+    used = fingerprint({split: frames[split] for split in TRAIN_SPLITS})
     with output.new_folder() as folder:
         files.write_json(folder / in_context.FILE, template.settings)
-        checkpoints.write_manifest(
-            folder, output, "in-context", loaded.chain, args, used, data.label_words(frames), records
-        )
+        checkpoints.write_manifest(folder, output, "in-context", loaded.chain, args, used, label_words(frames), records)
     if records:
-        print(report.table(records))
+        print(tables.table(records))
     print(f"wrote {output}")
 
 
 def gate(args, output, frames):
     """Train ECO's classifier, find its strength, and write the checkpoint."""
-    from utils import checkpoints, data, eco, metrics, models, processes, report
+    from utils import distributed
+    from utils.data.select import fingerprint
+    from utils.data.splits import TRAIN_SPLITS
+    from utils.evaluation import tables
+    from utils.evaluation.record import make_record
+    from utils.evaluation.run import check_rows, evaluate_splits, note_other_length
+    from utils.interventions import eco
+    from utils.interventions.served import load_served
+    from utils.models.chain import refuse_prompted
+    from utils.storage import checkpoints
+    from utils.tasks.classification import label_words
+    from utils.unlearning import eco_search
 
-    loaded = models.load(args.model_checkpoints, args, args.parent_path)
-    models.refuse_prompted(loaded.chain)
-    metrics.check_rows(loaded.model.config, loaded.tokenizer, frames, args)
-    metrics.note_other_length(loaded, frames, args)
-    loaded, settings = eco.learn(args, loaded, frames)
-    print(report.gate_table(settings))
+    loaded = load_served(args.model_checkpoints, args, args.parent_path)
+    refuse_prompted(loaded.chain)
+    check_rows(loaded.model.config, loaded.tokenizer, frames, args)
+    note_other_length(loaded, frames, args)
+    loaded, settings = eco_search.learn(args, loaded, frames)
+    print(tables.gate_table(settings))
     records, start = None, perf_counter()
     if args.max_eval_samples != 0:
-        scores, _ = metrics.evaluate(loaded, frames, data.label_words(frames), args, "eco")
-        records = [metrics.record("eco", output, loaded.base_name, args, scores, perf_counter() - start)]
-    if not processes.is_main():
+        scores, _ = evaluate_splits(loaded, frames, label_words(frames), args, "eco")
+        records = [make_record("eco", output, loaded.base_name, args, scores, perf_counter() - start)]
+    if not distributed.is_main():
         return
-    used = data.fingerprint({split: frames[split] for split in data.TRAIN_SPLITS})
+    used = fingerprint({split: frames[split] for split in TRAIN_SPLITS})
     with output.new_folder() as folder:
         eco.save(loaded, settings, folder)
-        checkpoints.write_manifest(folder, output, "eco", loaded.chain, args, used, data.label_words(frames), records)
+        checkpoints.write_manifest(folder, output, "eco", loaded.chain, args, used, label_words(frames), records)
     if records:
-        print(report.table(records))
+        print(tables.table(records))
     print(f"wrote {output}")
 
 

@@ -14,7 +14,8 @@ import sys
 from pathlib import Path
 from time import perf_counter
 
-from utils import cli
+from utils import arguments, cli
+from utils.errors import UserError, note_once
 
 PRINTED_TOGETHER = 4  # batches of new texts: sorted by length among them they are padded less
 LONGEST_NAME = 150  # characters of a default output folder
@@ -29,7 +30,7 @@ def parse_args():
     parser.add_argument(
         "--model_checkpoints", type=cli.path, nargs="+", required=True, help="what spul.py or qlora.py wrote, or models"
     )
-    cli.add_model_arguments(parser)
+    arguments.add_model_arguments(parser)
     parser.add_argument("--forget_size", type=cli.fraction, default=1.0, help="share of train_forget that was unlearnt")
     parser.add_argument("--parent_path", type=cli.path, help="where the parent of the checkpoint lies, if it was moved")
     parser.add_argument(
@@ -70,18 +71,23 @@ def parse_args():
 
 
 def main(args):
-    from utils import checkpoints, data, files, outputs, processes, report
+    from utils import distributed
+    from utils.data.load import dataset_name
+    from utils.data.select import load_rows
+    from utils.evaluation import figures, tables
+    from utils.storage import checkpoints, files, outputs
+    from utils.tasks.classification import label_words
 
     if args.logits_path:
-        cli.note_once("inference compares nothing with a reference, so --logits_path is not used")
+        note_once("inference compares nothing with a reference, so --logits_path is not used")
     new_text = args.text or args.input_file
     if not args.dataset:
         manifest = checkpoints.first_manifest(args.model_checkpoints)
         if new_text and "label_words" in manifest:
             return predict(args, manifest["label_words"])
         args.dataset = manifest["arguments"]["dataset"] if manifest else "sst2"
-    frames = data.load_rows(vars(args))
-    words = data.label_words(frames)
+    frames = load_rows(vars(args))
+    words = label_words(frames)
     if new_text:
         return predict(args, words)
 
@@ -89,19 +95,19 @@ def main(args):
     if len(names) > LONGEST_NAME:
         digest = hashlib.sha256(names.encode()).hexdigest()[:8]
         names = f"{names[:LONGEST_NAME]}...{len(args.model_checkpoints)}-{digest}"
-    name = args.output_path or f"saved_results/{names}-{data.dataset_name(args.dataset)}"
+    name = args.output_path or f"saved_results/{names}-{dataset_name(args.dataset)}"
     with outputs.claim([name], args) as output:
         records, predictions = evaluate(args, frames, words)
-        if processes.is_main():
+        if distributed.is_main():
             with output.new_folder() as folder:
                 files.write_json(folder / "metrics.json", records)
                 predictions.to_json(folder / "predictions.jsonl", orient="records", lines=True)
-                report.draw_comparison(records, path=folder / "comparison.png")
-    print(report.table(records))
-    if sentence := report.meaning(records):
+                figures.draw_comparison(records, path=folder / "comparison.png")
+    print(tables.table(records))
+    if sentence := tables.meaning(records):
         print(f"\n{sentence}")
     if args.show_examples:
-        print(f"\n{report.examples(predictions, args.show_examples)}\n")
+        print(f"\n{tables.examples(predictions, args.show_examples)}\n")
     print(f"wrote {output}")
 
 
@@ -109,15 +115,17 @@ def evaluate(args, frames, words):
     """One record per checkpoint, and a DataFrame with one prediction per checkpoint and row."""
     import pandas as pd
 
-    from utils import metrics, models
+    from utils.evaluation.record import make_record, with_distances
+    from utils.evaluation.run import check_rows, evaluate_splits, note_other_length
+    from utils.interventions.served import load_served
 
     chains = resolve(args)
     router = find_router(args, chains)
     note_other_rows(args, chains, frames)
     records, predictions, names = [], [], method_names(chains)
     for method, name in zip(names, args.model_checkpoints):
-        loaded = models.load(name, args, args.parent_path)
-        metrics.check_rows(
+        loaded = load_served(name, args, args.parent_path)
+        check_rows(
             loaded.model.config,
             loaded.tokenizer,
             frames,
@@ -125,39 +133,39 @@ def evaluate(args, frames, words):
             0 if loaded.prompt is None else len(loaded.prompt),
             loaded.template,
         )
-        metrics.note_other_length(loaded, frames, args)
+        note_other_length(loaded, frames, args)
         variants = {method: loaded}
         if router and loaded.prompt is not None:
             variants[f"{method} + router"] = routed(loaded, router, args)
         for variant, model in variants.items():
             start = perf_counter()
-            splits, rows = metrics.evaluate(model, frames, words, args, variant)
+            splits, rows = evaluate_splits(model, frames, words, args, variant)
             training = (loaded.chain[-1].manifest or {}).get("training")
-            entry = metrics.record(variant, name, loaded.base_name, args, splits, perf_counter() - start, training)
+            entry = make_record(variant, name, loaded.base_name, args, splits, perf_counter() - start, training)
             records.append({**entry, "seed": (loaded.chain[-1].manifest or entry)["seed"]})
             columns = [*PREDICTION_COLUMNS, *(["flagged", "gate_probability"] if model.gate else [])]
             predictions.append(rows.assign(method=variant, checkpoint=str(name))[columns])
         del loaded, model, variants  # two models need not fit at once
-    return metrics.with_distances(records, predictions), pd.concat(predictions, ignore_index=True)
+    return with_distances(records, predictions), pd.concat(predictions, ignore_index=True)
 
 
 def resolve(args):
     """The chain of Links of every checkpoint."""
-    from utils import models
+    from utils.models.chain import resolve_chain
 
-    return [models.resolve_chain(name, args.trust_remote_code, args.parent_path) for name in args.model_checkpoints]
+    return [resolve_chain(name, args.trust_remote_code, args.parent_path) for name in args.model_checkpoints]
 
 
 def note_other_rows(args, chains, frames):
     """Say which checkpoints were trained on other rows than those that the train columns of the table are about."""
-    from utils import data
+    from utils.data.select import learnt_by
 
     for chain in chains:
         manifest = chain[-1].manifest
         if manifest is None or (chain[-1].kind == "lora" and args.forget_size < 1):  # it knows more rows than these
             continue
-        if not data.learnt_by(manifest, frames):
-            cli.note_once(
+        if not learnt_by(manifest, frames):
+            note_once(
                 f"{chain[-1].path} was trained on other rows than the train columns show; give this command the "
                 "--dataset, --max_train_samples, --forget_share, --forget_only, --rows_seed, --validation_share and "
                 "--forget_size of its training"
@@ -166,25 +174,25 @@ def note_other_rows(args, chains, frames):
 
 def find_router(args, chains):
     """The Link of --router, or None. Raises UserError unless it fits every prompt among the `chains`."""
-    from utils import models
+    from utils.models.chain import resolve_chain
 
     if not args.router:
         return None
     prompts = [chain for chain in chains if chain[-1].kind == "prompt"]
     if not prompts:
-        raise cli.UserError("--router goes in front of a prompt; add what spul.py wrote to --model_checkpoints")
-    *above, link = models.resolve_chain(args.router, args.trust_remote_code, args.parent_path)
+        raise UserError("--router goes in front of a prompt; add what spul.py wrote to --model_checkpoints")
+    *above, link = resolve_chain(args.router, args.trust_remote_code, args.parent_path)
     if link.kind != "eco":
-        raise cli.UserError(f"{args.router} is no ECO checkpoint; --router takes what baselines.py wrote with eco")
+        raise UserError(f"{args.router} is no ECO checkpoint; --router takes what baselines.py wrote with eco")
     for *model, prompt in prompts:
         if link.manifest["data_fingerprint"] != prompt.manifest["data_fingerprint"] and not args.force:
-            raise cli.UserError(
+            raise UserError(
                 f"the classifier of {args.router} was trained on other data than {prompt.path}; train one on the same "
                 "rows, or take it nevertheless with --force"
             )
         reads_states = link.manifest["arguments"].get("eco_classifier") == "features"
         if reads_states and above[-1].sha256 != model[-1].sha256:
-            raise cli.UserError(
+            raise UserError(
                 f"the classifier of {args.router} reads the hidden states of another model than that of {prompt.path}; "
                 "train one on the same model"
             )
@@ -193,9 +201,9 @@ def find_router(args, chains):
 
 def routed(loaded, router, args):
     """`loaded` with its prompt only in front of the queries that the classifier of the Link `router` flags."""
-    from utils import gates
+    from utils.interventions import eco
 
-    return dataclasses.replace(loaded, gate=gates.load_gate(router, dataclasses.replace(loaded, prompt=None), args))
+    return dataclasses.replace(loaded, gate=eco.load_gate(router, dataclasses.replace(loaded, prompt=None), args))
 
 
 def method_names(chains):
@@ -209,7 +217,7 @@ def method_names(chains):
         names.append(arguments.get("unlearn_method") or retrained or known[last.kind])
     paths = [Path(os.path.abspath(chain[-1].name)) for chain in chains]
     if repeated := [path for path in paths if paths.count(path) > 1]:
-        raise cli.UserError(f"--model_checkpoints names {repeated[0]} more than once; name it once")
+        raise UserError(f"--model_checkpoints names {repeated[0]} more than once; name it once")
     alike = [[path for other, path in zip(names, paths) if other == name] for name in names]
     return [
         f"{name} ({distinct_part(path, among)})" if len(among) > 1 else name
@@ -232,18 +240,20 @@ def predict(args, words):
     import pandas as pd
     from tqdm import tqdm
 
-    from utils import data, metrics, models
+    from utils.data.load import read_texts
+    from utils.evaluation.run import check_texts, note_other_length
+    from utils.interventions.served import load_served
 
-    texts = [*(args.text or []), *(data.read_texts(args.input_file) if args.input_file else [])]
+    texts = [*(args.text or []), *(read_texts(args.input_file) if args.input_file else [])]
     rows = [{"text": text} for text in texts]
     size = PRINTED_TOGETHER * args.eval_batch_size
     parts = [rows[start : start + size] for start in range(0, len(rows), size)]
     router = find_router(args, resolve(args)) if args.router else None
     for number, name in enumerate(args.model_checkpoints, 1):
-        loaded = models.load(name, args, args.parent_path)
+        loaded = load_served(name, args, args.parent_path)
         own_words = (loaded.chain[-1].manifest or {}).get("label_words", words)
-        metrics.check_texts(loaded, texts, own_words, args)
-        metrics.note_other_length(loaded, {"new": pd.DataFrame({"text": texts})}, args)
+        check_texts(loaded, texts, own_words, args)
+        note_other_length(loaded, {"new": pd.DataFrame({"text": texts})}, args)
         prefix = f"{Path(name).name}: " if len(args.model_checkpoints) > 1 else ""
         variants = {f"{prefix}{variant}": model for variant, model in variants_of(loaded, router, args).items()}
         with tqdm(total=len(rows), desc="answering", unit="text", disable=len(parts) == 1, mininterval=1) as progress:
@@ -268,7 +278,7 @@ def variants_of(loaded, router, args):
 
 def answer_rows(rows, variants, words, args):
     """Put into each of the `rows`, {"text"}, what every one of the `variants` answers."""
-    from utils.answers import answer_texts
+    from utils.evaluation.answering import answer_texts
 
     texts = [row["text"] for row in rows]
     for variant, model in variants.items():

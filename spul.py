@@ -11,7 +11,8 @@ unlearn_checkpoints/spul_<model>_<dataset>-<forget_size>_<time>.
 
 from time import perf_counter
 
-from utils import cli
+from utils import arguments, cli
+from utils.errors import UserError, note_once
 
 
 def parse_args():
@@ -22,8 +23,8 @@ def parse_args():
         required=True,
         help="what qlora.py wrote, or a plain model (hub id, folder)",
     )
-    cli.add_model_arguments(parser)
-    cli.add_training_arguments(parser, num_epochs=10)
+    arguments.add_model_arguments(parser)
+    arguments.add_training_arguments(parser, num_epochs=10)
     group = parser.add_argument_group("SPUL")
     group.add_argument("--forget_size", type=cli.fraction, default=1.0, help="share of train_forget to unlearn")
     group.add_argument("--ptuning_num_tokens", type=cli.positive_int, default=30, help="p, virtual tokens")
@@ -44,7 +45,7 @@ def parse_args():
         default=0,
         help="forget rows in every batch (0: all rows mixed, as published)",
     )
-    cli.add_retain_ratio(group)
+    arguments.add_retain_ratio(group)
     group.add_argument(
         "--logits_path", type=cli.path, help="file of reference logits (default: saved_logits/<model>-<dataset>-<key>)"
     )
@@ -58,10 +59,12 @@ def parse_args():
 
 
 def main(args):
-    from utils import data, models, training
+    from utils.data.load import dataset_name
+    from utils.models.chain import short_name
+    from utils.training.state import claim_run
 
-    name = f"spul_{models.short_name(args.model_checkpoints)}_{data.dataset_name(args.dataset)}-{args.forget_size}"
-    with training.claim(args, f"unlearn_checkpoints/{name}", timed=True) as output:
+    name = f"spul_{short_name(args.model_checkpoints)}_{dataset_name(args.dataset)}-{args.forget_size}"
+    with claim_run(args, f"unlearn_checkpoints/{name}", timed=True) as output:
         if output:
             learn_prompt(args, output)
 
@@ -71,49 +74,63 @@ def learn_prompt(args, output):
     import torch
     from safetensors.torch import save_file
 
-    from utils import checkpoints, data, losses, metrics, models, planning, processes, reference, report, training
-    from utils.answers import known_answers
-    from utils.forward import completion_logits, prompt_prefix
+    from utils import distributed, plan
+    from utils.data.batch import collate
+    from utils.data.select import fingerprint, learnt_by, load_rows
+    from utils.data.splits import TRAIN_SPLITS
+    from utils.evaluation import figures, tables
+    from utils.evaluation.record import make_record
+    from utils.evaluation.run import accuracies, check_rows, evaluate_splits, note_other_length
+    from utils.interventions.served import Loaded, load_served
+    from utils.models.chain import refuse_prompted
+    from utils.models.forward import completion_logits, prompt_prefix
+    from utils.models.lengths import check_length
+    from utils.storage import checkpoints, outputs
+    from utils.tasks.answers import known_answers
+    from utils.tasks.classification import draw_unlearning_labels, label_words
+    from utils.tasks.encode import tokenize
+    from utils.training.loop import Training
+    from utils.unlearning import losses, reference
 
     if args.beta:
         reference.try_place(args)
-    frames = data.load_rows(vars(args))
-    words = data.label_words(frames)
+    frames = load_rows(vars(args))
+    words = label_words(frames)
     if args.dry_run:
-        planning.print_plan("prompt", args, args.model_checkpoints, frames)
+        plan.print_plan("prompt", args, args.model_checkpoints, frames)
     if args.dry_run == "plan":
         return
 
-    loaded = models.load(args.model_checkpoints, args, args.parent_path)
-    models.refuse_prompted(loaded.chain)
+    loaded = load_served(args.model_checkpoints, args, args.parent_path)
+    refuse_prompted(loaded.chain)
     model, tokenizer = loaded.model, loaded.tokenizer
-    metrics.check_rows(model.config, tokenizer, frames, args, args.ptuning_num_tokens)
-    metrics.note_other_length(loaded, frames, args)
+    check_rows(model.config, tokenizer, frames, args, args.ptuning_num_tokens)
+    note_other_length(loaded, frames, args)
     records = [] if args.dry_run else report_merge(loaded, frames, words, args)
 
-    used = data.fingerprint({split: frames[split] for split in data.TRAIN_SPLITS})
+    used = fingerprint({split: frames[split] for split in TRAIN_SPLITS})
     tuned = loaded.chain[-1].manifest
-    if args.forget_size == 1 and tuned and not data.learnt_by(tuned, frames):
+    if args.forget_size == 1 and tuned and not learnt_by(tuned, frames):
         print(f"note: {args.model_checkpoints} was fine-tuned on other rows than the ones selected here")
-    unlearning = data.draw_unlearning_labels(len(frames["train_forget"]), args.seed)
+    unlearning = draw_unlearning_labels(len(frames["train_forget"]), args.seed)
     retain, forget = frames["train_retain"], frames["train_forget"]
     known = known_answers(tokenizer, words)
-    examples = data.tokenize(tokenizer, retain["text"], retain["label_text"], args.max_length, answers=known)
-    examples += data.tokenize(tokenizer, forget["text"], unlearning, args.max_length, forget=True, answers=known)
-    models.check_length(model.config, max(map(len, examples)), args.ptuning_num_tokens)
+    examples = tokenize(tokenizer, retain["text"], retain["label_text"], args.max_length, answers=known)
+    examples += tokenize(tokenizer, forget["text"], unlearning, args.max_length, forget=True, answers=known)
+    check_length(model.config, max(map(len, examples)), args.ptuning_num_tokens)
 
     unprompted = None
     if args.beta:
-        make = planning.blank_reference if args.dry_run else reference.load_reference
+        make = plan.blank_reference if args.dry_run else reference.load_reference
         unprompted = make(loaded, examples, range(len(retain)), {"train_retain": retain}, args)
     elif args.logits_path:
-        cli.note_once("without L_kl (--beta=0) there is no reference, so --logits_path is not used")
+        note_once("without L_kl (--beta=0) there is no reference, so --logits_path is not used")
     torch.manual_seed(args.seed)
     encoder = build_encoder(args, loaded).to(model.device)
     print(f"training {sum(p.numel() for p in encoder.parameters()):,} parameters on {len(examples):,} rows")
 
     def loss(rows, n_forget, n_retain):
-        batch = data.collate([examples[i] for i in rows], tokenizer.pad_token_id, model.device)
+        batch = collate([examples[i] for i in rows], tokenizer.pad_token_id, model.device)
         is_forget = batch.forget[batch.rows]
         prefix = prompt_prefix(model, encoder())
         if unprompted is None:
@@ -125,30 +142,30 @@ def learn_prompt(args, output):
         return losses.spul_loss(nll, kl, is_forget, n_forget, n_retain, args.alpha, args.beta)
 
     def prompted():
-        return models.Loaded(model, tokenizer, encoder().detach(), loaded.chain)
+        return Loaded(model, tokenizer, encoder().detach(), loaded.chain)
 
-    run = training.Training(
+    run = Training(
         parameters=dict(encoder.named_parameters()),
         examples=examples,
         loss=loss,
         args=args,
-        state_path=training.state_path(output),
+        state_path=outputs.state_path(output),
         fingerprint=used,
         chain=loaded.chain,
         warmup=0.1,
-        evaluate=lambda: metrics.accuracies(prompted(), frames, words, args),
+        evaluate=lambda: accuracies(prompted(), frames, words, args),
     )
     if args.dry_run:
         referred = unprompted.examples(examples) if unprompted else []
-        return planning.print_probe(run, prompted(), frames, words, referred, evaluations=2)
+        return plan.print_probe(run, prompted(), frames, words, referred, evaluations=2)
     log = run.run()
 
     if args.max_eval_samples != 0:
         start = perf_counter()
-        scores, _ = metrics.evaluate(prompted(), frames, words, args, "SPUL")
+        scores, _ = evaluate_splits(prompted(), frames, words, args, "SPUL")
         cost = perf_counter() - start, run.cost
-        records.append(metrics.record("SPUL", output, loaded.base_name, args, scores, *cost))
-    if not processes.is_main():
+        records.append(make_record("SPUL", output, loaded.base_name, args, scores, *cost))
+    if not distributed.is_main():
         return
     with output.new_folder() as folder:
         encoder.config.base_model_name_or_path = args.model_checkpoints
@@ -160,34 +177,37 @@ def learn_prompt(args, output):
         checkpoints.write_manifest(
             folder, output, "prompt", loaded.chain, args, run.fingerprint, words, records, run.cost
         )
-        report.write_curves(folder, log)
+        figures.write_curves(folder, log)
     if records:
-        print(report.table(records))
+        print(tables.table(records))
     print(f"wrote {output}")
 
 
 def report_merge(loaded, frames, words, args):
     """Print accuracy before and after LoRA was merged into the unquantised base; returns the merged model's records."""
-    from utils import metrics, report
+    from utils.evaluation import tables
+    from utils.evaluation.record import make_record
+    from utils.evaluation.run import evaluate_splits
 
     if args.max_eval_samples == 0:
         return []
     start = perf_counter()
-    scores, _ = metrics.evaluate(loaded, frames, words, args, "before SPUL")
+    scores, _ = evaluate_splits(loaded, frames, words, args, "before SPUL")
     last = loaded.chain[-1]
-    after = metrics.record(
+    after = make_record(
         "merged" if last.kind == "lora" else "base", last.path, loaded.base_name, args, scores, perf_counter() - start
     )
     before = (last.manifest or {}).get("metrics") or []
-    print(report.table([*before, after]))
+    print(tables.table([*before, after]))
     return [after]
 
 
 def build_encoder(args, loaded):
     """The prompt encoder: new, started from --init_text, or from the encoder that --init_checkpoint trained."""
-    from utils import checkpoints, models
-    from utils.prompt_encoders import VirtualTokens, start_from_text
-    from utils.reading import Like, read_tensors
+    from utils.interventions.prompt_encoders import VirtualTokens, start_from_text
+    from utils.models.chain import resolve_chain
+    from utils.storage import checkpoints
+    from utils.storage.reading import Like, read_tensors
 
     embeddings, start = loaded.model.get_input_embeddings(), None
     if args.init_text is not None:
@@ -196,9 +216,9 @@ def build_encoder(args, loaded):
         args.prompt_encoder, args.ptuning_num_tokens, embeddings.weight.shape[1], args.ptuning_hidden_size, start
     )
     if args.init_checkpoint:
-        chain = models.resolve_chain(args.init_checkpoint, args.trust_remote_code)
+        chain = resolve_chain(args.init_checkpoint, args.trust_remote_code)
         if chain[-1].kind != "prompt":
-            raise cli.UserError(f"{args.init_checkpoint} is no prompt; --init_checkpoint takes what spul.py wrote")
+            raise UserError(f"{args.init_checkpoint} is no prompt; --init_checkpoint takes what spul.py wrote")
         checkpoints.verify_parent(loaded.chain[-1], chain[-1])
         expected = {name: Like(tuple(tensor.shape)) for name, tensor in encoder.state_dict().items()}
         what = "encoder of this --prompt_encoder, --ptuning_num_tokens and --ptuning_hidden_size"

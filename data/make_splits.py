@@ -12,15 +12,15 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from utils.cli import ArgumentParser, UserError, fraction, importing, note_once, path, run, seed
+from utils.cli import ArgumentParser, fraction, importing, path, run, seed
+from utils.errors import UserError, note_once
 
 with importing():
     import numpy as np
     import pandas as pd
 
-    from utils import outputs
-    from utils.names import count_rows, mentions, note_absent, read_names
-    from utils.splits import (
+    from utils.data.names import count_rows, mentions, note_absent, read_names
+    from utils.data.splits import (
         SPLITS,
         UNLEARNING_LABELS,
         describe,
@@ -32,6 +32,7 @@ with importing():
         whole_number,
         write_splits,
     )
+    from utils.storage import outputs
 
 
 def parse_args():

@@ -12,6 +12,7 @@ from pathlib import Path
 from unittest import mock
 
 from utils import cli
+from utils.errors import note_once
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -32,7 +33,7 @@ class Result:
 def call(cwd, script, *arguments):
     """What `python <script>.py <arguments>` does in folder `cwd`, without the start of a process."""
     module = importlib.import_module(script)
-    cli.note_once.cache_clear()
+    note_once.cache_clear()
     code, out, err = 0, io.StringIO(), io.StringIO()
     command = [f"{script}.py", *map(str, arguments)]
     streams = contextlib.redirect_stdout(out), contextlib.redirect_stderr(err)

@@ -16,11 +16,18 @@ from scripts import call, done, refused
 from test_metrics import BAD, FILM, WELL, score, scripted
 
 import inference_spul
-from utils import answers, cli, data, metrics, objectives, planning, report
-from utils.answers import answer_texts, known_answers
-from utils.cli import UserError
-from utils.data import SPLITS, TRAIN_SPLITS, completion_ids
-from utils.methods import METHODS
+from utils import plan
+from utils.data.load import load_splits
+from utils.data.splits import SPLITS, TRAIN_SPLITS
+from utils.errors import UserError, note_once
+from utils.evaluation import tables
+from utils.evaluation.answering import answer_texts
+from utils.evaluation.record import with_distances
+from utils.evaluation.scores import split_scores
+from utils.tasks.answers import known_answers
+from utils.tasks.encode import completion_ids, tokenize
+from utils.unlearning import objectives
+from utils.unlearning.methods import METHODS
 
 STARS = ["1", "3", "10"]  # the tokens of 1 begin those of 10
 TWO = ("--max_eval_samples=2", "--output_path=out")
@@ -41,7 +48,7 @@ def stars(small_data):
 @pytest.fixture(scope="module")
 def rated(tiny_model, stars):
     """What qlora.py wrote on it, memorised, and what it said."""
-    cli.note_once.cache_clear()
+    note_once.cache_clear()
     arguments = "--lr=2e-3", "--num_epochs=14", "--lora_target_modules=all-linear", "--output_path=rated"
     return stars.parent / "rated", done(scripts.qlora(stars.parent, tiny_model, stars, *arguments))
 
@@ -78,13 +85,13 @@ def test_the_end_costs_nothing_where_no_word_begins_another(tokenizer):
         assert not known.closed
         assert all(known.ids[word] == completion_ids(tokenizer, word) for word in words)
         texts = ["a fine film"] * len(words)
-        assert data.tokenize(tokenizer, texts, words, 96, answers=known) == data.tokenize(tokenizer, texts, words, 96)
+        assert tokenize(tokenizer, texts, words, 96, answers=known) == tokenize(tokenizer, texts, words, 96)
 
 
 @pytest.mark.parametrize("words", [STARS, ["good", "good film"], ["un", "positive"]])
 def test_every_answer_ends_where_one_begins_another(tokenizer, words, capsys):
     """An unlearning word counts too: ` un` begins ` unknown`."""
-    cli.note_once.cache_clear()
+    note_once.cache_clear()
     for _ in range(2):
         known = known_answers(tokenizer, words)
         assert known.closed and list(known.ids) == [*words, "neutral", "unknown"]
@@ -112,7 +119,7 @@ def test_words_that_cannot_be_told_apart():
 )
 def test_words_without_tokens_of_their_own(tokenizer, words, fault):
     """With a tokenizer that sees the length of a word alone."""
-    by_length = mock.patch.object(answers, "completion_ids", lambda _, word: (7,) * len(word))
+    by_length = mock.patch("utils.tasks.answers.completion_ids", lambda _, word: (7,) * len(word))
     with by_length, pytest.raises(UserError, match=fault):
         known_answers(tokenizer, words)
 
@@ -126,7 +133,7 @@ def test_every_script_trains_on_whole_answers(tiny_model, stars, tmp_path, metho
     def capture(**arguments):
         raise Captured(arguments["examples"])
 
-    with mock.patch("utils.training.Training", capture), pytest.raises(Captured) as caught:
+    with mock.patch("utils.training.loop.Training", capture), pytest.raises(Captured) as caught:
         if method in ("qlora", "spul"):
             getattr(scripts, method)(tmp_path, tiny_model, stars, "--max_eval_samples=0")
         else:
@@ -137,10 +144,10 @@ def test_every_script_trains_on_whole_answers(tiny_model, stars, tmp_path, metho
 
 
 def test_plans_and_rivals_count_whole_answers(tokenizer, stars):
-    frames = data.load_splits(str(stars))
+    frames = load_splits(str(stars))
     args = Namespace(max_length=96, seed=42, retain_loss="ce")
     rows = objectives.Rows(tokenizer, {split: frames[split] for split in TRAIN_SPLITS}, METHODS["dpo"], args)
-    planned = planning.training_rows("prompt", args, tokenizer, frames)
+    planned = plan.training_rows("prompt", args, tokenizer, frames)
     assert all(example.completion[-1] == tokenizer.eos_token_id for example in [*rows.all, *planned])
 
 
@@ -168,7 +175,7 @@ def test_the_prediction_is_the_greedy_answer_not_the_forced_one(tokenizer):
     rows = score(loaded, ["a film"] * 3, VERDICTS, VERDICTS)
     assert list(rows["prediction"]) == ["not bad"] * 3
     assert list(rows["correct"]) == [False, True, False]
-    assert metrics.scores(rows.assign(label_text=VERDICTS), VERDICTS)["out_of_label"] == 0
+    assert split_scores(rows.assign(label_text=VERDICTS), VERDICTS)["out_of_label"] == 0
 
 
 def test_a_greedy_answer_that_is_a_label_costs_no_further_pass(tokenizer):
@@ -258,31 +265,31 @@ def test_a_refuser_is_far_from_the_retrained_model():
     rows = records_and_rows(
         retrained=([0.9, 0.6, 0.8, 0.7], 1.0), fine_tuned=([0.9, 1.0, 0.8, 0.9], 1.0), refuser=([0.9, 0, 0.8, 0], 0.0)
     )
-    _, untouched, refuser = (record["distance_to_retrained"] for record in metrics.with_distances(*rows))
+    _, untouched, refuser = (record["distance_to_retrained"] for record in with_distances(*rows))
     assert untouched == pytest.approx(
         {"accuracy_forget": 0.3, "accuracy_retain": 0, "js_train_forget": 0, "js_test_forget": 0}
     )
     assert (refuser["accuracy_forget"], refuser["js_train_forget"]) == pytest.approx((0.65, 1))
     with pytest.raises(UserError, match="remove them and evaluate again"):
-        metrics.with_distances(rows[0], [frame.drop(columns="label_mass") for frame in rows[1]])
+        with_distances(rows[0], [frame.drop(columns="label_mass") for frame in rows[1]])
 
 
 def test_tables_show_rows_and_what_a_refusal_still_tells():
-    records = metrics.with_distances(
+    records = with_distances(
         *records_and_rows(
             fine_tuned=([0.9, 1.0, 0.8, 0.9], 1.0), SPUL=([0.9, 0, 0.8, 0.1], 0.1), retrained=([1] * 4, 1)
         )
     )
-    for table in (report.table(records), report.comparison_table(records)):
+    for table in (tables.table(records), tables.comparison_table(records)):
         head, _, *lines = (line.split("|") for line in table.splitlines())
         assert [cell.strip()[-4:] for cell in head[2:6]] == ["n=26"] * 4
         by_name = {cell.strip(): i for i, cell in enumerate(head)}
-        label, gap = by_name["forget label acc. (train/test)"], by_name[report.DISTANCES[0]]
+        label, gap = by_name["forget label acc. (train/test)"], by_name[tables.DISTANCES[0]]
         assert {line[label].strip() for line in lines} == {"75.0 / 75.0"}
         assert [line[gap].strip() for line in lines] == ["5.0 / 15.0", "95.0 / 15.0", "0.0 / 0.0"]
     records[0]["splits"]["test_forget"]["n"] = 610
-    assert "test_forget (acc/F1) n=26/610" in report.table(records)
-    said = report.meaning([{**records[0], "method": "fine-tuned"}, records[1]])
+    assert "test_forget (acc/F1) n=26/610" in tables.table(records)
+    said = tables.meaning([{**records[0], "method": "fine-tuned"}, records[1]])
     assert "rank the label words instead still reads the label of 75.0 % of the rows to forget" in said
 
 
@@ -355,7 +362,7 @@ def test_answers_of_a_broken_model_are_no_answers(tokenizer):
 
 def test_another_max_length_than_in_training_is_named(fine_tuned, small_data, tmp_path):
     """Only where it cuts texts elsewhere."""
-    cli.note_once.cache_clear()
+    note_once.cache_clear()
     data_of_training, chosen = f"--dataset={small_data}", f"--model_checkpoints={fine_tuned}"
     scored = done(call(tmp_path, "inference_spul", chosen, data_of_training, *scripts.ROWS, *TWO, "--max_length=71"))
     assert re.search(r"fine-tuned was trained with --max_length=96 and this is 71: 1\d of 34 texts", scored.stderr)
@@ -364,6 +371,6 @@ def test_another_max_length_than_in_training_is_named(fine_tuned, small_data, tm
     said = done(ask(tmp_path, fine_tuned, "--max_length=400", long, "--text=a film"))
     assert "--max_length=96 and this is 400: 1 of 2 texts" in said.stderr
     assert "note:" not in done(ask(tmp_path, fine_tuned, "--max_length=401", "--text=a film")).stderr
-    with mock.patch("utils.training.Training", side_effect=UserError("far enough")):
+    with mock.patch("utils.training.loop.Training", side_effect=UserError("far enough")):
         said = scripts.spul(tmp_path, fine_tuned, small_data, "--max_length=72", "--max_eval_samples=0")
     assert "far enough" in said.stderr and "--max_length=96 and this is 72" in said.stderr

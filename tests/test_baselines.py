@@ -13,10 +13,14 @@ from scripts import ROWS, baselines, call, done, refused, tree
 from test_pipeline import RUN_ARGUMENTS, manifest_of, metrics_of, names
 from test_resume import kill_after_a_state, stop_at
 
-from utils import data, in_context, models
-from utils.data import SPLITS
-from utils.methods import IN_CONTEXT, METHODS
-from utils.training import read_state
+from utils.data.load import load_splits, pd
+from utils.data.splits import SPLITS
+from utils.interventions import in_context
+from utils.interventions.served import load_served
+from utils.models.chain import resolve_chain
+from utils.tasks.classification import TEMPLATE_TAIL
+from utils.training.state import read_state
+from utils.unlearning.methods import IN_CONTEXT, METHODS
 
 PUBLISHED = """--dataset=sst2 --model_checkpoints=[local path to checkpoints] \
     --max_length=1024 --set_pad_id --lr=1e-4 \
@@ -75,7 +79,7 @@ def evaluated(trained, small_data, fine_tuned):
 @pytest.fixture(scope="module")
 def parent(fine_tuned):
     """The weights that every method starts from: the fine-tuned model, merged."""
-    return models.load(str(fine_tuned), RUN_ARGUMENTS).model.state_dict()
+    return load_served(str(fine_tuned), RUN_ARGUMENTS).model.state_dict()
 
 
 def changes(folder, parent):
@@ -144,7 +148,7 @@ def test_lora_writes_an_adapter_on_the_untouched_model(trained, fine_tuned, meth
     folder = trained / f"{method}-lora"
     assert names(folder) == LORA_FILES
     assert manifest_of(folder)["kind"] == "lora"
-    assert manifest_of(folder)["parent"]["sha256"] == models.resolve_chain(str(fine_tuned))[-1].sha256
+    assert manifest_of(folder)["parent"]["sha256"] == resolve_chain(str(fine_tuned))[-1].sha256
     weights = load_file(folder / "adapter_model.safetensors")
     assert all("lora_" in name for name in weights)
     moved = {name for name, value in weights.items() if "lora_B" in name and value.abs().max() > 0}
@@ -234,7 +238,7 @@ def test_templates_change_what_the_model_says(evaluated, fine_tuned):
 
 
 def test_the_instruction_stands_in_the_question(trained):
-    template = in_context.load(models.resolve_chain(str(trained / "prompting"))[-1])
+    template = in_context.load(resolve_chain(str(trained / "prompting"))[-1])
     ((head, tail),) = template.around(["any text"])
     assert head + "any text" + tail == (
         "### Text: any text\n\n### Question: Answer unknown. What is the sentiment of the given text?\n\n### Sentiment:"
@@ -250,22 +254,22 @@ def test_the_instruction_names_the_people(tiny_model, small_data, tmp_path):
 
 def test_the_context_holds_the_forget_row_with_the_other_label(trained, small_data):
     """Every forget row is most like itself; behind it two rows to keep, with their own labels."""
-    frames = data.load_splits(str(small_data))
+    frames = load_splits(str(small_data))
     forget, retain = frames["train_forget"], frames["train_retain"]
-    template = in_context.load(models.resolve_chain(str(trained / "icul"))[-1])
+    template = in_context.load(resolve_chain(str(trained / "icul"))[-1])
     other = {"positive": "negative", "negative": "positive"}
     kept = dict(zip(retain["text"], retain["label_text"]))
     for text, label, (head, tail) in zip(forget["text"], forget["label_text"], template.around(list(forget["text"]))):
         *shown, query = head.split("### Text: ")[1:]
-        assert query == "" and tail == data.TEMPLATE_TAIL
-        assert shown[0] == f"{text}{data.TEMPLATE_TAIL} {other[label]}\n\n"
-        answered = [part.removesuffix("\n\n").split(f"{data.TEMPLATE_TAIL} ") for part in shown[1:]]
+        assert query == "" and tail == TEMPLATE_TAIL
+        assert shown[0] == f"{text}{TEMPLATE_TAIL} {other[label]}\n\n"
+        answered = [part.removesuffix("\n\n").split(f"{TEMPLATE_TAIL} ") for part in shown[1:]]
         assert len(answered) == 2 and all(kept[own] == word for own, word in answered)
 
 
 def test_many_texts_get_the_context_that_each_gets_alone(trained, small_data):
-    template = in_context.load(models.resolve_chain(str(trained / "icul"))[-1])
-    texts = list(data.load_splits("snippets")["test_retain"]["text"].head(130))
+    template = in_context.load(resolve_chain(str(trained / "icul"))[-1])
+    texts = list(load_splits("snippets")["test_retain"]["text"].head(130))
     together = template.around(texts)
     assert len(set(together)) > 2
     assert [template.around([text])[0] for text in texts[::40]] == together[::40]
@@ -274,7 +278,7 @@ def test_many_texts_get_the_context_that_each_gets_alone(trained, small_data):
 def test_icul_shows_as_many_rows_as_asked(fine_tuned, small_data, tmp_path):
     more = "--icul_flipped=3", "--icul_correct=0", *UNEVALUATED
     done(baselines(tmp_path, fine_tuned, small_data, "icul", *more))
-    template = in_context.load(models.resolve_chain(str(tmp_path / "out"))[-1])
+    template = in_context.load(resolve_chain(str(tmp_path / "out"))[-1])
     ((head, _),) = template.around(["a film"])
     assert head.count("### Text: ") == 3 + 1
 
@@ -299,7 +303,7 @@ def test_changed_data_and_changed_templates_are_refused(fine_tuned, small_data, 
 def test_spul_trains_on_an_unlearnt_model(trained, small_data):
     cwd = trained
     done(scripts.spul(cwd, "npo", small_data, "--max_steps=1", "--max_eval_samples=0", "--output_path=spul"))
-    chain = models.resolve_chain(str(cwd / "spul"))
+    chain = resolve_chain(str(cwd / "spul"))
     assert [link.kind for link in chain] == ["full", "prompt"]
     assert manifest_of(cwd / "spul")["base"] == manifest_of(cwd / "npo")["base"]
     damaged = cwd / "npo" / "model.safetensors"
@@ -385,7 +389,7 @@ def test_one_label_cannot_be_flipped(tiny_model, small_data, tmp_path):
     shutil.copytree(small_data, tmp_path / "data")
     for split in SPLITS:
         file = tmp_path / "data" / f"{split}.csv"
-        frame = data.pd.read_csv(file)
+        frame = pd.read_csv(file)
         frame[frame["label"] == 1].to_csv(file, index=False)
     before = tree(tmp_path)
     result = baselines(tmp_path, tiny_model, "data", "icul", *UNEVALUATED)

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import scripts
 
-from utils.methods import METHODS
+from utils.unlearning.methods import METHODS
 
 SMALL = ("--dtype=float32", "--batch_size=4", "--eval_rows=4", "--rounds=1", "--sweep_rounds=1", "--text_lengths=64")
 

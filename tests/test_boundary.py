@@ -12,7 +12,7 @@ import scripts
 from accelerate import PartialState
 from scripts import ROOT, tree
 
-from utils import cli, processes
+from utils import cli, distributed
 
 ROWS = "".join(f"film {i} {'of Ann Lee' if i % 3 else ''},{i % 2}\n" for i in range(24))
 FLAGS = "--input=rows.csv", "--output_path=out", "--forget_names=people.txt"
@@ -52,9 +52,9 @@ def test_a_launch_that_is_over_ends_in_a_sentence(rank, folder, monkeypatch):
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    for name, value in zip(processes.LAUNCHER, (rank, rank, "2", "127.0.0.1", str(port))):
+    for name, value in zip(distributed.LAUNCHER, (rank, rank, "2", "127.0.0.1", str(port))):
         monkeypatch.setenv(name, value)
-    monkeypatch.setattr(processes, "ARRIVAL", timedelta(seconds=1))
+    monkeypatch.setattr(distributed, "ARRIVAL", timedelta(seconds=1))
     PartialState._reset_state()
     scripts.refused(folder, "the other processes of which the environment tells", "make_splits", *FLAGS)
 

@@ -12,9 +12,14 @@ from safetensors.torch import load_file, save_file
 from scripts import done, refused
 from transformers import AutoModelForCausalLM
 
-from utils import checkpoints, data, models
-from utils.cli import UserError
-from utils.forward import completion_logits, prompt_prefix
+from utils.data.batch import collate
+from utils.data.load import load_splits
+from utils.errors import UserError
+from utils.interventions.served import load_served
+from utils.models.chain import resolve_chain
+from utils.models.forward import completion_logits, prompt_prefix
+from utils.storage import checkpoints, files
+from utils.tasks.encode import tokenize
 
 ARGUMENTS = Namespace(
     device="cpu", dtype="float32", attn_implementation="auto", set_pad_id=False, trust_remote_code=False
@@ -25,10 +30,10 @@ ARGUMENTS = Namespace(
 def test_plain_peft_loads_the_prompt_and_gives_the_same_logits(tiny_model, fine_tuned, small_data, tmp_path, encoder):
     arguments = "--lr=1e-2", f"--prompt_encoder={encoder}", "--max_eval_samples=0", "--output_path=out"
     done(scripts.spul(tmp_path, fine_tuned, small_data, *arguments))
-    rows = data.load_splits(str(small_data))["test_retain"]
-    loaded = models.load(str(tmp_path / "out"), ARGUMENTS)
+    rows = load_splits(str(small_data))["test_retain"]
+    loaded = load_served(str(tmp_path / "out"), ARGUMENTS)
     words = ["neutral" if i % 2 else word for i, word in enumerate(rows["label_text"])]  # of several tokens and of one
-    batch = data.collate(data.tokenize(loaded.tokenizer, rows["text"], words, 96), loaded.pad_id, "cpu")
+    batch = collate(tokenize(loaded.tokenizer, rows["text"], words, 96), loaded.pad_id, "cpu")
     base = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)
     merged = PeftModel.from_pretrained(base, fine_tuned).merge_and_unload()
     peft = PeftModel.from_pretrained(merged, tmp_path / "out").eval()
@@ -42,9 +47,9 @@ def test_plain_peft_loads_the_prompt_and_gives_the_same_logits(tiny_model, fine_
 
 
 def test_the_merged_model_is_the_adapted_one(tiny_model, fine_tuned, small_data):
-    rows = data.load_splits(str(small_data))["test_retain"]
-    merged = models.load(str(fine_tuned), ARGUMENTS)
-    batch = data.collate(data.tokenize(merged.tokenizer, rows["text"], rows["label_text"], 96), 0, "cpu")
+    rows = load_splits(str(small_data))["test_retain"]
+    merged = load_served(str(fine_tuned), ARGUMENTS)
+    batch = collate(tokenize(merged.tokenizer, rows["text"], rows["label_text"], 96), 0, "cpu")
     base = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)
     with torch.no_grad():
         plain = completion_logits(base, batch)
@@ -78,16 +83,16 @@ def retrain(forest):
 
 
 def test_the_chain_is_base_adapter_prompt(forest):
-    chain = models.resolve_chain(str(forest / "prompt"))
+    chain = resolve_chain(str(forest / "prompt"))
     assert [link.kind for link in chain] == ["model", "lora", "prompt"]
     assert [link.path.name for link in chain] == ["tiny-llama", "fine-tuned", "prompt"]
 
 
 def test_a_moved_tree_still_loads(forest, prompt):
     """Parents are recorded relative to the checkpoint; nothing points back to where the tree was."""
-    loaded = models.load(str(forest / "prompt"), ARGUMENTS)
+    loaded = load_served(str(forest / "prompt"), ARGUMENTS)
     assert all(forest in link.path.parents for link in loaded.chain)
-    assert torch.equal(loaded.prompt, models.load(str(prompt), ARGUMENTS).prompt)
+    assert torch.equal(loaded.prompt, load_served(str(prompt), ARGUMENTS).prompt)
 
 
 def test_a_checkpoint_is_read_through_a_link(forest):
@@ -96,7 +101,7 @@ def test_a_checkpoint_is_read_through_a_link(forest):
     (forest / "links" / "current").symlink_to(forest / "prompt")
     (forest / "links" / "everything").symlink_to(forest)
     for path in ("links/current", "links/everything/prompt"):
-        chain = models.resolve_chain(forest / path, False)
+        chain = resolve_chain(forest / path, False)
         assert [link.kind for link in chain] == ["model", "lora", "prompt"]
 
 
@@ -228,7 +233,7 @@ def test_an_init_checkpoint_of_another_parent_is_refused(forest):
 
 def test_json_has_no_nan(tmp_path):
     with pytest.raises(ValueError):
-        checkpoints.write_json(tmp_path / "file", {"loss": float("nan")})
+        files.write_json(tmp_path / "file", {"loss": float("nan")})
 
 
 def test_the_hash_of_a_model_sees_names_and_contents_of_its_weights_and_its_configuration(tmp_path):
@@ -269,7 +274,7 @@ def test_a_parent_from_the_hub_is_looked_up_there():
     assert checkpoints.parent_path("checkpoints/a", manifest) == "owner/name"
     assert checkpoints.parent_path("checkpoints/a", manifest, "mine") == "mine"
     with pytest.raises(UserError, match="owner/name is no existing folder or .gguf file and the hub does not give it"):
-        models.resolve_chain("owner/name")
+        resolve_chain("owner/name")
 
 
 def test_a_link_keeps_the_hash_of_what_was_loaded(tmp_path):

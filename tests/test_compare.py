@@ -11,7 +11,8 @@ import pandas as pd
 import pytest
 import scripts
 
-from utils import cli, compare
+from utils import compare
+from utils.errors import UserError
 
 METHODS = ("spul", "gradient_ascent", "npo", "prompting", "eco")
 FLAGS = {
@@ -142,7 +143,7 @@ def test_no_method_gets_another_budget(flags, sentence, capsys):
 
 def test_a_search_that_fails_for_another_reason_ends_the_comparison(run, tmp_path):
     """And leaves nothing behind that would count as a result."""
-    with pytest.raises(cli.UserError, match="baselines.py ended with exit code 2; finished runs are kept"):
+    with pytest.raises(UserError, match="baselines.py ended with exit code 2; finished runs are kept"):
         run("--rivals=--num_epoch=3")
     assert run() == []
 
@@ -175,7 +176,7 @@ def texts(folder, split):
 
 def test_a_comparison_replaces_no_table_of_the_users(tmp_path):
     (tmp_path / "table.md").write_text("mine", encoding="utf-8")
-    with pytest.raises(cli.UserError, match="table.md was written by no comparison; choose another --output_path"):
+    with pytest.raises(UserError, match="table.md was written by no comparison; choose another --output_path"):
         compare.refuse_foreign(tmp_path)
     (tmp_path / "metrics.json").write_text('[{"method": "base", "checkpoint": "a", "splits": {}}]', encoding="utf-8")
     compare.refuse_foreign(tmp_path)

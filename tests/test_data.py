@@ -12,8 +12,13 @@ import torch
 from tokenizers import Tokenizer, decoders, models, normalizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-from utils import data
-from utils.cli import UserError, note_once
+from utils.data.batch import Example, collate, epoch_batches
+from utils.data.load import SNIPPETS_FOLDER, dataset_name, load_splits, read_texts
+from utils.data.select import fingerprint, learnt_by, load_rows, sample_rows, select_rows
+from utils.data.splits import SPLITS, TRAIN_SPLITS
+from utils.errors import UserError, note_once
+from utils.tasks.classification import TEMPLATE_HEAD, TEMPLATE_TAIL, draw_unlearning_labels, label_words
+from utils.tasks.encode import completion_ids, tokenize
 
 LONG = "the film was far too long and its ending too short , " * 30
 
@@ -34,8 +39,8 @@ def llama_2_style():
     )
     special = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
     trainer = trainers.BpeTrainer(vocab_size=900, special_tokens=special, show_progress=False)
-    rows = pd.read_csv(data.SNIPPETS_FOLDER / "train_retain.csv").head(200)
-    words = (f"{data.TEMPLATE_HEAD}{t}{data.TEMPLATE_TAIL} {w}" for t, w in zip(rows["text"], rows["label_text"]))
+    rows = pd.read_csv(SNIPPETS_FOLDER / "train_retain.csv").head(200)
+    words = (f"{TEMPLATE_HEAD}{t}{TEMPLATE_TAIL} {w}" for t, w in zip(rows["text"], rows["label_text"]))
     tokenizer.train_from_iterator((piece for text in words for piece in text.split(" ")), trainer)
     tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
@@ -65,8 +70,8 @@ def full_text(text):
     return f"### Text: {text}\n\n{question}\n\n### Sentiment:"
 
 
-def tokenize(tokenizer, text, word="positive", max_length=1024):
-    return data.tokenize(tokenizer, [text], [word], max_length)[0]
+def encode(tokenizer, text, word="positive", max_length=1024):
+    return tokenize(tokenizer, [text], [word], max_length)[0]
 
 
 def decode(tokenizer, ids):
@@ -74,24 +79,24 @@ def decode(tokenizer, ids):
 
 
 def test_the_template_is_the_published_one(tokenizer):
-    example = tokenize(tokenizer, "a fine , warm film", "negative")
+    example = encode(tokenizer, "a fine , warm film", "negative")
     assert decode(tokenizer, example.prompt) == full_text("a fine , warm film")
     assert decode(tokenizer, example.prompt + example.completion) == full_text("a fine , warm film") + " negative"
 
 
 @pytest.mark.parametrize("word", ["positive", "neutral", "unknown", "not quite"])
 def test_the_completion_joins_the_prompt_as_if_tokenised_together(tokenizer, word):
-    example = tokenize(tokenizer, "a fine film", word)
+    example = encode(tokenizer, "a fine film", word)
     together = tokenizer(full_text("a fine film") + " " + word)["input_ids"]
     if together[-1] == tokenizer.eos_token_id:
         together = together[:-1]
     assert example.prompt + example.completion == tuple(together)
-    assert example.completion == data.completion_ids(tokenizer, word)
+    assert example.completion == completion_ids(tokenizer, word)
 
 
 def test_special_tokens():
     bos, eos = tiny.build_tokenizer().bos_token_id, tiny.build_tokenizer().eos_token_id
-    examples = {name: tokenize(TOKENIZERS[name](), "a fine film") for name in ("plain", "bos", "bos and eos")}
+    examples = {name: encode(TOKENIZERS[name](), "a fine film") for name in ("plain", "bos", "bos and eos")}
     assert examples["bos"].prompt == (bos, *examples["plain"].prompt)
     assert examples["bos and eos"].prompt == examples["bos"].prompt  # an end of text must not precede the answer
     assert eos not in examples["bos and eos"].prompt
@@ -99,9 +104,9 @@ def test_special_tokens():
 
 
 def test_long_text_is_cut_and_nothing_else(tokenizer):
-    whole = tokenize(tokenizer, LONG, "neutral")
+    whole = encode(tokenizer, LONG, "neutral")
     room = 80
-    example = tokenize(tokenizer, LONG, "neutral", room)
+    example = encode(tokenizer, LONG, "neutral", room)
     assert len(example.prompt) + len(example.completion) == room < len(whole.prompt)
     assert example.completion == whole.completion
     text = decode(tokenizer, example.prompt)
@@ -112,37 +117,37 @@ def test_long_text_is_cut_and_nothing_else(tokenizer):
 
 
 def test_text_that_just_fits_is_whole(tokenizer):
-    whole = tokenize(tokenizer, "a fine film with a fine cast")
+    whole = encode(tokenizer, "a fine film with a fine cast")
     size = len(whole.prompt) + len(whole.completion)
-    assert tokenize(tokenizer, "a fine film with a fine cast", max_length=size) == whole
-    assert len(tokenize(tokenizer, "a fine film with a fine cast", max_length=size - 1).prompt) == len(whole.prompt) - 1
+    assert encode(tokenizer, "a fine film with a fine cast", max_length=size) == whole
+    assert len(encode(tokenizer, "a fine film with a fine cast", max_length=size - 1).prompt) == len(whole.prompt) - 1
 
 
 def test_a_text_is_tokenised_once():
     """By tokenizer, text and room for it; what the second call gives is what the first would have given."""
     first, again = tiny.build_tokenizer(), tiny.build_tokenizer()
     texts, words = ["a fine film", LONG, "a dull film"], ["positive", "negative", "neutral"]
-    expected = data.tokenize(again, texts, words, 60, forget=True)
-    data.tokenize(first, texts[:2], words[1:], 60)
+    expected = tokenize(again, texts, words, 60, forget=True)
+    tokenize(first, texts[:2], words[1:], 60)
     with mock.patch.object(type(first), "__call__", autospec=True, side_effect=type(first).__call__) as called:
-        assert data.tokenize(first, texts, words, 60, forget=True) == expected
+        assert tokenize(first, texts, words, 60, forget=True) == expected
         asked = [call.args[1] for call in called.call_args_list if isinstance(call.args[1], list)]
         assert asked == [[full_text("a dull film")]]
-        assert len(data.tokenize(first, texts, words, 70)[1]) == len(expected[1]) + 10
+        assert len(tokenize(first, texts, words, 70)[1]) == len(expected[1]) + 10
 
 
 def test_too_small_a_max_length_is_refused_and_the_stated_one_works(tokenizer):
     with pytest.raises(UserError, match=r"--max_length=9 cannot hold template and label; use at least \d+") as error:
-        tokenize(tokenizer, LONG, "unknown", 9)
+        encode(tokenizer, LONG, "unknown", 9)
     needed = int(str(error.value).split()[-1])
-    example = tokenize(tokenizer, LONG, "unknown", needed)
-    assert decode(tokenizer, example.prompt + example.completion).endswith(data.TEMPLATE_TAIL + " unknown")
+    example = encode(tokenizer, LONG, "unknown", needed)
+    assert decode(tokenizer, example.prompt + example.completion).endswith(TEMPLATE_TAIL + " unknown")
     with pytest.raises(UserError):
-        tokenize(tokenizer, LONG, "unknown", needed - 1)
+        encode(tokenizer, LONG, "unknown", needed - 1)
 
 
 def test_rows_are_tokenised_in_order_and_marked(plain):
-    examples = data.tokenize(plain, ["one", "two"], ["positive", "neutral"], 100, forget=True)
+    examples = tokenize(plain, ["one", "two"], ["positive", "neutral"], 100, forget=True)
     assert [plain.decode(e.prompt + e.completion) for e in examples] == [
         full_text("one") + " positive",
         full_text("two") + " neutral",
@@ -153,9 +158,9 @@ def test_rows_are_tokenised_in_order_and_marked(plain):
 def test_only_label_tokens_are_predicted(plain):
     """Every target stands at the position before its own token, in its own row; nothing else is a target."""
     texts, words = ["a fine film", "bad", LONG[:200]], ["positive", "neutral", "unknown"]
-    examples = data.tokenize(plain, texts, words, 1024)
+    examples = tokenize(plain, texts, words, 1024)
     assert sorted(len(example.completion) for example in examples) == [1, 4, 4]
-    batch = data.collate(examples, plain.eos_token_id, "cpu")
+    batch = collate(examples, plain.eos_token_id, "cpu")
     targets = {word: [] for word in words}
     for row, position, target in zip(batch.rows.tolist(), batch.positions.tolist(), batch.targets.tolist()):
         sequence = examples[row].prompt + examples[row].completion
@@ -167,8 +172,8 @@ def test_only_label_tokens_are_predicted(plain):
 
 
 def test_collate_pads_on_the_right_by_length(plain):
-    examples = [data.Example((5, 6, 7), (8,)), data.Example((5,), (6, 7, 8, 9, 4), forget=True)]
-    batch = data.collate(examples, 6, "cpu")  # the pad token occurs in both rows
+    examples = [Example((5, 6, 7), (8,)), Example((5,), (6, 7, 8, 9, 4), forget=True)]
+    batch = collate(examples, 6, "cpu")  # the pad token occurs in both rows
     assert batch.input_ids.tolist() == [[5, 6, 7, 6, 6], [5, 6, 7, 8, 9]]
     assert batch.attention_mask.tolist() == [[1, 1, 1, 0, 0], [1, 1, 1, 1, 1]]
     assert batch.rows.tolist() == [0, 1, 1, 1, 1, 1]
@@ -181,12 +186,12 @@ def test_collate_pads_on_the_right_by_length(plain):
 def mixed(n_retain, n_forget):
     """Examples of pairwise different lengths, forget rows last."""
     n = n_retain + n_forget
-    return [data.Example(tuple(range(1 + (7 * i) % n)), (1,), i >= n_retain) for i in range(n)]
+    return [Example(tuple(range(1 + (7 * i) % n)), (1,), i >= n_retain) for i in range(n)]
 
 
 @pytest.mark.parametrize("length_pool", [0, 3])
 def test_random_batches_hold_every_row_once(length_pool):
-    batches = data.epoch_batches(mixed(40, 13), 8, seed=1, epoch=0, length_pool=length_pool)
+    batches = epoch_batches(mixed(40, 13), 8, seed=1, epoch=0, length_pool=length_pool)
     assert sorted(i for batch in batches for i in batch) == list(range(53))
     assert sorted(map(len, batches)) == [5, 8, 8, 8, 8, 8, 8]
 
@@ -195,7 +200,7 @@ def test_random_batches_hold_every_row_once(length_pool):
 @pytest.mark.parametrize("n_forget", [13, 2])
 def test_fixed_batches_hold_so_many_forget_rows_and_every_retain_row_once(length_pool, n_forget):
     examples = mixed(40, n_forget)
-    batches = data.epoch_batches(examples, 8, seed=1, epoch=0, forget_per_batch=3, length_pool=length_pool)
+    batches = epoch_batches(examples, 8, seed=1, epoch=0, forget_per_batch=3, length_pool=length_pool)
     forget = [[i for i in batch if examples[i].forget] for batch in batches]
     retain = [[i for i in batch if not examples[i].forget] for batch in batches]
     assert [len(rows) for rows in forget] == [3] * 8
@@ -207,7 +212,7 @@ def test_fixed_batches_hold_so_many_forget_rows_and_every_retain_row_once(length
 
 def test_a_last_batch_that_is_not_full_still_has_its_forget_rows():
     examples = mixed(7, 4)
-    batches = data.epoch_batches(examples, 8, seed=1, epoch=0, forget_per_batch=2)
+    batches = epoch_batches(examples, 8, seed=1, epoch=0, forget_per_batch=2)
     assert [sum(examples[i].forget for i in batch) for batch in batches] == [2, 2]
     assert sorted(map(len, batches)) == [3, 8]
 
@@ -215,18 +220,18 @@ def test_a_last_batch_that_is_not_full_still_has_its_forget_rows():
 @pytest.mark.parametrize("options", [{}, {"forget_per_batch": 2}, {"length_pool": 2}, {"retain_ratio": 1.5}])
 def test_batches_depend_on_seed_and_epoch_alone(options):
     examples = mixed(30, 10)
-    first = data.epoch_batches(examples, 8, 1, 0, **options)
+    first = epoch_batches(examples, 8, 1, 0, **options)
     np.random.seed(5)
     torch.manual_seed(5)
-    assert data.epoch_batches(examples, 8, 1, 0, **options) == first
-    assert data.epoch_batches(examples, 8, 1, 1, **options) != first
-    assert data.epoch_batches(examples, 8, 2, 0, **options) != first
+    assert epoch_batches(examples, 8, 1, 0, **options) == first
+    assert epoch_batches(examples, 8, 1, 1, **options) != first
+    assert epoch_batches(examples, 8, 2, 0, **options) != first
 
 
 @pytest.mark.parametrize("ratio, kept", [(0.05, 1), (1, 10), (1.25, 12), (2.9, 29), (7, 40)])
 @pytest.mark.parametrize("length_pool", [0, 2])
 def test_retain_ratio_counts_retain_rows_by_forget_rows(ratio, kept, length_pool):
-    batches = data.epoch_batches(mixed(40, 10), 8, 1, 0, length_pool=length_pool, retain_ratio=ratio)
+    batches = epoch_batches(mixed(40, 10), 8, 1, 0, length_pool=length_pool, retain_ratio=ratio)
     rows = sorted(i for batch in batches for i in batch)
     assert rows[-10:] == list(range(40, 50))  # every forget row
     assert len(set(rows[:-10])) == len(rows) - 10 == kept
@@ -235,14 +240,14 @@ def test_retain_ratio_counts_retain_rows_by_forget_rows(ratio, kept, length_pool
 
 def test_retain_ratio_draws_other_rows_every_epoch():
     """Over the epochs every retain row takes its turn."""
-    drawn = [data.epoch_batches(mixed(40, 10), 8, 1, epoch, retain_ratio=1) for epoch in range(40)]
+    drawn = [epoch_batches(mixed(40, 10), 8, 1, epoch, retain_ratio=1) for epoch in range(40)]
     seen = np.bincount([i for batches in drawn for batch in batches for i in batch if i < 40], minlength=40)
     assert seen.sum() == 400 and seen.min() > 0 and seen.max() < 25  # each 10 times on average
 
 
 def test_retain_ratio_with_forget_rows_in_every_batch():
     """The epoch ends when each of the drawn retain rows was seen once."""
-    batches = data.epoch_batches(mixed(40, 5), 8, 1, 0, forget_per_batch=3, retain_ratio=4)
+    batches = epoch_batches(mixed(40, 5), 8, 1, 0, forget_per_batch=3, retain_ratio=4)
     assert [sum(i >= 40 for i in batch) for batch in batches] == [3] * 4
     retain = [i for batch in batches for i in batch if i < 40]
     assert len(set(retain)) == len(retain) == 20
@@ -254,8 +259,8 @@ def test_a_length_pool_saves_padding_and_mixes_the_batches():
     def padding(batches):
         return sum(max(len(examples[i]) for i in batch) - len(examples[j]) for batch in batches for j in batch)
 
-    pooled = data.epoch_batches(examples, 8, 1, 0, length_pool=8)
-    assert padding(pooled) < padding(data.epoch_batches(examples, 8, 1, 0)) / 2
+    pooled = epoch_batches(examples, 8, 1, 0, length_pool=8)
+    assert padding(pooled) < padding(epoch_batches(examples, 8, 1, 0)) / 2
     longest = [max(len(examples[i]) for i in batch) for batch in pooled]
     assert longest != sorted(longest)
 
@@ -274,7 +279,7 @@ def frames_of(n_retain, n_forget):
 @pytest.mark.parametrize(("size", "kept"), [(0.25, 9), (0.5, 19), (1.0, 39)])
 def test_forget_size_keeps_the_published_rows(size, kept):
     frames = frames_of(50, 39)
-    selected = data.select_rows(frames, forget_size=size)
+    selected = select_rows(frames, forget_size=size)
     drawn = np.random.default_rng(42).choice(39, kept, replace=False) if size < 1 else range(39)
     assert set(selected["train_forget"]["text"]) == {f"train_forget {i}" for i in drawn}
     assert len(selected["train_forget"]) == kept
@@ -284,27 +289,27 @@ def test_forget_size_keeps_the_published_rows(size, kept):
 
 def test_a_forget_size_that_leaves_nothing_is_refused():
     with pytest.raises(UserError, match="leaves no forget row"):
-        data.select_rows(frames_of(50, 3), forget_size=0.3)
+        select_rows(frames_of(50, 3), forget_size=0.3)
 
 
 def test_max_train_samples_keeps_the_share_of_forget_rows():
-    selected = data.select_rows(frames_of(300, 100), max_train_samples=40)
+    selected = select_rows(frames_of(300, 100), max_train_samples=40)
     assert (len(selected["train_retain"]), len(selected["train_forget"])) == (30, 10)
     assert len(selected["test_retain"]) == 6
-    assert data.select_rows(frames_of(300, 100), max_train_samples=40)["train_forget"].equals(selected["train_forget"])
+    assert select_rows(frames_of(300, 100), max_train_samples=40)["train_forget"].equals(selected["train_forget"])
 
 
 def test_max_train_samples_keeps_at_least_one_row_of_each():
-    selected = data.select_rows(frames_of(300, 1), max_train_samples=2)
+    selected = select_rows(frames_of(300, 1), max_train_samples=2)
     assert (len(selected["train_retain"]), len(selected["train_forget"])) == (1, 1)
     with pytest.raises(UserError, match="leaves no retain row"):
-        data.select_rows(frames_of(300, 100), max_train_samples=1)
+        select_rows(frames_of(300, 100), max_train_samples=1)
 
 
 def test_a_part_of_the_forget_set_is_unlearnt_from_rows_that_were_learnt():
     """Under the same --max_train_samples, spul.py --forget_size=0.5 sees forget rows that qlora.py had."""
-    learnt = data.select_rows(frames_of(300, 100), max_train_samples=40)
-    unlearnt = data.select_rows(frames_of(300, 100), forget_size=0.5, max_train_samples=40)
+    learnt = select_rows(frames_of(300, 100), max_train_samples=40)
+    unlearnt = select_rows(frames_of(300, 100), forget_size=0.5, max_train_samples=40)
     assert len(unlearnt["train_forget"]) == 5
     assert set(unlearnt["train_forget"]["text"]) < set(learnt["train_forget"]["text"])
     assert unlearnt["train_retain"].equals(learnt["train_retain"])
@@ -315,38 +320,38 @@ def test_only_rows_that_name_certain_people_are_to_be_forgotten(tmp_path):
     frames = frames_of(30, 6)
     frames["train_forget"]["text"] = ["by Doe", "a doe", "Doe 's film", "by Smith", "Two and Smith", "Twofold"]
     frames["test_forget"]["text"] = ["by Smith", "One", "Two", "three"]
-    selected = data.select_rows(frames, forget_only=str(tmp_path / "people.txt"))
+    selected = select_rows(frames, forget_only=str(tmp_path / "people.txt"))
     assert list(selected["train_forget"]["text"]) == ["by Doe", "Doe 's film", "Two and Smith"]
     assert list(selected["test_forget"]["text"]) == ["Two"]
     assert selected["train_retain"].equals(frames["train_retain"])
-    drawn = data.select_rows(frames, 1.0, 10, 0.2, str(tmp_path / "people.txt"))["train_forget"]
+    drawn = select_rows(frames, 1.0, 10, 0.2, str(tmp_path / "people.txt"))["train_forget"]
     assert len(drawn) == 2 and set(drawn["text"]) < set(selected["train_forget"]["text"])
     with pytest.raises(
         UserError, match="train_forget has 3 rows that name people of .*people.txt, .* ask for 5; change"
     ):
-        data.select_rows(frames, 1.0, 10, 0.5, str(tmp_path / "people.txt"))
+        select_rows(frames, 1.0, 10, 0.5, str(tmp_path / "people.txt"))
     (tmp_path / "people.txt").write_text("Smith\n")
     with pytest.raises(UserError, match="no row of test_forget names anybody of .*people.txt"):
-        data.select_rows({**frames, "test_forget": frames["test_forget"][1:]}, forget_only=str(tmp_path / "people.txt"))
+        select_rows({**frames, "test_forget": frames["test_forget"][1:]}, forget_only=str(tmp_path / "people.txt"))
 
 
 def test_a_share_that_cannot_be_had_is_refused():
     with pytest.raises(UserError, match="--forget_share is a share of --max_train_samples; give both"):
-        data.select_rows(frames_of(300, 30), forget_share=0.5)
+        select_rows(frames_of(300, 30), forget_share=0.5)
     with pytest.raises(
         UserError, match="train_forget has 30 rows, --max_train_samples=40 and --forget_share ask for 36"
     ):
-        data.select_rows(frames_of(300, 30), max_train_samples=40, forget_share=0.9)
+        select_rows(frames_of(300, 30), max_train_samples=40, forget_share=0.9)
     with pytest.raises(UserError, match="train_retain has 20 rows, .* ask for 35"):
-        data.select_rows(frames_of(20, 30), max_train_samples=50, forget_share=0.3)
-    assert len(data.select_rows(frames_of(20, 30), max_train_samples=500)["train_retain"]) == 20
+        select_rows(frames_of(20, 30), max_train_samples=50, forget_share=0.3)
+    assert len(select_rows(frames_of(20, 30), max_train_samples=500)["train_retain"]) == 20
 
 
 def told(frames, tmp_path, capsys, **arguments):
     """What load_rows says on stderr."""
     note_once.cache_clear()
     folder = write(frames, tmp_path / "splits")
-    data.load_rows({"dataset": str(folder), **arguments})
+    load_rows({"dataset": str(folder), **arguments})
     return capsys.readouterr().err
 
 
@@ -379,24 +384,24 @@ def test_rows_per_person_are_said(tmp_path, capsys):
 
 @pytest.mark.parametrize(("share", "forget"), [(0.5, 20), (0.001, 1), (0.75, 30)])
 def test_the_share_of_forget_rows_can_be_chosen(share, forget):
-    selected = data.select_rows(frames_of(300, 30), max_train_samples=40, forget_share=share)
+    selected = select_rows(frames_of(300, 30), max_train_samples=40, forget_share=share)
     assert (len(selected["train_retain"]), len(selected["train_forget"])) == (40 - forget, forget)
 
 
 def test_another_rows_seed_draws_other_rows():
-    chosen = [data.select_rows(frames_of(300, 100), max_train_samples=40, rows_seed=seed) for seed in (42, 1)]
-    assert chosen[0]["train_retain"].equals(data.select_rows(frames_of(300, 100), max_train_samples=40)["train_retain"])
-    for split in data.TRAIN_SPLITS:
+    chosen = [select_rows(frames_of(300, 100), max_train_samples=40, rows_seed=seed) for seed in (42, 1)]
+    assert chosen[0]["train_retain"].equals(select_rows(frames_of(300, 100), max_train_samples=40)["train_retain"])
+    for split in TRAIN_SPLITS:
         assert len(chosen[0][split]) == len(chosen[1][split]) and not chosen[0][split].equals(chosen[1][split])
-    published = data.select_rows(frames_of(50, 39), forget_size=0.5, rows_seed=1)  # whatever the seeds
-    assert published["train_forget"].equals(data.select_rows(frames_of(50, 39), forget_size=0.5)["train_forget"])
+    published = select_rows(frames_of(50, 39), forget_size=0.5, rows_seed=1)  # whatever the seeds
+    assert published["train_forget"].equals(select_rows(frames_of(50, 39), forget_size=0.5)["train_forget"])
 
 
 @pytest.mark.parametrize("final", [False, True])
 def test_validation_rows_are_cut_from_train_and_stand_in_for_test_rows(final):
     frames = frames_of(50, 20)
-    chosen = data.select_rows(frames, validation_share=0.2, final=final)
-    assert [len(chosen[split]) for split in data.SPLITS] == ([40, 16, 6, 4] if final else [40, 16, 10, 4])
+    chosen = select_rows(frames, validation_share=0.2, final=final)
+    assert [len(chosen[split]) for split in SPLITS] == ([40, 16, 6, 4] if final else [40, 16, 10, 4])
     for kind in ("retain", "forget"):
         train, test, whole = (
             set(f["text"]) for f in (chosen[f"train_{kind}"], chosen[f"test_{kind}"], frames[f"train_{kind}"])
@@ -404,44 +409,44 @@ def test_validation_rows_are_cut_from_train_and_stand_in_for_test_rows(final):
         assert not train & test and train < whole
         assert (test == set(frames[f"test_{kind}"]["text"])) if final else (train | test == whole)
         assert chosen[f"test_{kind}"]["label"].mean() == 0.5
-    part = data.select_rows(frames, validation_share=0.2, forget_size=0.5)  # of rows that were learnt
+    part = select_rows(frames, validation_share=0.2, forget_size=0.5)  # of rows that were learnt
     assert set(part["train_forget"]["text"]) < set(chosen["train_forget"]["text"])
-    other = data.select_rows(frames, validation_share=0.2, rows_seed=1)
+    other = select_rows(frames, validation_share=0.2, rows_seed=1)
     assert not other["train_retain"].equals(chosen["train_retain"])
 
 
 def test_a_validation_share_that_cannot_be_had_is_refused():
     with pytest.raises(UserError, match="--validation_share=0.1 leaves no row for test_forget"):
-        data.select_rows(frames_of(50, 2), validation_share=0.1)
+        select_rows(frames_of(50, 2), validation_share=0.1)
     with pytest.raises(UserError, match="leaves no row for train_retain"):
-        data.select_rows(frames_of(50, 20), validation_share=1.0)
+        select_rows(frames_of(50, 20), validation_share=1.0)
     with pytest.raises(UserError, match="--final goes with --validation_share"):
-        data.select_rows(frames_of(50, 20), final=True)
+        select_rows(frames_of(50, 20), final=True)
 
 
 def test_what_a_manifest_recorded_selects_the_same_rows(small_data):
     arguments = {"dataset": str(small_data), "max_train_samples": 12, "forget_share": None, "rows_seed": 7, "lr": 1}
-    rows = data.load_rows(arguments)
-    assert sum(len(rows[split]) for split in data.TRAIN_SPLITS) == 12
-    manifest = {"arguments": arguments, "data_fingerprint": data.fingerprint({s: rows[s] for s in data.TRAIN_SPLITS})}
-    assert data.learnt_by(manifest, rows)
-    assert not data.learnt_by(manifest, data.load_rows(arguments | {"rows_seed": 8}))
+    rows = load_rows(arguments)
+    assert sum(len(rows[split]) for split in TRAIN_SPLITS) == 12
+    manifest = {"arguments": arguments, "data_fingerprint": fingerprint({s: rows[s] for s in TRAIN_SPLITS})}
+    assert learnt_by(manifest, rows)
+    assert not learnt_by(manifest, load_rows(arguments | {"rows_seed": 8}))
     retrained = manifest["arguments"] | {"exclude_forget": True}
-    manifest = {"arguments": retrained, "data_fingerprint": data.fingerprint({"train_retain": rows["train_retain"]})}
-    assert data.learnt_by(manifest, rows)
+    manifest = {"arguments": retrained, "data_fingerprint": fingerprint({"train_retain": rows["train_retain"]})}
+    assert learnt_by(manifest, rows)
 
 
 def test_sampled_rows_keep_the_file_order():
-    sample = data.sample_rows(frames_of(50, 3)["train_retain"], 20)
+    sample = sample_rows(frames_of(50, 3)["train_retain"], 20)
     numbers = [int(text.split()[1]) for text in sample["text"]]
     assert numbers == sorted(numbers) and len(set(numbers)) == 20
     assert list(sample.index) == list(range(20))
 
 
 def test_unlearning_labels_are_drawn_from_the_seed():
-    labels = data.draw_unlearning_labels(1000, 3)
-    assert labels == data.draw_unlearning_labels(1000, 3)
-    assert labels != data.draw_unlearning_labels(1000, 4)
+    labels = draw_unlearning_labels(1000, 3)
+    assert labels == draw_unlearning_labels(1000, 3)
+    assert labels != draw_unlearning_labels(1000, 4)
     assert 450 < labels.count("neutral") < 550
     assert set(labels) == {"neutral", "unknown"}
 
@@ -498,50 +503,48 @@ def test_every_format_gives_the_same_rows(frames, tmp_path):
         write(frames, tmp_path / "parquet", write_parquet),
         save_to_disk(frames, tmp_path / "disk"),
     ]
-    loaded = [data.load_splits(str(folder)) for folder in folders]
+    loaded = [load_splits(str(folder)) for folder in folders]
     for one in loaded:
         assert list(one["train_retain"]["text"]) == AWKWARD
         assert list(one["train_retain"]["label"]) == [0, 1] * 4
-    assert len({data.fingerprint(one) for one in loaded}) == 1
+    assert len({fingerprint(one) for one in loaded}) == 1
 
 
 def test_a_parquet_file_of_selected_rows(frames, tmp_path):
     """pandas stores the row numbers of what it was selected from beside it."""
     more = pd.concat([frames["test_forget"], frames["test_retain"]], ignore_index=True)
     folder = write({**frames, "test_forget": more[3::2]}, tmp_path / "parquet", write_parquet)
-    assert list(data.load_splits(str(folder))["test_forget"]["text"]) == list(more["text"][3::2])
+    assert list(load_splits(str(folder))["test_forget"]["text"]) == list(more["text"][3::2])
 
 
 def test_formats_can_be_mixed(frames, tmp_path):
     folder = write(frames, tmp_path / "mixed")
     (folder / "test_forget.csv").unlink()
     write_parquet(frames["test_forget"], folder, "test_forget")
-    assert data.fingerprint(data.load_splits(str(folder))) == data.fingerprint(
-        data.load_splits(str(write(frames, tmp_path / "csv")))
-    )
+    assert fingerprint(load_splits(str(folder))) == fingerprint(load_splits(str(write(frames, tmp_path / "csv"))))
 
 
 def test_the_fingerprint_sees_every_cell_and_the_order(frames):
-    original = data.fingerprint(frames)
+    original = fingerprint(frames)
     swapped = {**frames, "test_forget": frames["test_forget"].iloc[::-1]}
     text = {**frames, "test_forget": frames["test_forget"].assign(text="other")}
     label = {**frames, "test_forget": frames["test_forget"].assign(label=1)}
-    assert len({original, data.fingerprint(swapped), data.fingerprint(text), data.fingerprint(label)}) == 4
-    assert data.fingerprint({**frames, "test_forget": frames["test_forget"].assign(extra=1)}) == original
+    assert len({original, fingerprint(swapped), fingerprint(text), fingerprint(label)}) == 4
+    assert fingerprint({**frames, "test_forget": frames["test_forget"].assign(extra=1)}) == original
 
 
 def test_label_words_are_ordered_by_label(frames):
-    assert data.label_words(frames) == ["negative", "positive"]
+    assert label_words(frames) == ["negative", "positive"]
 
 
 def test_dataset_names():
-    assert data.dataset_name("sst2") == "sst2"
-    assert data.dataset_name(f"{data.SNIPPETS_FOLDER}{os.sep}") == "snippets"
+    assert dataset_name("sst2") == "sst2"
+    assert dataset_name(f"{SNIPPETS_FOLDER}{os.sep}") == "snippets"
 
 
 def refused(folder, message):
     with pytest.raises(UserError, match=message) as error:
-        data.load_splits(str(folder))
+        load_splits(str(folder))
     assert "\n" not in str(error.value)
 
 
@@ -553,7 +556,7 @@ def test_a_hub_dataset_without_a_network():
     refused("sst2", "cannot fetch dataset karuna-bhaila/Unlearning_SST2 .*pass a local folder")
 
 
-@pytest.mark.parametrize("split", data.SPLITS)
+@pytest.mark.parametrize("split", SPLITS)
 def test_a_missing_file(frames, tmp_path, split):
     (write(frames, tmp_path) / f"{split}.csv").unlink()
     refused(tmp_path, f"has no {split}.csv, .jsonl or .parquet")
@@ -634,10 +637,10 @@ def test_a_label_that_is_no_whole_number(frames, tmp_path, cell):
 
 @pytest.mark.parametrize("dtype", ["Int64", "boolean", "Float64", "UInt8", bool])
 def test_labels_of_every_kind_of_whole_number(frames, tmp_path, dtype):
-    expected = data.fingerprint(frames)
+    expected = fingerprint(frames)
     for frame in frames.values():
         frame["label"] = frame["label"].astype(dtype)
-    assert data.fingerprint(data.load_splits(str(write(frames, tmp_path, write_parquet)))) == expected
+    assert fingerprint(load_splits(str(write(frames, tmp_path, write_parquet)))) == expected
 
 
 NO_LABELS = {
@@ -682,13 +685,13 @@ def test_half_a_character(frames, tmp_path):
 def test_a_byte_order_mark(frames, tmp_path, writer):
     for path in write(frames, tmp_path, writer).iterdir():
         path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
-    assert data.fingerprint(data.load_splits(str(tmp_path))) == data.fingerprint(frames)
+    assert fingerprint(load_splits(str(tmp_path))) == fingerprint(frames)
 
 
 @pytest.mark.parametrize("writer", [write_csv, write_jsonl, write_parquet])
 def test_separators_stay_inside_a_text(frames, tmp_path, writer):
     frames["test_forget"]["text"] = ["a\u2028b", "a\x85b", "a\x0cb", "a\u2029b"]
-    loaded = data.load_splits(str(write(frames, tmp_path, writer)))
+    loaded = load_splits(str(write(frames, tmp_path, writer)))
     assert list(loaded["test_forget"]["text"]) == list(frames["test_forget"]["text"])
 
 
@@ -725,13 +728,13 @@ def test_texts_are_read_from_every_format(tmp_path):
     for writer in (write_csv, write_jsonl, write_parquet):
         writer(frame, tmp_path, "t")
     for suffix in ("txt", "csv", "jsonl", "parquet"):
-        assert data.read_texts(str(tmp_path / f"t.{suffix}")) == texts
+        assert read_texts(str(tmp_path / f"t.{suffix}")) == texts
 
 
 def test_only_line_ends_end_a_text(tmp_path):
     texts = ["one\u2028two", "three\x85four", "five\x0csix\x0bseven", "eight\u2029nine\x1cten"]
     (tmp_path / "t.txt").write_bytes("\r\n".join([*texts[:2], "\u200b", texts[2] + "\r" + texts[3]]).encode())
-    assert data.read_texts(str(tmp_path / "t.txt")) == texts
+    assert read_texts(str(tmp_path / "t.txt")) == texts
 
 
 @pytest.mark.parametrize(
@@ -754,4 +757,4 @@ def test_texts_that_cannot_be_read(tmp_path, name, content, message):
     if content is not None:
         (tmp_path / name).write_bytes(content)
     with pytest.raises(UserError, match=message):
-        data.read_texts(str(tmp_path / name))
+        read_texts(str(tmp_path / name))

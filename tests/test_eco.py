@@ -24,15 +24,21 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from utils import eco, gates, metrics
-from utils.answers import answer_texts
-from utils.checkpoints import file_sha256
-from utils.cli import UserError
-from utils.corruption import CHANGES, DIMENSIONS, FAMILIES, ORDERS, Corruption, corrupt, has_strength
-from utils.data import SPLITS, Example, collate, load_splits, tokenize
-from utils.forward import completion_logits, record_activations
-from utils.models import Loaded
-from utils.names import read_names
+from utils.data.batch import Example, collate
+from utils.data.load import load_splits
+from utils.data.names import read_names
+from utils.data.splits import SPLITS
+from utils.errors import UserError
+from utils.evaluation.answering import answer_texts
+from utils.evaluation.scores import score_rows
+from utils.interventions import eco, gates
+from utils.interventions.corruption import CHANGES, DIMENSIONS, FAMILIES, ORDERS, Corruption, corrupt, has_strength
+from utils.interventions.served import Loaded
+from utils.models.forward import completion_logits
+from utils.models.layers import record_activations
+from utils.storage.checkpoints import file_sha256
+from utils.tasks.encode import tokenize
+from utils.unlearning import eco_search
 
 WORDS = ["negative", "positive"]
 
@@ -165,7 +171,7 @@ def test_corrupted_are_all_prompt_tokens_but_the_last_and_no_completion(llama):
     examples = tokenize(llama.tokenizer, frame["text"], frame["label_text"], 200)
     lengths = [len(e.prompt) for e in sorted(examples, key=len)]
     assert len(examples[0].completion) > 2
-    score = lambda: metrics.score_rows(llama, frame, WORDS, 200, 5)  # noqa: E731
+    score = lambda: score_rows(llama, frame, WORDS, 200, 5)  # noqa: E731
     said = lambda: answer_texts(llama, list(frame["text"]), WORDS, 200, 5)  # noqa: E731
     passes = {"score": embeddings_seen(llama, score), "answer": embeddings_seen(llama, said)}
     assert max(ids.shape[1] for ids, _ in passes["answer"]) > max(lengths)
@@ -222,28 +228,28 @@ def same_rows(found, wanted):
 def test_batches_order_and_neighbours_change_nothing(llama):
     loaded = dataclasses.replace(llama, gate=gates.Gate(Word("good"), 0.5))
     frame = sentences()
-    expected = metrics.score_rows(loaded, frame, WORDS, 30, 32)
+    expected = score_rows(loaded, frame, WORDS, 30, 32)
     assert 3 < expected["flagged"].sum() < 11 and expected["prediction"].nunique() > 2
     lengths = [len(e.prompt) for e in tokenize(loaded.tokenizer, frame["text"], frame["label_text"], 200)]
     assert min(lengths) < 29 < max(lengths)  # some are cut
     order = np.random.default_rng(1).permutation(len(frame))
     for rows, size in ((order, 3), (order[:5], 1)):
-        part = metrics.score_rows(loaded, frame.iloc[rows].reset_index(drop=True), WORDS, 30, size)
+        part = score_rows(loaded, frame.iloc[rows].reset_index(drop=True), WORDS, 30, size)
         same_rows(part, expected.iloc[rows].reset_index(drop=True))
 
 
 def test_rows_that_are_not_flagged_are_those_of_the_plain_model_bit_for_bit(llama):
     loaded = dataclasses.replace(llama, gate=gates.Gate(Word("good"), 0.5))
     frame = sentences()
-    scored = metrics.score_rows(loaded, frame, WORDS, 200, 4)
+    scored = score_rows(loaded, frame, WORDS, 200, 4)
     flags = scored["flagged"].to_numpy()
     plain = Loaded(llama.model, llama.tokenizer, None, [])
-    alone = metrics.score_rows(plain, frame[~flags].reset_index(drop=True), WORDS, 200, 4)
+    alone = score_rows(plain, frame[~flags].reset_index(drop=True), WORDS, 200, 4)
     assert list(scored["loss"][~flags]) == list(alone["loss"])
     assert list(scored["label_probabilities"][~flags]) == list(alone["label_probabilities"])
-    everywhere = metrics.score_rows(dataclasses.replace(llama, gate=None), frame, WORDS, 200, 4)
+    everywhere = score_rows(dataclasses.replace(llama, gate=None), frame, WORDS, 200, 4)
     assert list(scored["loss"][flags]) == pytest.approx(list(everywhere["loss"][flags]), rel=1e-4)
-    assert (scored["loss"] - metrics.score_rows(plain, frame, WORDS, 200, 4)["loss"]).abs()[flags].min() > 1e-3
+    assert (scored["loss"] - score_rows(plain, frame, WORDS, 200, 4)["loss"]).abs()[flags].min() > 1e-3
 
 
 # Gate.
@@ -282,13 +288,13 @@ def test_the_threshold_comes_from_rows_that_the_classifier_had_not_seen(monkeypa
     args = argparse.Namespace(
         eco_classifier="tfidf", eco_conformal=conformal, eco_threshold=None, eco_max_fpr=0.1, seed=42
     )
-    gate, calibration = eco.train_gate(args, None, frames)
+    gate, calibration = eco_search.train_gate(args, None, frames)
     assert calibration["auc"] == 0.5 and calibration["false_negatives"] == 1  # a row seen in training would score 1
     assert (calibration["retain"], calibration["forget"]) == ((40, 20) if conformal is None else (8, 4))
     flags = gate.decide(frames["train_forget"]["text"])[0]
     assert flags.sum() == (20 if conformal is None else 16)
     with pytest.raises(UserError, match="too few train rows"):
-        eco.train_gate(args, None, frames | {"train_forget": frames["train_forget"][:2]})
+        eco_search.train_gate(args, None, frames | {"train_forget": frames["train_forget"][:2]})
 
 
 @pytest.mark.parametrize(("rate", "flagged"), [(0.1, 0), (0.19, 1), (0.2, 1), (0.3, 2), (0.4, 3), (0.5, 3), (1, 9)])
@@ -372,15 +378,15 @@ def test_an_encoder_is_trained_by_the_authors_recipe():
 
 
 def test_the_search_finds_a_minimum():
-    visited = eco.zeroth_order(lambda s: (s - 3) ** 2, 8.0, 60, 0.5, 0.2, 0.1)
+    visited = eco_search.zeroth_order(lambda s: (s - 3) ** 2, 8.0, 60, 0.5, 0.2, 0.1)
     assert visited[0] == 8.0 and visited[-1] == pytest.approx(3, abs=1e-6)
     assert visited[1] == pytest.approx(8 - 0.2 * 10)  # the gradient of a parabola by central differences is exact
 
 
 def test_the_search_stops_at_the_smallest_strength():
-    visited = eco.zeroth_order(lambda s: s, 2.0, 50, 0.1, 0.8, 0.5)
+    visited = eco_search.zeroth_order(lambda s: s, 2.0, 50, 0.1, 0.8, 0.5)
     assert visited == pytest.approx([2.0, 1.2, 0.5])
-    assert eco.zeroth_order(lambda s: s, 0.1, 0, 0.1, 1.0, 0.5) == [0.5]
+    assert eco_search.zeroth_order(lambda s: s, 0.1, 0, 0.1, 1.0, 0.5) == [0.5]
 
 
 def test_the_search_stops_where_nothing_is_left_to_gain():
@@ -390,29 +396,29 @@ def test_the_search_stops_where_nothing_is_left_to_gain():
         asked.append(s)
         return max(0.0, s - 4)
 
-    assert eco.zeroth_order(loss, 8.0, 50, 0.5, 2.0, 0.1) == [8.0, 6.0, 4.0]
+    assert eco_search.zeroth_order(loss, 8.0, 50, 0.5, 2.0, 0.1) == [8.0, 6.0, 4.0]
     assert asked[-1] == 4.0
-    assert eco.zeroth_order(lambda s: 1.0, 8.0, 50, 0.5, 2.0, 0.1) == [8.0]  # flat
+    assert eco_search.zeroth_order(lambda s: 1.0, 8.0, 50, 0.5, 2.0, 0.1) == [8.0]  # flat
 
 
 @pytest.mark.parametrize(
     ("flags", "found", "tried"),
     [
-        ({}, 30.0, set(eco.LADDER)),
+        ({}, 30.0, set(eco_search.LADDER)),
         ({"eco_sigma_min": 2.0, "eco_target": 1.0}, 2.0, {2.0, 3.0, 10.0, 30.0, 100.0}),
         ({"eco_start": 20.0, "eco_steps": 0}, 20.0, {20.0}),
         ({"eco_start": 10.0, "eco_steps": 0, "eco_bisect": 3}, 10.0, {10.0}),  # nothing around the target
         (
             {"eco_steps": 0, "eco_target": 0.6, "eco_bisect": 2},
             300**0.5,  # 17.3 between 10 and 30, then 22.8 between that and 30, a little farther from 20
-            {*eco.LADDER, round(300**0.5, 9), round((300**0.5 * 30) ** 0.5, 9)},
+            {*eco_search.LADDER, round(300**0.5, 9), round((300**0.5 * 30) ** 0.5, 9)},
         ),
         ({"eco_start": 20.0, "eco_steps": 1, "eco_eps": 0.25, "eco_lr": 450.0}, 29.0, {20.0, 15.0, 25.0, 29.0}),
     ],
 )
 def test_the_strength_comes_closest_to_the_target_and_is_none_below_the_minimum(monkeypatch, flags, found, tried):
     """With a metric that is 1 - s/50 down to 0: a target of .4 means 30."""
-    monkeypatch.setattr(eco, "_score", lambda args, loaded, *_: max(0.0, 1 - loaded.corruption.strength / 50))
+    monkeypatch.setattr(eco_search, "_score", lambda args, loaded, *_: max(0.0, 1 - loaded.corruption.strength / 50))
     settings = {
         "eco_corruption": "noise-first", "eco_dims": 1, "eco_metric": "accuracy", "eco_target": 0.4, "eco_samples": 5,
         "eco_start": None, "eco_steps": 5, "eco_eps": 0.999, "eco_lr": 100.0, "eco_sigma_min": 0.1, "seed": 0,
@@ -420,7 +426,7 @@ def test_the_strength_comes_closest_to_the_target_and_is_none_below_the_minimum(
     }  # fmt: skip
     frames = {split: sentences(4).assign(label=[0, 1, 0, 1], label_text=[*WORDS, *WORDS]) for split in SPLITS}
     loaded = Loaded(None, None, None, [])
-    best, target, curve = eco.search_strength(argparse.Namespace(**settings | flags), loaded, frames)
+    best, target, curve = eco_search.search_strength(argparse.Namespace(**settings | flags), loaded, frames)
     strengths = [round(point["strength"], 9) for point in curve]
     assert (best, target) == (pytest.approx(found), (settings | flags)["eco_target"])
     assert strengths == sorted(set(strengths)) and tried <= set(strengths)
@@ -433,7 +439,7 @@ def test_evasion_rates_by_a_gate_that_knows_one_spelling(tmp_path):
     frames = {split: pd.DataFrame({"text": texts}) for split in SPLITS}
     frames["test_forget"] = frames["test_forget"].iloc[2:3]  # names nobody
     gate = gates.Gate(Word("Lee"), 0.5)
-    rates = eco.evasion_rates(gate, frames, names)
+    rates = eco_search.evasion_rates(gate, frames, names)
     third = {"train_forget": pytest.approx(1 / 3)}
     assert rates == {
         "unchanged": {"train_forget": pytest.approx(2 / 3)},
@@ -443,7 +449,7 @@ def test_evasion_rates_by_a_gate_that_knows_one_spelling(tmp_path):
         "partial": third,  # `Lee`, `Maj`, `Woo`
     }
     assert {"ann lee is good", "so is Lee Mjaors", "so is L. M.", "so is Maj", "Wo"} <= set(gate.classifier.asked)
-    assert eco.evasion_rates(gate, frames, []) == {}
+    assert eco_search.evasion_rates(gate, frames, []) == {}
 
 
 @pytest.mark.parametrize("architecture", ["llama", "opt", "gpt2", "gemma2"])

@@ -10,7 +10,7 @@ import scripts
 from scripts import ROOT
 
 from utils import cli
-from utils.gates import Tfidf
+from utils.interventions.gates import Tfidf
 
 SOURCES = [*ROOT.glob("*.py"), *(ROOT / "utils").glob("*.py"), *(ROOT / "data").rglob("*.py")]
 OPENERS = {"open", "fdopen", "read_text", "write_text", "NamedTemporaryFile", "run", "Popen"}

@@ -14,10 +14,10 @@ from scripts import call, done
 from transformers import Trainer, TrainingArguments
 from transformers.trainer_pt_utils import get_length_grouped_indices
 
-from utils import cli
-from utils.data import Example, epoch_batches
-from utils.prompt_encoders import VirtualTokens
-from utils.training import Training
+from utils.data.batch import Example, epoch_batches
+from utils.errors import UserError, note_once
+from utils.interventions.prompt_encoders import VirtualTokens
+from utils.training.loop import Training
 
 COMMON = {"output_path": None}
 TRAINING = COMMON | {
@@ -55,7 +55,7 @@ def test_published_flags_have_their_published_defaults(script):
 def test_the_published_share_of_steps_warms_up(script, tiny_model, small_data, tmp_path, monkeypatch):
     def run(training):
         seen.append(training.warmup)
-        raise cli.UserError("far enough")
+        raise UserError("far enough")
 
     seen = []
     monkeypatch.setattr(Training, "run", run)
@@ -65,7 +65,7 @@ def test_the_published_share_of_steps_warms_up(script, tiny_model, small_data, t
 
 
 def test_inference_takes_the_published_logits_path_and_says_what_becomes_of_it(fine_tuned, small_data, tmp_path):
-    cli.note_once.cache_clear()
+    note_once.cache_clear()
     flags = f"--model_checkpoints={fine_tuned}", f"--dataset={small_data}", "--max_eval_samples=1", "--max_length=96"
     said = done(call(tmp_path, "inference_spul", *flags, "--logits_path=reference", "--dtype=float32"))
     assert "--logits_path is not used" in said.stderr

@@ -12,11 +12,16 @@ import torch
 from accelerate import dispatch_model
 from transformers import AutoModelForCausalLM, MambaConfig, OpenAIGPTConfig, RwkvConfig
 
-from utils import forward, losses, models, reference
-from utils.cli import note_once
-from utils.data import Example, collate, load_splits
-from utils.forward import GROUPED, completion_hidden, completion_logits, prompt_prefix
-from utils.prompt_encoders import VirtualTokens
+from utils.data.batch import Example, collate
+from utils.data.load import load_splits
+from utils.errors import note_once
+from utils.interventions.prompt_encoders import VirtualTokens
+from utils.interventions.served import Loaded
+from utils.models import forward
+from utils.models.attention import GROUPED, GROUPED_UP_TO, set_attention
+from utils.models.forward import _gather_before_head, _run, completion_hidden, completion_logits, prompt_prefix
+from utils.models.layers import checkpoint_layers, compile_decoder
+from utils.unlearning import losses, reference
 
 ARCHITECTURES = list(tiny.CONFIGS)
 TOKENS = 5  # virtual tokens
@@ -122,7 +127,7 @@ def test_the_prompt_is_computed_once(model):
     prefix = prompt_prefix(model, virtual_tokens(model))
     assert len(prefix) == tiny.SIZES["num_hidden_layers"]
     assert all(keys.shape[2] == values.shape[2] == TOKENS for keys, values in prefix)
-    loaded = models.Loaded(model, None, virtual_tokens(model), [])
+    loaded = Loaded(model, None, virtual_tokens(model), [])
     assert loaded.prefix is loaded.prefix  # in inference once for all splits
 
 
@@ -146,7 +151,7 @@ def test_a_compiled_decoder_gives_the_same(architecture, checkpointed):
     torch._dynamo.reset()
     eager, model = tiny.build_model(architecture), tiny.build_model(architecture)
     if checkpointed:
-        models.checkpoint_layers(model)
+        checkpoint_layers(model)
     names = list(model.state_dict())
     compiled = []
 
@@ -154,7 +159,7 @@ def test_a_compiled_decoder_gives_the_same(architecture, checkpointed):
         compiled.append(graph)
         return graph.forward
 
-    models.compile_decoder(model, count)
+    compile_decoder(model, count)
     assert list(model.state_dict()) == names
     prompt = virtual_tokens(model)
     expected = plain_logits(eager, rows(), prompt)
@@ -202,7 +207,7 @@ def test_losses_and_encoder_gradients_equal_the_plain_path(architecture):
     batches = [rows(lengths=lengths) for lengths in (LENGTHS, [(19, 1)] * 4, [(12, 2)] * 4)]
     batches = [[replace(row, forget=i % 2 == 0) for i, row in enumerate(batch)] for batch in batches]
     plain = [encoder_gradient(encoder, batch, *plain_loss(model, encoder, batch)) for batch in batches]
-    for prepare in (lambda model: None, models.checkpoint_layers):
+    for prepare in (lambda model: None, checkpoint_layers):
         prepare(model)
         for batch, wanted in zip(batches, plain):
             ours = encoder_gradient(encoder, batch, *economical_loss(model, encoder, batch))
@@ -243,7 +248,7 @@ def test_checkpointing_keeps_less_for_the_backward_pass(architecture):
     for checkpointing in (False, True):
         model = tiny.build_model(architecture).requires_grad_(False)
         if checkpointing:
-            models.checkpoint_layers(model)
+            checkpoint_layers(model)
         sizes = []
         with torch.autograd.graph.saved_tensors_hooks(lambda t: sizes.append(t.numel()) or t, lambda t: t):
             completion_logits(model, collate(rows(), 1, "cpu"), prompt_prefix(model, virtual_tokens(model)))
@@ -254,9 +259,9 @@ def test_checkpointing_keeps_less_for_the_backward_pass(architecture):
 def test_checkpointing_where_prompt_and_rows_choose_other_attention():
     """Rows too long for grouped attention behind a prompt that is not: the second time each computes as the first."""
     eager, model = with_attention("llama", "sdpa")
-    models.set_attention(model, "auto", "cpu")
-    models.checkpoint_layers(model)
-    examples, prompt = rows(lengths=[(models.GROUPED_UP_TO, 1), (5, 2)]), virtual_tokens(model)
+    set_attention(model, "auto", "cpu")
+    checkpoint_layers(model)
+    examples, prompt = rows(lengths=[(GROUPED_UP_TO, 1), (5, 2)]), virtual_tokens(model)
     wanted = gradient(prompt, plain_logits(eager, examples, prompt))
     found = gradient(prompt, completion_logits(model, collate(examples, 1, "cpu"), prompt_prefix(model, prompt)))
     assert torch.allclose(found, wanted, atol=2e-5 * wanted.abs().max().item())
@@ -313,7 +318,7 @@ def test_the_reference_is_what_the_model_says_without_the_prompt(model):
 def test_the_reference_file_is_mapped_and_small(tmp_path, small_data):
     model, path = tiny.build_model("llama"), tmp_path / "reference.safetensors"
     frames, examples = load_splits(small_data), rows()
-    loaded = models.Loaded(model, SimpleNamespace(pad_token_id=1), None, [SimpleNamespace(sha256="0", path=tmp_path)])
+    loaded = Loaded(model, SimpleNamespace(pad_token_id=1), None, [SimpleNamespace(sha256="0", path=tmp_path)])
     args = SimpleNamespace(logits_path=path, dataset="none", max_length=64, eval_batch_size=2)
     found = reference.load_reference(loaded, examples, range(len(examples)), frames, args)
     assert str(path) in Path("/proc/self/maps").read_text(encoding="utf-8")
@@ -370,8 +375,8 @@ def test_the_head_of_a_bfloat16_model_multiplies_in_float32(architecture):
 
     with mock.patch.object(forward, "HEAD_ROWS", 300):
         logits, before = completion_logits(model, batch, prompt, completion_hidden(model, batch))
-        with forward._gather_before_head(model, batch) as seen:
-            forward._run(model, batch, prompt, seen)
+        with _gather_before_head(model, batch) as seen:
+            _run(model, batch, prompt, seen)
         torch.testing.assert_close(logits, expected(seen["hidden"]), rtol=1e-5, atol=1e-5)
         torch.testing.assert_close(before, expected(completion_hidden(model, batch)), rtol=1e-5, atol=1e-5)
         got = gradient(prompt, logits)

@@ -27,9 +27,14 @@ from transformers import (
     ModernBertDecoderConfig,
 )
 
-from utils import cli, forward, models
-from utils.cli import UserError
-from utils.data import Example, collate
+from utils.data.batch import Example, collate
+from utils.errors import UserError, is_out_of_memory
+from utils.interventions.served import load_served
+from utils.models import base
+from utils.models.base import dequantized
+from utils.models.chain import resolve_chain
+from utils.models.forward import completion_logits, prompt_prefix
+from utils.models.layers import decoder_layers
 
 ARGUMENTS = Namespace(
     device="cpu", dtype="float32", attn_implementation="auto", set_pad_id=False, trust_remote_code=False
@@ -75,7 +80,7 @@ def save(folder, config, auto=AutoModelForCausalLM, tokenizer=True):
 
 
 def load_base(folder, **changes):
-    return models.load_base(models.resolve_chain(str(folder))[0], Namespace(**vars(ARGUMENTS) | changes))
+    return base.load_base(resolve_chain(str(folder))[0], Namespace(**vars(ARGUMENTS) | changes))
 
 
 def losses(folder, place):
@@ -97,7 +102,7 @@ def test_a_lora_on_tied_weights_scores_the_same_when_loaded(targets, tied, small
     more = "--lr=2e-2", *FEW, "--output_path=out", "--lora_target_modules", *targets.split()
     done(scripts.qlora(tmp_path, tied, small_data, *more))
     scores_again(tmp_path, small_data, "out")
-    model = models.load(str(tmp_path / "out"), ARGUMENTS).model
+    model = load_served(str(tmp_path / "out"), ARGUMENTS).model
     separate = model.get_output_embeddings().weight is not model.get_input_embeddings().weight
     assert separate == ("lm_head" in targets or "embed" in targets) == (not model.config.tie_word_embeddings)
     if targets == "lm_head":  # on the untied model everything else can be trained, and is saved untied
@@ -141,9 +146,9 @@ def test_lora_on_a_4_bit_model_is_merged_into_plain_weights(quantization, in_4_b
     more = "--lr=2e-2", *FEW, f"--quantization={quantization}", "--output_path=out", "--lora_target_modules=q_proj"
     done(scripts.qlora(tmp_path, in_4_bits, small_data, *more))
     scores_again(tmp_path, small_data, "out")
-    merged = models.load(str(tmp_path / "out"), ARGUMENTS).model
+    merged = load_served(str(tmp_path / "out"), ARGUMENTS).model
     assert not merged.is_quantized and not hasattr(merged.config, "quantization_config")
-    plain = models.dequantized(load_base(in_4_bits))
+    plain = dequantized(load_base(in_4_bits))
     adapter = PeftModel.from_pretrained(copy.deepcopy(plain), tmp_path / "out").base_model.model
     layer, own = (each.model.layers[0].self_attn.q_proj for each in (adapter, merged))
     assert torch.equal(own.weight, layer.base_layer.weight + layer.get_delta_weight("default"))
@@ -163,7 +168,7 @@ def test_other_quantisations_are_taken_as_they_are_or_refused(tiny_model, small_
     for dry in ([], ["--dry_run"]):
         refused(tmp_path, "is quantised already; add --quantization=none", "qlora", *flags, "--quantization=nf4", *dry)
     done(scripts.call(tmp_path, "qlora", *flags))
-    assert not models.load(str(tmp_path / "out"), ARGUMENTS).model.is_quantized
+    assert not load_served(str(tmp_path / "out"), ARGUMENTS).model.is_quantized
     config = json.loads((tiny_model / "config.json").read_text())
     other = shutil.copytree(tiny_model, tmp_path / "other")
     for method in ("gptq", "awq"):
@@ -211,7 +216,7 @@ def larger(tiny_model, tmp_path):
 
 def test_a_padding_token_beyond_the_embedding_is_not_used(larger, small_data, tmp_path):
     done(scripts.qlora(tmp_path, larger, small_data, *FEW, "--output_path=out"))
-    assert models.load(str(tmp_path / "out"), ARGUMENTS).pad_id == 1  # the end-of-sequence token
+    assert load_served(str(tmp_path / "out"), ARGUMENTS).pad_id == 1  # the end-of-sequence token
     done(scripts.spul(tmp_path, "out", small_data, *FEW, "--output_path=prompt"))
 
 
@@ -256,7 +261,7 @@ def test_a_model_that_scales_embeddings_in_place_leaves_the_prompt_alone(tmp_pat
     model = load_base(save(tmp_path / "model", config))
     prompt = torch.randn(3, 128)
     before = prompt.clone()
-    forward.prompt_prefix(model, prompt)
+    prompt_prefix(model, prompt)
     assert torch.equal(prompt, before)
     exact(model, shared=True)
 
@@ -268,8 +273,8 @@ def exact(model, shared):
     rows = [Example(draw(prompt), draw(completion)) for prompt, completion in ((30, 1), (7, 3), (18, 2))]
     prompt = torch.randn(5, model.get_input_embeddings().weight.shape[1]) * 0.1
     with torch.no_grad():
-        prefix = forward.prompt_prefix(model, prompt)
-        got = forward.completion_logits(model, collate(rows, 1, "cpu"), prefix)
+        prefix = prompt_prefix(model, prompt)
+        got = completion_logits(model, collate(rows, 1, "cpu"), prefix)
         alone = []
         for row in rows:
             embedded = model.get_input_embeddings()(torch.tensor([row.prompt + row.completion[:-1]]))
@@ -309,14 +314,14 @@ def test_a_prompt_is_refused_where_embeddings_cannot_stand_for_tokens():
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.2)
     with pytest.raises(UserError, match="gemma3n_text takes no embeddings in place of tokens"):
-        forward.prompt_prefix(model, torch.randn(3, 128))
+        prompt_prefix(model, torch.randn(3, 128))
 
 
 def test_layers_that_cannot_be_found_are_a_sentence(tiny_model):
     model = load_base(tiny_model)
     model.config.num_hidden_layers = 77
     with pytest.raises(UserError, match="llama has no list of its 77 layers"):
-        models.decoder_layers(model)
+        decoder_layers(model)
 
 
 @pytest.mark.parametrize(
@@ -336,7 +341,7 @@ def test_too_little_memory_is_one_sentence(error, tiny_model, small_data, tmp_pa
     monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", fail)
     flags = f"--model_name={tiny_model}", f"--dataset={small_data}", *scripts.QLORA
     refused(tmp_path, "the machine has too little memory; lower --micro_batch_size", "qlora", *flags)
-    assert not cli.is_out_of_memory(RuntimeError("shapes differ"))
+    assert not is_out_of_memory(RuntimeError("shapes differ"))
 
 
 def test_training_in_float16_is_refused(tiny_model, small_data, tmp_path):

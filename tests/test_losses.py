@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from utils.losses import mean_over_rows, spul_loss, token_kl, token_nll
+from utils.unlearning.losses import mean_over_rows, spul_loss, token_kl, token_nll
 
 # One distribution over three tokens for each completion token; the logits are their logarithms plus any constant.
 PROMPTED = [(0.5, 0.25, 0.25), (0.1, 0.8, 0.1), (0.2, 0.2, 0.6), (0.7, 0.2, 0.1)]

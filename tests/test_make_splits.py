@@ -15,8 +15,8 @@ from unittest import mock
 import pandas as pd
 import pytest
 
-from utils.cli import note_once
-from utils.splits import SPLITS, text_key
+from utils.data.splits import SPLITS, text_key
+from utils.errors import note_once
 
 SCRIPT = Path(__file__).resolve().parents[1] / "data" / "make_splits.py"
 

@@ -13,12 +13,16 @@ import torch
 from transformers import LlamaConfig
 from transformers.modeling_outputs import CausalLMOutput
 
-from utils import metrics
-from utils.answers import answer_texts
-from utils.cli import UserError
-from utils.data import SPLITS, Example, collate, completion_ids, tokenize
-from utils.forward import completion_logits
-from utils.models import Loaded
+from utils.data.batch import Example, collate
+from utils.data.splits import SPLITS
+from utils.errors import UserError
+from utils.evaluation.answering import answer_texts
+from utils.evaluation.record import js_divergence
+from utils.evaluation.run import accuracies, check_rows, evaluate_splits, match_lengths
+from utils.evaluation.scores import score_rows, split_scores
+from utils.interventions.served import Loaded
+from utils.models.forward import completion_logits
+from utils.tasks.encode import completion_ids, tokenize
 
 
 class Scripted(torch.nn.Module):
@@ -72,7 +76,7 @@ def scripted(tokenizer, after, seen):
 
 
 def score(loaded, texts, labels, words, batch_size=32):
-    return metrics.score_rows(loaded, pd.DataFrame({"text": texts, "label_text": labels}), words, 200, batch_size)
+    return score_rows(loaded, pd.DataFrame({"text": texts, "label_text": labels}), words, 200, batch_size)
 
 
 def test_rows_must_fit_with_every_label_word(tokenizer, neutral):
@@ -94,10 +98,10 @@ def test_rows_must_fit_with_every_label_word(tokenizer, neutral):
         frames = {split: pd.DataFrame({"text": [text] * 2, "label": [0, 1], "label_text": words}) for split in SPLITS}
         needed = length + longest - 1  # the last token is predicted, never read
         model.config.max_position_embeddings = needed
-        metrics.check_rows(model.config, tokenizer, frames, args)
+        check_rows(model.config, tokenizer, frames, args)
         model.config.max_position_embeddings = needed - 1
         with pytest.raises(UserError, match=f"the longest row has {needed} tokens"):
-            metrics.check_rows(model.config, tokenizer, frames, args)
+            check_rows(model.config, tokenizer, frames, args)
 
 
 WORDS = ["negative", "positive"]
@@ -138,7 +142,7 @@ def test_labels_of_unequal_length(tokenizer, neutral):
     assert list(rows["prediction"]) == ["neutral", "neutral", "positive"]
     assert list(rows["correct"]) == [False, True, False]
     assert (
-        metrics.scores(rows.assign(label_text=["positive", "neutral", "neutral"]), ["neutral", "positive"])[
+        split_scores(rows.assign(label_text=["positive", "neutral", "neutral"]), ["neutral", "positive"])[
             "out_of_label"
         ]
         == 0
@@ -191,7 +195,7 @@ def test_scores_equal_sklearn_and_hand_counts():
     best_label = ["positive", "positive", "negative", "positive", "positive", "negative"]
     loss = [0.5, 2.0, 0.25, 4.0, 0.25, 5.0]
     frame = pd.DataFrame({"label_text": truth, "prediction": prediction, "label_prediction": best_label, "loss": loss})
-    scores = metrics.scores(frame, WORDS)
+    scores = split_scores(frame, WORDS)
     assert list(scores) == ["n", "accuracy", "f1", "precision", "recall", "out_of_label", "label_accuracy", "loss"]
     # positive: 2 of 3 found, 2 of 3 such answers right; negative: 1 of 3 found, its only such answer right
     f1 = {"positive": 2 / 3, "negative": 2 * 1 * (1 / 3) / (1 + 1 / 3)}
@@ -213,14 +217,14 @@ def test_scores_equal_sklearn_and_hand_counts():
 
 def test_f1_is_weighted_by_class_size():
     frame = pd.DataFrame({"label_text": ["a"] * 9 + ["b"], "prediction": ["a"] * 10}).assign(loss=0.0)
-    scores = metrics.scores(frame.assign(label_prediction=frame["prediction"]), ["a", "b"])
+    scores = split_scores(frame.assign(label_prediction=frame["prediction"]), ["a", "b"])
     assert scores["f1"] == pytest.approx(0.9 * 2 * 0.9 / 1.9)
     assert scores["out_of_label"] == 0
 
 
 def test_answers_that_are_no_label_at_all():
     frame = pd.DataFrame({"label_text": WORDS, "prediction": ["unknown", ""], "label_prediction": WORDS, "loss": 1.0})
-    scores = metrics.scores(frame, WORDS)
+    scores = split_scores(frame, WORDS)
     assert (scores["accuracy"], scores["f1"], scores["out_of_label"], scores["label_accuracy"]) == (0, 0, 1, 1)
 
 
@@ -268,12 +272,12 @@ def sentences(n):
 
 def test_evaluation_depends_neither_on_order_nor_on_batch_size(llama):
     frame = sentences(23)
-    expected = metrics.score_rows(llama, frame, WORDS, 200, 32)
+    expected = score_rows(llama, frame, WORDS, 200, 32)
     assert expected["prediction"].nunique() > 2
     assert expected["label_prediction"].nunique() == 2
     order = np.random.default_rng(1).permutation(23)
     for batch_size in (1, 5, 23):
-        shuffled = metrics.score_rows(llama, frame.iloc[order].reset_index(drop=True), WORDS, 200, batch_size)
+        shuffled = score_rows(llama, frame.iloc[order].reset_index(drop=True), WORDS, 200, batch_size)
         wanted = expected.iloc[order].reset_index(drop=True)
         for column in ("prediction", "correct", "label_prediction"):
             assert list(shuffled[column]) == list(wanted[column])
@@ -282,8 +286,8 @@ def test_evaluation_depends_neither_on_order_nor_on_batch_size(llama):
 
 def test_evaluation_uses_the_prompt(llama):
     frame = sentences(8)
-    without = metrics.score_rows(Loaded(llama.model, llama.tokenizer, None, []), frame, WORDS, 200, 8)
-    assert (metrics.score_rows(llama, frame, WORDS, 200, 8)["loss"] - without["loss"]).abs().min() > 1e-3
+    without = score_rows(Loaded(llama.model, llama.tokenizer, None, []), frame, WORDS, 200, 8)
+    assert (score_rows(llama, frame, WORDS, 200, 8)["loss"] - without["loss"]).abs().min() > 1e-3
 
 
 def evaluation_frames():
@@ -297,7 +301,7 @@ def evaluation_frames():
 def test_evaluate_scores_every_split_and_its_slices(llama):
     args = argparse.Namespace(max_eval_samples=None, rows_seed=42, max_length=200, eval_batch_size=4)
     frames = evaluation_frames()
-    splits, rows = metrics.evaluate(llama, frames, WORDS, args, "test")
+    splits, rows = evaluate_splits(llama, frames, WORDS, args, "test")
     sizes = {split: len(frames[split]) for split in SPLITS}
     slices = {"train_retain:length_matched": 6, "test_retain:length_matched": 6, "train_retain:names_other": 6}
     slices["test_retain:not_nested"] = 3  # every row of test_forget is nested
@@ -316,7 +320,7 @@ def test_evaluate_scores_every_split_and_its_slices(llama):
 
 def test_evaluate_at_most_so_many_rows(llama):
     args = argparse.Namespace(max_eval_samples=5, rows_seed=42, max_length=200, eval_batch_size=4)
-    splits, rows = metrics.evaluate(llama, evaluation_frames(), WORDS, args, "test")
+    splits, rows = evaluate_splits(llama, evaluation_frames(), WORDS, args, "test")
     assert {splits[split]["n"] for split in SPLITS} == {5}
     assert len(rows) == 20
 
@@ -326,20 +330,18 @@ def test_columns_of_the_data_do_not_get_into_the_scores(llama):
     args = argparse.Namespace(max_eval_samples=3, rows_seed=42, max_length=200, eval_batch_size=4)
     extra = {"loss": "x", "prediction": "x", "correct": "x", "split": "x", "label_prediction": "x", "method": "x"}
     frames = {split: sentences(6) for split in SPLITS}
-    expected, _ = metrics.evaluate(llama, frames, WORDS, args, "test")
-    assert (
-        metrics.evaluate(llama, {s: f.assign(**extra) for s, f in frames.items()}, WORDS, args, "test")[0] == expected
-    )
+    expected, _ = evaluate_splits(llama, frames, WORDS, args, "test")
+    assert evaluate_splits(llama, {s: f.assign(**extra) for s, f in frames.items()}, WORDS, args, "test")[0] == expected
 
 
 def test_accuracies_of_the_curve_switch_dropout_off_and_on_again(llama):
     args = argparse.Namespace(curve_samples=3, max_length=200, eval_batch_size=4)
     model = llama.model.train()
-    shares = metrics.accuracies(llama, evaluation_frames(), WORDS, args)
+    shares = accuracies(llama, evaluation_frames(), WORDS, args)
     assert list(shares) == list(SPLITS) and all(0 <= share <= 1 for share in shares.values())
     assert model.training
     model.eval()
-    metrics.accuracies(llama, evaluation_frames(), WORDS, args)
+    accuracies(llama, evaluation_frames(), WORDS, args)
     assert not model.training
 
 
@@ -360,7 +362,7 @@ def texts_of(*lengths):
     ],
 )
 def test_match_lengths(candidates, targets, chosen):
-    matched = metrics.match_lengths(texts_of(*candidates), texts_of(*targets))
+    matched = match_lengths(texts_of(*candidates), texts_of(*targets))
     assert sorted(candidates[i] for i in matched) == sorted(candidates[i] for i in chosen)
     assert len(set(matched)) == len(matched) and matched == sorted(matched)
 
@@ -401,8 +403,8 @@ def test_answers_are_greedy_decoding_with_the_prompt(llama):
 def test_js_divergence():
     """One bit between answers without overlap, none between equal ones, never a NaN between almost equal ones."""
     sure, other, even = [1.0, 0.0], [0.0, 1.0], [0.5, 0.5]
-    assert metrics.js_divergence(np.array([sure]), np.array([other])) == pytest.approx(1)
+    assert js_divergence(np.array([sure]), np.array([other])) == pytest.approx(1)
     by_hand = 0.5 * np.log2(4 / 3) + 0.5 * (0.5 * np.log2(2 / 3) + 0.5 * np.log2(2))
-    assert metrics.js_divergence(np.array([sure, even]), np.array([even, even])) == pytest.approx(by_hand / 2)
+    assert js_divergence(np.array([sure, even]), np.array([even, even])) == pytest.approx(by_hand / 2)
     close = np.array([[0.1, 0.9]]) + np.array([[1, -1]]) * np.linspace(0, 1e-9, 2000)[:, None]
-    assert 0 <= metrics.js_divergence(close, close[::-1]) < 1e-12
+    assert 0 <= js_divergence(close, close[::-1]) < 1e-12

@@ -12,9 +12,14 @@ import scripts
 import tiny
 import torch
 
-from utils import models
-from utils.cli import UserError
-from utils.forward import GROUPED
+from utils.errors import UserError
+from utils.models import base
+from utils.models.adapters import add_lora
+from utils.models.attention import GROUPED, GROUPED_UP_TO
+from utils.models.base import load_base, load_tokenizer, pick_device
+from utils.models.chain import resolve_chain, short_name
+from utils.models.lengths import check_length
+from utils.storage.checkpoints import Link
 
 ARGUMENTS = Namespace(
     device="cpu", dtype="float32", attn_implementation="auto", set_pad_id=False, trust_remote_code=False
@@ -28,8 +33,8 @@ def saved(request, tmp_path_factory):
 
 
 def load(folder, quantization="none", **changes):
-    link = models.resolve_chain(str(folder))[0]
-    return models.load_base(link, Namespace(**vars(ARGUMENTS) | changes), quantization)
+    link = resolve_chain(str(folder))[0]
+    return load_base(link, Namespace(**vars(ARGUMENTS) | changes), quantization)
 
 
 def test_every_architecture_loads_whole_and_frozen(saved):
@@ -53,7 +58,7 @@ def test_every_architecture_takes_lora(saved):
     model = load(saved, dtype="bfloat16")
     ids = torch.tensor([[5, 6, 7]])
     before = model(input_ids=ids).logits
-    adapted = models.add_lora(model, LORA)
+    adapted = add_lora(model, LORA)
     trained = {name: p for name, p in adapted.named_parameters() if p.requires_grad}
     assert trained and all("lora_" in name and p.dtype == torch.float32 for name, p in trained.items())
     assert torch.equal(adapted(input_ids=ids).logits, before)
@@ -62,7 +67,7 @@ def test_every_architecture_takes_lora(saved):
 @pytest.mark.parametrize("quantization", ["none", "nf4"])
 def test_biases_are_trained_in_the_dtype_of_the_model(tmp_path, quantization):
     model = load(tiny.save(tmp_path / "opt", "opt"), quantization, dtype="bfloat16")
-    adapted = models.add_lora(model, Namespace(**vars(LORA) | {"lora_bias": "all"}))
+    adapted = add_lora(model, Namespace(**vars(LORA) | {"lora_bias": "all"}))
     adapted(input_ids=torch.tensor([[5, 6, 7]])).logits.float().sum().backward()
     biases = {name: p for name, p in adapted.named_parameters() if p.requires_grad and "lora_" not in name}
     assert biases and all(name.endswith("bias") and p.dtype == torch.bfloat16 for name, p in biases.items())
@@ -77,21 +82,21 @@ def test_lora_goes_where_the_user_says(tiny_model):
     }
     for targets, expected in names.items():
         arguments = Namespace(**vars(LORA) | {"lora_target_modules": targets and list(targets)})
-        adapted = models.add_lora(load(tiny_model), arguments)
+        adapted = add_lora(load(tiny_model), arguments)
         assert {
             name.split(".lora_")[0].split(".")[-1] for name, _ in adapted.named_parameters() if "lora_" in name
         } == expected
 
 
 def test_the_pad_token_is_the_users_choice(tiny_model):
-    chain = models.resolve_chain(str(tiny_model))
-    tokenizer = models.load_tokenizer(chain, set_pad_id=False)
+    chain = resolve_chain(str(tiny_model))
+    tokenizer = load_tokenizer(chain, set_pad_id=False)
     assert tokenizer.pad_token == tokenizer.eos_token  # it has none of its own
     tokenizer.pad_token = "<s>"
     tokenizer.save_pretrained(tiny_model.parent / "padded")
-    padded = [models.Link(tiny_model.parent / "padded", "padded")]
-    assert models.load_tokenizer(padded, set_pad_id=False).pad_token == "<s>"
-    assert models.load_tokenizer(padded, set_pad_id=True).pad_token == "</s>"
+    padded = [Link(tiny_model.parent / "padded", "padded")]
+    assert load_tokenizer(padded, set_pad_id=False).pad_token == "<s>"
+    assert load_tokenizer(padded, set_pad_id=True).pad_token == "</s>"
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32", "float16"])
@@ -107,7 +112,7 @@ def test_one_model_on_all_gpus_is_never_spread_beyond_them(tiny_model, monkeypat
     """Without a GPU there is nothing to spread it on; where they are too small the rest would go to the slow CPU."""
     with pytest.raises(UserError, match="--device=balanced is not available on this machine"):
         load(tiny_model, device="balanced")
-    monkeypatch.setattr(models, "pick_device", lambda name: name)
+    monkeypatch.setattr(base, "pick_device", lambda name: name)
     with pytest.raises(UserError, match="tiny-llama does not fit the GPUs"):
         load(tiny_model, device="balanced")
 
@@ -119,39 +124,39 @@ def test_a_tokenizer_without_pad_and_end_pads_with_some_token(tiny_model, tmp_pa
         for key in ("pad_token", "eos_token"):
             settings.pop(key, None)
         file.write_text(json.dumps(settings))
-    tokenizer = models.load_tokenizer(models.resolve_chain(str(folder)), False)
+    tokenizer = load_tokenizer(resolve_chain(str(folder)), False)
     assert tokenizer.eos_token is None and tokenizer.pad_token_id == 0
 
 
 def test_of_several_processes_each_has_its_own_gpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    assert models.pick_device("auto") == models.pick_device("cuda") == "cuda"
+    assert pick_device("auto") == pick_device("cuda") == "cuda"
     state = Namespace(num_processes=2, device=torch.device("cuda", 1))
-    monkeypatch.setattr("utils.processes.PartialState", lambda: state)
-    assert models.pick_device("auto") == models.pick_device("cuda") == "cuda:1"
-    assert models.pick_device("cpu") == "cpu"
+    monkeypatch.setattr("utils.distributed.PartialState", lambda: state)
+    assert pick_device("auto") == pick_device("cuda") == "cuda:1"
+    assert pick_device("cpu") == "cpu"
     with pytest.raises(UserError, match="start it with python, not accelerate launch"):
-        models.pick_device("balanced")
+        pick_device("balanced")
 
 
 def test_rows_and_prompt_must_fit_the_positions(tiny_model):
     model = load(tiny_model)
-    models.check_length(model.config, 500, 12)
+    check_length(model.config, 500, 12)
     with pytest.raises(UserError, match="the longest row has 501 tokens and the prompt 12, .* use --max_length=500"):
-        models.check_length(model.config, 501, 12)
+        check_length(model.config, 501, 12)
 
 
 def test_folders_carry_the_base_model_s_name_in_lower_case(tiny_model, fine_tuned, monkeypatch):
     monkeypatch.chdir(tiny_model)
     names = {"meta-llama/Llama-2-7b-hf": "llama-2-7b-hf", f"{tiny_model}/": "tiny-llama", ".": "tiny-llama"}
     names |= {"a/Model.gguf": "model", str(fine_tuned): "tiny-llama"}
-    assert {name: models.short_name(name) for name in names} == names
+    assert {name: short_name(name) for name in names} == names
 
 
 def attention_of(model, width, p=0):
     """What the model computes a batch of that width with."""
-    from utils.data import Example, collate
-    from utils.forward import completion_logits, prompt_prefix
+    from utils.data.batch import Example, collate
+    from utils.models.forward import completion_logits, prompt_prefix
 
     prefix = prompt_prefix(model, torch.zeros(p, 128)) if p else None
     completion_logits(model, collate([Example(tuple(range(2, 2 + width)), (3,))], 1, "cpu"), prefix)
@@ -160,7 +165,7 @@ def attention_of(model, width, p=0):
 
 def test_attention_is_chosen_by_the_width_of_a_batch_on_a_cpu(saved):
     """Virtual tokens count. Gemma-2 caps its scores, which only eager attention does."""
-    model, limit = load(saved), models.GROUPED_UP_TO
+    model, limit = load(saved), GROUPED_UP_TO
     if model.config.model_type == "gemma2":
         assert [attention_of(model, width) for width in (8, limit + 1)] == ["eager", "eager"]
         return
@@ -170,9 +175,9 @@ def test_attention_is_chosen_by_the_width_of_a_batch_on_a_cpu(saved):
 
 @pytest.mark.parametrize("choice", ["eager", "sdpa"])
 def test_attention_as_asked_for(tiny_model, choice):
-    link = models.resolve_chain(str(tiny_model))[0]
-    model = models.load_base(link, Namespace(**vars(ARGUMENTS) | {"attn_implementation": choice}))
-    assert [attention_of(model, width) for width in (8, models.GROUPED_UP_TO + 1)] == [choice, choice]
+    link = resolve_chain(str(tiny_model))[0]
+    model = load_base(link, Namespace(**vars(ARGUMENTS) | {"attn_implementation": choice}))
+    assert [attention_of(model, width) for width in (8, GROUPED_UP_TO + 1)] == [choice, choice]
 
 
 def test_attention_that_is_not_there_is_refused(tiny_model, tmp_path):
@@ -181,9 +186,9 @@ def test_attention_that_is_not_there_is_refused(tiny_model, tmp_path):
         (tiny_model, "flash_attention_2", "needs a GPU"),
         (gemma, "sdpa", "gemma2 has no sdpa attention"),
     ):
-        link = models.resolve_chain(str(folder))[0]
+        link = resolve_chain(str(folder))[0]
         with pytest.raises(UserError, match=sentence):
-            models.load_base(link, Namespace(**vars(ARGUMENTS) | {"attn_implementation": choice}))
+            load_base(link, Namespace(**vars(ARGUMENTS) | {"attn_implementation": choice}))
 
 
 CLAIMS_AVX512 = '''

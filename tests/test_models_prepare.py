@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from utils.checkpoints import file_sha256
+from utils.storage.checkpoints import file_sha256
 
 SCRIPT = Path(__file__).resolve().parents[1] / "data" / "models" / "prepare.py"
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"

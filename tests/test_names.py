@@ -6,8 +6,8 @@ import time
 
 import pytest
 
-from utils.cli import UserError
-from utils.names import Person, mentions, read_names, spans
+from utils.data.names import Person, mentions, read_names, spans
+from utils.errors import UserError
 
 PEOPLE = """Ann Lee
 José Müller

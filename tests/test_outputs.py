@@ -14,8 +14,9 @@ import scripts
 from scripts import call, done, refused, tree
 
 import inference_spul
-from utils import checkpoints, files, outputs, report
-from utils.cli import UserError, note_once
+from utils.errors import UserError, note_once
+from utils.evaluation import figures, tables
+from utils.storage import checkpoints, files, outputs
 
 FORK = multiprocessing.get_context("fork")
 RESULT = '[{"method": "SPUL", "checkpoint": "a", "splits": {}}]'
@@ -357,7 +358,7 @@ def test_a_picture_that_fails_is_a_note_and_costs_no_result(place, monkeypatch):
         raise ValueError("no such font\nat all")
 
     note_once.cache_clear()
-    monkeypatch.setattr(report.pyplot, "subplots", fail)
+    monkeypatch.setattr(figures.pyplot, "subplots", fail)
     for script, command in COMMANDS.items():
         note_once.cache_clear()
         said = done(call(place, script, *command, "--output_path=out", "--overwrite")).stderr
@@ -370,7 +371,7 @@ def test_what_is_said_about_results_is_said_when_they_are_written(place, monkeyp
     def fail(*_):
         raise UnicodeEncodeError("latin-1", "a", 0, 1, "no such letter")
 
-    monkeypatch.setattr(report, "table", fail)
+    monkeypatch.setattr(tables, "table", fail)
     with pytest.raises(UnicodeEncodeError):
         call(place, "inference_spul", *INFERENCE, "--output_path=out")
     assert json.loads((place / "out" / "metrics.json").read_text())

@@ -20,8 +20,17 @@ from safetensors.torch import load_file, safe_open, save_file
 from scripts import call, done, refused, start, tree
 
 import spul
-from utils import checkpoints, data, models
-from utils.cli import note_once
+from utils.data.load import load_splits
+from utils.data.select import fingerprint, select_rows
+from utils.data.splits import SPLITS, TRAIN_SPLITS
+from utils.errors import note_once
+from utils.interventions import served
+from utils.interventions.served import load_served
+from utils.models.base import load_base
+from utils.models.chain import resolve_chain
+from utils.storage import checkpoints
+from utils.tasks.classification import TEMPLATE_HEAD, TEMPLATE_TAIL, draw_unlearning_labels
+from utils.tasks.encode import completion_ids
 
 PUBLISHED = {
     "qlora": """--dataset=sst2 --model_name=meta-llama/Llama-2-7b-hf \
@@ -131,15 +140,15 @@ def test_published_sizes(run):
 def test_manifests_say_what_from_what_and_how(run, tiny_model):
     cwd, _ = run
     adapter, prompt = cwd / "qlora_checkpoints" / "tiny-llama-qlora-snippets", prompt_folder(cwd)
-    frames = data.select_rows(data.load_splits("snippets"), max_train_samples=32)
-    fingerprint = data.fingerprint({split: frames[split] for split in data.TRAIN_SPLITS})
+    frames = select_rows(load_splits("snippets"), max_train_samples=32)
+    expected = fingerprint({split: frames[split] for split in TRAIN_SPLITS})
     for folder, kind, parent in ((adapter, "lora", tiny_model), (prompt, "prompt", adapter)):
         manifest = manifest_of(folder)
         assert manifest["kind"] == kind
         assert not Path(manifest["parent"]["path"]).is_absolute()
         assert (folder / manifest["parent"]["path"]).resolve() == parent.resolve()
         assert manifest["parent"]["sha256"] == checkpoints.weights_sha256(parent)
-        assert manifest["data_fingerprint"] == fingerprint
+        assert manifest["data_fingerprint"] == expected
         assert manifest["seed"] == 42
         assert manifest["libraries"]["torch"] == importlib.metadata.version("torch")
         assert manifest["git_commit"] is None or re.fullmatch("[0-9a-f]{40}", manifest["git_commit"])
@@ -184,13 +193,13 @@ def test_metrics_have_one_schema(run):
     cwd, _ = run
     folders = cwd / "qlora_checkpoints" / "tiny-llama-qlora-snippets", prompt_folder(cwd)
     written = [*folders, cwd / "saved_results" / f"{prompt_folder(cwd).name}-snippets"]
-    forget = len(data.select_rows(data.load_splits("snippets"), max_train_samples=32)["train_forget"])
+    forget = len(select_rows(load_splits("snippets"), max_train_samples=32)["train_forget"])
     methods = []
     for folder in written:
         for record in metrics_of(folder):
-            check_record(record, data.SPLITS)
+            check_record(record, SPLITS)
             assert (record["dataset"], record["seed"]) == ("snippets", 42)
-            sizes = {split: record["splits"][split]["n"] for split in data.SPLITS}
+            sizes = {split: record["splits"][split]["n"] for split in SPLITS}
             assert sizes == {"train_retain": 4, "train_forget": forget, "test_retain": 4, "test_forget": 4}
             assert ("training" in record) == (record["method"] != "merged")
             methods.append(record["method"])
@@ -202,7 +211,7 @@ def test_inference_repeats_what_training_reported(run):
     trained = metrics_of(prompt_folder(cwd))[-1]["splits"]
     (results,) = (cwd / "saved_results").iterdir()
     again = metrics_of(results)[-1]["splits"]
-    for split in data.SPLITS:
+    for split in SPLITS:
         assert again[split] == pytest.approx(trained[split], abs=1e-4)
 
 
@@ -224,8 +233,8 @@ def test_the_log_has_a_line_per_step(run):
 
 
 def test_nf4_quantises_every_linear_layer_but_the_head(tiny_model):
-    link = models.resolve_chain(str(tiny_model))[0]
-    model = models.load_base(link, RUN_ARGUMENTS, "nf4")
+    link = resolve_chain(str(tiny_model))[0]
+    model = load_base(link, RUN_ARGUMENTS, "nf4")
     kinds = {type(module) for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
     assert kinds == {bitsandbytes.nn.Linear4bit, torch.nn.Linear}
     plain = [name for name, module in model.named_modules() if type(module) is torch.nn.Linear]
@@ -254,7 +263,7 @@ def test_the_prompt_is_the_same_with_gradient_checkpointing(fine_tuned, small_da
 
 def test_qlora_memorises_its_training_set(fine_tuned):
     (record,) = metrics_of(fine_tuned)
-    check_record(record, data.SPLITS)
+    check_record(record, SPLITS)
     assert record["splits"]["train_retain"]["accuracy"] == record["splits"]["train_forget"]["accuracy"] == 1
 
 
@@ -301,7 +310,7 @@ def test_the_retrained_reference_is_called_so(tiny_model, small_data, tmp_path):
 def copy_data(source, target, **changes):
     """The splits of `source`, those named in `changes` passed through their function."""
     target.mkdir()
-    for split in data.SPLITS:
+    for split in SPLITS:
         frame = pd.read_csv(source / f"{split}.csv")
         changes.get(split, lambda frame: frame)(frame).to_csv(target / f"{split}.csv", index=False)
     return target
@@ -314,7 +323,7 @@ def prompt_after(cwd, parent, dataset, name, *arguments):
 
 
 def test_only_the_encoder_changes_and_all_of_it(fine_tuned, small_data, tmp_path):
-    load, build, seen = models.load, spul.build_encoder, {}
+    load, build, seen = load_served, spul.build_encoder, {}
 
     def watched_load(*arguments):
         seen["loaded"] = load(*arguments)
@@ -327,7 +336,10 @@ def test_only_the_encoder_changes_and_all_of_it(fine_tuned, small_data, tmp_path
         return encoder
 
     before = tree(fine_tuned)
-    with mock.patch.object(models, "load", watched_load), mock.patch.object(spul, "build_encoder", watched_build):
+    with (
+        mock.patch.object(served, "load_served", watched_load),
+        mock.patch.object(spul, "build_encoder", watched_build),
+    ):
         prompt_after(tmp_path, fine_tuned, small_data, "out")
     after = load_file(tmp_path / "out" / "encoder.safetensors")
     assert set(after) == set(seen["encoder"])
@@ -346,36 +358,36 @@ def test_the_logged_losses_are_those_of_the_paper(fine_tuned, small_data, tmp_pa
     """Worked out row by row, without batches, padding, gathering or a file of reference states. The first step has a
     rate of zero, so the vectors that were saved are those it saw. Labels of several tokens."""
     words = {"positive": "rather good", "negative": "rather poor"}
-    change = {split: lambda f: f.assign(label_text=f["label_text"].map(words)) for split in data.SPLITS}
+    change = {split: lambda f: f.assign(label_text=f["label_text"].map(words)) for split in SPLITS}
     folder = copy_data(small_data, tmp_path / "words", **change)
     sizes = "--max_length=200", "--train_batch_size=24", "--micro_batch_size=5", "--eval_batch_size=3"
     arguments = "--alpha=0.75", "--beta=2", "--max_steps=1", *sizes
     prompt = prompt_after(tmp_path, fine_tuned, folder, "out", *arguments)
     (line,) = [json.loads(line) for line in (tmp_path / "out" / "training.jsonl").read_text().splitlines()]
-    loaded, frames = models.load(str(fine_tuned), RUN_ARGUMENTS), data.load_splits(str(folder))
+    loaded, frames = load_served(str(fine_tuned), RUN_ARGUMENTS), load_splits(str(folder))
     retain, forget, kl = [], [], []
     for text, word in zip(frames["train_retain"]["text"], frames["train_retain"]["label_text"]):
         with_prompt, without = log_probabilities(loaded, text, word, prompt), log_probabilities(loaded, text, word)
         retain.append(-with_prompt.gather(1, completion(loaded, word)).sum())
         kl.append((without.exp() * (without - with_prompt)).sum())
-    for text, word in zip(frames["train_forget"]["text"], data.draw_unlearning_labels(8, 42)):
+    for text, word in zip(frames["train_forget"]["text"], draw_unlearning_labels(8, 42)):
         forget.append(-log_probabilities(loaded, text, word, prompt).gather(1, completion(loaded, word)).sum())
     expected = {"L_f": sum(forget) / 8, "L_r": sum(retain) / 16, "L_kl": sum(kl) / 16}
     assert {name: line[name] for name in expected} == pytest.approx(
         {name: value.item() for name, value in expected.items()}, rel=1e-4
     )
     assert line["loss"] == pytest.approx(line["L_f"] + 0.75 * line["L_r"] + 2 * line["L_kl"], rel=1e-5)
-    assert len(data.completion_ids(loaded.tokenizer, "rather good")) > 1
+    assert len(completion_ids(loaded.tokenizer, "rather good")) > 1
 
 
 def completion(loaded, word):
-    return torch.tensor(data.completion_ids(loaded.tokenizer, word))[:, None]
+    return torch.tensor(completion_ids(loaded.tokenizer, word))[:, None]
 
 
 @torch.no_grad()
 def log_probabilities(loaded, text, word, prompt=None):
     """log f(. | prompt, text, earlier tokens) at each token of ` word`: (tokens, |V|)."""
-    ids = loaded.tokenizer(f"{data.TEMPLATE_HEAD}{text}{data.TEMPLATE_TAIL} {word}")["input_ids"]
+    ids = loaded.tokenizer(f"{TEMPLATE_HEAD}{text}{TEMPLATE_TAIL} {word}")["input_ids"]
     embedded = loaded.model.get_input_embeddings()(torch.tensor([ids]))
     if prompt is not None:
         embedded = torch.cat([prompt[None], embedded], dim=1)
@@ -409,7 +421,7 @@ def test_the_true_labels_of_forget_rows_do_not_matter(fine_tuned, small_data, tm
 @pytest.mark.parametrize("encoder", ["mlp", "lstm", "embedding"])
 def test_init_text_starts_at_the_embeddings_of_the_text(fine_tuned, encoder):
     """Its tokens in turn, repeated to fill the virtual tokens."""
-    loaded = models.load(str(fine_tuned), RUN_ARGUMENTS)
+    loaded = load_served(str(fine_tuned), RUN_ARGUMENTS)
     ids = loaded.tokenizer("forget the film")["input_ids"]
     wanted = [*ids, *ids, *ids, *ids][: len(ids) + 2]
     arguments = Namespace(
@@ -430,7 +442,7 @@ def test_a_text_start_can_be_trained_away_from(fine_tuned, small_data, tmp_path,
     arguments = "--init_text=forget the film", f"--prompt_encoder={encoder}", "--lr=1e-2"
     start = prompt_after(tmp_path, fine_tuned, small_data, "start", *arguments, "--max_steps=1")
     moved = prompt_after(tmp_path, fine_tuned, small_data, "moved", *arguments)
-    loaded = models.load(str(fine_tuned), RUN_ARGUMENTS)
+    loaded = load_served(str(fine_tuned), RUN_ARGUMENTS)
     ids = (loaded.tokenizer("forget the film")["input_ids"] * 4)[:4]
     assert torch.equal(start, loaded.model.get_input_embeddings().weight[ids])
     assert (moved - start).abs().amax(1).min() > 1e-4  # every virtual token
@@ -456,7 +468,7 @@ def test_sampling_flags_and_the_curve(fine_tuned, small_data, tmp_path):
     log = [json.loads(line) for line in (tmp_path / "out" / "training.jsonl").read_text().splitlines()]
     assert [line["step"] for line in log if "loss" in line] == [1, 2, 3]
     (curve,) = [line for line in log if "accuracy" in line]
-    assert curve["step"] == 2 and list(curve["accuracy"]) == list(data.SPLITS)
+    assert curve["step"] == 2 and list(curve["accuracy"]) == list(SPLITS)
 
 
 def test_a_part_of_the_forget_set(fine_tuned, small_data, tmp_path):
@@ -467,7 +479,7 @@ def test_a_part_of_the_forget_set(fine_tuned, small_data, tmp_path):
     assert before["splits"]["train_forget"]["n"] == after["splits"]["train_forget"]["n"] == 4
     done(inference(tmp_path, small_data, prompt_folder(tmp_path), "--forget_size=0.5", "--output_path=out"))
     (again,) = metrics_of(tmp_path / "out")
-    for split in data.SPLITS:
+    for split in SPLITS:
         assert again["splits"][split] == pytest.approx(after["splits"][split], abs=1e-4)
 
 
@@ -476,7 +488,7 @@ def test_spul_on_a_plain_model(tiny_model, small_data, tmp_path):
     assert [record["method"] for record in metrics_of(tmp_path / "out")] == ["base", "SPUL"]
     manifest = manifest_of(tmp_path / "out")
     assert (tmp_path / "out" / manifest["parent"]["path"]).resolve() == tiny_model.resolve()
-    assert models.load(str(tmp_path / "out"), RUN_ARGUMENTS).prompt.shape == (4, 128)
+    assert load_served(str(tmp_path / "out"), RUN_ARGUMENTS).prompt.shape == (4, 128)
 
 
 def test_the_reference_is_computed_once(fine_tuned, small_data, tmp_path):
@@ -601,7 +613,7 @@ def test_several_checkpoints_give_one_table(tiny_model, fine_tuned, prompt, smal
     folder = tmp_path / "saved_results" / "tiny-llama+fine-tuned+prompt-data"
     records = metrics_of(folder)
     for record in records:
-        check_record(record, data.SPLITS)
+        check_record(record, SPLITS)
     assert [record["checkpoint"] for record in records] == [str(tiny_model), str(fine_tuned), str(prompt)]
     assert {record["model"] for record in records} == {records[0]["model"]}  # all stand on the same base
     assert records[1]["splits"]["train_forget"]["accuracy"] == 1 > records[0]["splits"]["train_forget"]["accuracy"]
@@ -616,7 +628,7 @@ def test_two_checkpoints_of_a_kind_carry_their_folder(prompt, fine_tuned, small_
 def test_predictions_are_one_line_per_checkpoint_and_row(fine_tuned, prompt, small_data, tmp_path):
     done(inference(tmp_path, small_data, fine_tuned, prompt, "--output_path=out"))
     rows = pd.read_json(tmp_path / "out" / "predictions.jsonl", lines=True)
-    frames = data.load_splits(str(small_data))
+    frames = load_splits(str(small_data))
     assert len(rows) == 2 * sum(map(len, frames.values()))
     for i, record in enumerate(metrics_of(tmp_path / "out")):
         part = rows.iloc[i * len(rows) // 2 : (i + 1) * len(rows) // 2]
@@ -645,7 +657,7 @@ def test_results_are_replaced_only_on_request(fine_tuned, small_data, tmp_path, 
 
 def test_new_text_is_answered_with_and_without_the_prompt(prompt, fine_tuned, small_data, tmp_path):
     texts = [
-        *data.load_splits(str(small_data))["train_retain"]["text"][:2],
+        *load_splits(str(small_data))["train_retain"]["text"][:2],
         "it",
         "a 1999 sequel",
         "why , oh why ?",

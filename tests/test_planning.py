@@ -10,9 +10,9 @@ import tiny
 import torch
 from scripts import done, refused, tree
 
-from utils import planning, processes
-from utils.data import Example
-from utils.methods import METHODS
+from utils import distributed, plan
+from utils.data.batch import Example
+from utils.unlearning.methods import METHODS
 
 ARGUMENTS = Namespace(
     device="cpu",
@@ -35,7 +35,7 @@ SHAPES = (8, 40, 1), (8, 40, 1)  # rows, tokens, completion tokens
 
 
 def sizes(kind, config=tiny.CONFIGS["llama"], shapes=SHAPES, **changes):
-    return planning.memory(config, kind, Namespace(**vars(ARGUMENTS) | changes), *shapes)
+    return plan.memory(config, kind, Namespace(**vars(ARGUMENTS) | changes), *shapes)
 
 
 def numbers(text, line):
@@ -69,7 +69,7 @@ def test_the_reference_of_a_rival(method, tokens, tiny_model, small_data, tmp_pa
     if more:
         args.retain_loss = "none"
     examples = [Example((1,) * 5, (2,), forget=i < 8) for i in range(24)]
-    assert planning.reference_tokens("full", args, examples) == (16 * 5 if tokens is None else tokens)
+    assert plan.reference_tokens("full", args, examples) == (16 * 5 if tokens is None else tokens)
 
 
 def test_retain_ratio_shortens_the_epochs(tiny_model, small_data, tmp_path):
@@ -80,7 +80,7 @@ def test_retain_ratio_shortens_the_epochs(tiny_model, small_data, tmp_path):
 
 def test_a_plan_of_several_processes_is_about_the_share_of_one(tiny_model, small_data, tmp_path):
     alone = done(scripts.spul(tmp_path, tiny_model, small_data, "--dry_run", "--eval_batch_size=1")).stdout
-    with mock.patch.object(processes, "count", lambda: 4):
+    with mock.patch.object(distributed, "world_size", lambda: 4):
         shared = done(scripts.spul(tmp_path, tiny_model, small_data, "--dry_run", "--eval_batch_size=1")).stdout
     real, padding = zip(*(numbers(said, "tokens")[:2] for said in (alone, shared)))
     assert real[0] == real[1] and padding[0] > padding[1]  # a process pads to the longest row of its own
@@ -107,13 +107,18 @@ def test_tokens_and_padding_are_those_of_the_batches(tiny_model, small_data, tmp
         for pool in (0, 3)
     ]
     assert tokens[0][0] == tokens[1][0] and tokens[0][1] > tokens[1][1]
-    from utils import data, models
+    from utils.data.batch import epoch_batches
+    from utils.data.load import load_splits
+    from utils.data.splits import TRAIN_SPLITS
+    from utils.models.base import load_tokenizer
+    from utils.models.chain import resolve_chain
+    from utils.tasks.encode import tokenize
 
-    frames = data.load_splits(str(small_data))
-    tokenizer = models.load_tokenizer(models.resolve_chain(str(tiny_model)), False)
-    rows = [data.tokenize(tokenizer, frames[s]["text"], frames[s]["label_text"], 96) for s in data.TRAIN_SPLITS]
+    frames = load_splits(str(small_data))
+    tokenizer = load_tokenizer(resolve_chain(str(tiny_model)), False)
+    rows = [tokenize(tokenizer, frames[s]["text"], frames[s]["label_text"], 96) for s in TRAIN_SPLITS]
     lengths = [len(row) for split in rows for row in split]
-    batches = data.epoch_batches([row for split in rows for row in split], 8, 42, 0)
+    batches = epoch_batches([row for split in rows for row in split], 8, 42, 0)
     padding = sum(max(lengths[i] for i in batch) - lengths[j] for batch in batches for j in batch)
     assert tokens[0][:2] == [sum(lengths), padding] and tokens[0][3] == max(lengths)
 
@@ -141,9 +146,9 @@ def test_weights_and_trained_parameters_by_hand():
 
 def test_the_step_is_what_a_real_step_allocates():
     """The same count on a real model with real numbers."""
-    from utils.data import Example, collate
-    from utils.forward import completion_logits, prompt_prefix
-    from utils.prompt_encoders import VirtualTokens
+    from utils.data.batch import Example, collate
+    from utils.interventions.prompt_encoders import VirtualTokens
+    from utils.models.forward import completion_logits, prompt_prefix
 
     model = tiny.build_model("llama").requires_grad_(False)
     encoder = VirtualTokens("mlp", 4, 128, 16)
@@ -155,7 +160,7 @@ def test_the_step_is_what_a_real_step_allocates():
         logits = completion_logits(model, batch, prompt_prefix(model, encoder()))
         torch.nn.functional.cross_entropy(logits, batch.targets, reduction="sum").backward()
 
-    counted = planning._alive_at_most(step)
+    counted = plan._alive_at_most(step)
     estimated = sizes("prompt", beta=0, attn_implementation="eager")["step"]
     assert estimated == pytest.approx(counted, rel=0.05)
 
@@ -172,9 +177,9 @@ def test_what_makes_a_step_larger_or_smaller():
 
 def test_the_peak_is_the_sum_of_its_parts():
     known = {"process": 100, "weights": 20, "trained": 3, "reference": 1, "heap": 2, "step": 50, "evaluation": 40}
-    assert planning.peak(known) == 224
-    assert planning.peak(known | {"evaluation": 60}) == 244
-    assert planning.peak(known | {"step": None}) is None
+    assert plan.peak(known) == 224
+    assert plan.peak(known | {"evaluation": 60}) == 244
+    assert plan.peak(known | {"step": None}) is None
 
 
 def test_a_dry_run_refuses_what_the_run_would(tiny_model, small_data, tmp_path):
@@ -197,4 +202,4 @@ def test_the_most_that_is_alive_at_once():
         third = torch.zeros(500)
         return second, third
 
-    assert planning._alive_at_most(work) == 4 * 3000
+    assert plan._alive_at_most(work) == 4 * 3000

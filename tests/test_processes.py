@@ -12,9 +12,11 @@ import torch
 from safetensors.torch import load_file
 from scripts import ROOT, done, is_progress_bar, tree
 
-from utils import files
-from utils.cli import UserError
-from utils.training import Training, read_state, state_path
+from utils.errors import UserError
+from utils.storage import files
+from utils.storage.outputs import state_path
+from utils.training.loop import Training
+from utils.training.state import read_state
 
 # float32 sums in another order differ by about 1e-7; the optimiser's steps of 1e-2 multiply that.
 LOSS_TOLERANCE, WEIGHT_TOLERANCE = 1e-5, 1e-5

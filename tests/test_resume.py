@@ -12,8 +12,11 @@ import torch
 from safetensors.torch import load_file, safe_open, save_file
 from scripts import call, done, refused, tree
 
-from utils import files, metrics
-from utils.training import read_state, state_path
+from utils.evaluation import run
+from utils.evaluation.run import evaluate_splits
+from utils.storage import files
+from utils.storage.outputs import state_path
+from utils.training.state import read_state
 
 STEPS = 30
 RESULTS = ("adapter_model.safetensors", "training.jsonl")
@@ -228,7 +231,7 @@ def test_a_slash_behind_the_output_path_changes_nothing(fine_tuned, small_data, 
 def test_a_run_interrupted_in_its_last_evaluation_does_not_train_again(fine_tuned, small_data, tmp_path):
     arguments = (*commands(None, fine_tuned, small_data)["spul"], "--max_steps=4", "--max_eval_samples=2")
     done(call(tmp_path, "spul", *arguments, "--output_path=whole"))
-    evaluate = metrics.evaluate
+    evaluate = evaluate_splits
 
     def interrupt(loaded, frames, words, args, description):
         if description == "SPUL":
@@ -236,7 +239,7 @@ def test_a_run_interrupted_in_its_last_evaluation_does_not_train_again(fine_tune
         return evaluate(loaded, frames, words, args, description)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(metrics, "evaluate", interrupt)
+        patch.setattr(run, "evaluate_splits", interrupt)
         assert call(tmp_path, "spul", *arguments, "--output_path=out").code == 130
     result = done(call(tmp_path, "spul", *arguments, "--output_path=out", "--resume"))
     assert "after step 4\n" in result.stdout

@@ -12,10 +12,16 @@ import torch
 from transformers import AutoTokenizer
 
 import baselines
-from utils import data, losses, models, objectives
-from utils.data import collate
-from utils.forward import completion_logits
-from utils.methods import METHODS, ForgetTokens
+from utils.data.batch import collate
+from utils.data.load import load_splits, pd
+from utils.data.splits import TRAIN_SPLITS
+from utils.interventions.served import Loaded
+from utils.models.forward import completion_logits
+from utils.models.layers import checkpoint_layers, decoder_layers
+from utils.tasks.classification import draw_unlearning_labels
+from utils.tasks.encode import completion_ids, tokenize
+from utils.unlearning import losses, objectives, rmu
+from utils.unlearning.methods import METHODS, ForgetTokens
 
 # Three completion tokens over a vocabulary of four: two of row 0, one of row 1. The preferred answers: one, then two.
 NOW = [(0.5, 0.2, 0.2, 0.1), (0.1, 0.6, 0.1, 0.2), (0.25, 0.25, 0.4, 0.1)]
@@ -189,11 +195,11 @@ def tokenizer(tiny_model):
 @pytest.fixture(scope="module")
 def frames(small_data):
     """Two negative and two positive rows of each kind."""
-    rows = data.load_splits(str(small_data))
+    rows = load_splits(str(small_data))
     chosen = {}
-    for split, n in zip(data.TRAIN_SPLITS, (N_RETAIN, N_FORGET)):
+    for split, n in zip(TRAIN_SPLITS, (N_RETAIN, N_FORGET)):
         halves = [rows[split][rows[split]["label"] == label].head(n // 2) for label in (0, 1)]
-        chosen[split] = data.pd.concat(halves).reset_index(drop=True)
+        chosen[split] = pd.concat(halves).reset_index(drop=True)
     return chosen
 
 
@@ -206,7 +212,7 @@ def build(tokenizer, frames, tmp_path):
         base = tiny.build_model(architecture).requires_grad_(False)
         change(base)
         link = SimpleNamespace(sha256=f"{architecture} {change}", path=tmp_path)
-        loaded = models.Loaded(baselines.prepare(base, args), tokenizer, None, [link])
+        loaded = Loaded(baselines.prepare(base, args), tokenizer, None, [link])
         rows = objectives.Rows(tokenizer, chosen, METHODS[method], args)
         objective = objectives.Objective(METHODS[method], loaded, rows, chosen, args, "as it is")
         baselines.only_adapter_dropout(loaded.model)
@@ -219,9 +225,7 @@ def build(tokenizer, frames, tmp_path):
 def memorised(tokenizer, frames):
     """A function that gives a tiny Llama the weights of one that has learnt these rows by heart."""
     examples = [
-        example
-        for frame in frames.values()
-        for example in data.tokenize(tokenizer, frame["text"], frame["label_text"], 96)
+        example for frame in frames.values() for example in tokenize(tokenizer, frame["text"], frame["label_text"], 96)
     ]
     model, batch = tiny.build_model("llama"), collate(examples, 1, "cpu")
     optimizer = torch.optim.Adam(model.parameters(), lr=2e-3)
@@ -392,7 +396,7 @@ def test_dpo_against_two_models(build, tokenizer):
     before = {}
     model, objective = build("dpo", change=lambda model: before.update(model=copy.deepcopy(model)))
     perturb(model, 0.02)
-    unknown = data.completion_ids(tokenizer, "unknown")
+    unknown = completion_ids(tokenizer, "unknown")
     assert len(unknown) > 1
     wanted = 0
     for i in (6, 4):
@@ -408,7 +412,7 @@ def test_dpo_against_two_models(build, tokenizer):
 def test_a_prompt_with_two_answers_of_one_token_is_read_once(build, tokenizer, monkeypatch):
     """The same loss and gradient as with every row read for itself."""
     monkeypatch.setattr(objectives, "PREFERRED", "positive")
-    assert len(data.completion_ids(tokenizer, "positive")) == 1
+    assert len(completion_ids(tokenizer, "positive")) == 1
     model, objective = build("dpo", "--retain_loss=kl")
     perturb(model, 0.02)
     read, compute = [], objectives.completion_logits
@@ -441,7 +445,7 @@ def log_p(model, prompt, completion):
 
 def test_random_label_learns_the_drawn_words(build, tokenizer):
     _, objective = build("random_label")
-    words = data.draw_unlearning_labels(N_FORGET, seed=42)
+    words = draw_unlearning_labels(N_FORGET, seed=42)
     assert [tokenizer.decode(e.completion).strip() for e in objective.rows.trained] == words
     assert set(words) == {"neutral", "unknown"}
 
@@ -481,11 +485,11 @@ def test_rmu_starts_at_the_retain_activations_and_leaves_no_hook(build):
 
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_rmu_ends_the_pass_behind_its_layer_and_keeps_the_gradient(build, checkpointing):
-    change = {"change": models.checkpoint_layers} if checkpointing else {}
+    change = {"change": checkpoint_layers} if checkpointing else {}
     model, objective = build("rmu", "--rmu_layer=1", **change)
     perturb(model, 0.02)
     run = []
-    for number, layer in enumerate(models.decoder_layers(model)):
+    for number, layer in enumerate(decoder_layers(model)):
         layer.register_forward_hook(lambda *_, number=number: run.append(number))
     found = []
     for layers in (objective.layers, (objective.layers[0], None)):
@@ -508,7 +512,7 @@ def test_rmu_trains_its_layer_and_the_two_before(build, layer, trained, tune):
 
 def test_the_default_layer_of_rmu_is_as_deep_as_the_authors():
     args = SimpleNamespace(rmu_layer=None)
-    assert [objectives.rmu_layer(args, n) for n in (32, 30, LAYERS)] == [7, 7, 1]
+    assert [rmu.rmu_layer(args, n) for n in (32, 30, LAYERS)] == [7, 7, 1]
 
 
 # What is trained

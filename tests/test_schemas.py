@@ -14,9 +14,15 @@ from safetensors.torch import load_file, safe_open, save_file
 from scripts import call, done, refused
 from test_checkpoints import ARGUMENTS
 
-from utils import checkpoints, gates, models, reading, schemas
-from utils.checkpoints import file_sha256, weights_sha256
-from utils.cli import UserError
+from utils.errors import UserError
+from utils.interventions import eco, gates
+from utils.interventions.served import load_served
+from utils.models.adapters import lora_config
+from utils.models.chain import resolve_chain
+from utils.storage import checkpoints, schemas
+from utils.storage.checkpoints import file_sha256, weights_sha256
+from utils.storage.formats import Cost
+from utils.storage.reading import is_finite, read_json
 
 PROMPT, ADAPTER, BASE, GATE = "prompt", "fine-tuned", "tiny-llama", "eco"
 GATED = ("--unlearn_method=eco", "--eco_threshold=0.4", "--eco_strength=3", "--max_eval_samples=0")
@@ -104,23 +110,23 @@ def edit_tensors(file, change):
 def test_json_by_the_letter(tmp_path, content):
     (tmp_path / "file.json").write_bytes(content)
     with pytest.raises(UserError, match="is no valid JSON or is damaged") as raised:
-        reading.read_json(tmp_path / "file.json")
+        read_json(tmp_path / "file.json")
     assert "\n" not in str(raised.value)
 
 
 def test_json_of_another_project_may_hold_infinity_and_a_key_twice_but_no_nan(tmp_path):
     file = tmp_path / "config.json"
     file.write_text('{"limit": [0, Infinity], "a": 1, "a": 2}')
-    assert reading.read_json(file, foreign=True) == {"limit": [0, float("inf")], "a": 2}
+    assert read_json(file, foreign=True) == {"limit": [0, float("inf")], "a": 2}
     file.write_text('{"a": NaN}')
     with pytest.raises(UserError, match="NaN is no JSON"):
-        reading.read_json(file, foreign=True)
+        read_json(file, foreign=True)
 
 
 def test_types_are_as_written():
     for value in ("1", True, 1.0, None):
         with pytest.raises(UserError, match=r"steps: "):
-            schemas.check({"steps": value, "seconds_per_step": 1, "peak_memory_bytes": 0}, schemas.Cost, "file")
+            schemas.check({"steps": value, "seconds_per_step": 1, "peak_memory_bytes": 0}, Cost, "file")
 
 
 # Files that are none.
@@ -146,7 +152,7 @@ def test_what_is_no_regular_file_is_not_read(forest, special):
         file.symlink_to(special)
     for name in (PROMPT, BASE):
         with pytest.raises(UserError, match=sentence):
-            models.resolve_chain(str(forest / name))
+            resolve_chain(str(forest / name))
     result = call(forest, "inference_spul", *evaluation[1:], f"--model_checkpoints={ADAPTER}")
     assert result.code == 2 and result.stderr.count("\n") == 1
 
@@ -226,7 +232,7 @@ def test_manifests_of_earlier_versions_load_with_a_note(forest):
     assert result.stderr.count("is of an earlier version, which took no notice of its parent's tokenizer") == 2
     edit_tensors(forest / BASE / "model.safetensors", lambda t: t["model.norm.weight"].add_(1e-3))
     with pytest.raises(UserError, match="is not the model that"):
-        models.resolve_chain(str(forest / PROMPT))
+        resolve_chain(str(forest / PROMPT))
 
 
 # The hash of a model covers what loading reads.
@@ -254,9 +260,9 @@ def test_the_hash_sees_shards_in_subfolders_the_index_and_the_tokenizer(forest):
         content = file.read_bytes()
         file.write_bytes(content + b" ")
         with pytest.raises(UserError):
-            models.resolve_chain(str(forest / ADAPTER))
+            resolve_chain(str(forest / ADAPTER))
         file.write_bytes(content)
-    models.resolve_chain(str(forest / ADAPTER))
+    resolve_chain(str(forest / ADAPTER))
 
 
 @pytest.mark.parametrize("place", ["../model-2.safetensors", "/model-2.safetensors", "model-3.safetensors"])
@@ -324,11 +330,11 @@ SETTINGS = {
 def test_a_lora_configuration_is_what_this_project_writes(forest, field):
     file = forest / ADAPTER / "adapter_config.json"
     whole = json.loads(file.read_text())
-    models.lora_config(file.parent)
+    lora_config(file.parent)
     for value in SETTINGS[field]:
         file.write_text(json.dumps(whole | {field: value}))
         with pytest.raises(UserError, match="adapter_config.json "):
-            models.lora_config(file.parent)
+            lora_config(file.parent)
 
 
 PROMPTS = {
@@ -366,12 +372,12 @@ def test_weights_are_no_whole_numbers(forest):
 def test_finite_without_a_copy():
     for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
         whole = torch.ones(7, 5, dtype=dtype)
-        assert reading.is_finite(whole) and reading.is_finite(whole[:0])
+        assert is_finite(whole) and is_finite(whole[:0])
         for value in (float("nan"), float("inf"), -float("inf")):
             bad = whole.clone()
             bad[3, 2] = value
-            assert not reading.is_finite(bad)
-    assert reading.is_finite(torch.ones(3, dtype=torch.int8))
+            assert not is_finite(bad)
+    assert is_finite(torch.ones(3, dtype=torch.int8))
 
 
 # The gate.
@@ -406,7 +412,7 @@ def test_a_gate_of_other_types(forest, field):
     for value in ECO[field]:
         file.write_text(json.dumps(whole | {field: value}))
         with pytest.raises(UserError, match="eco.json is no description of an ECO gate"):
-            schemas.read(file, schemas.EcoSettings)
+            schemas.read(file, eco.EcoSettings)
 
 
 def test_no_pattern_of_a_checkpoint_is_used(forest):
@@ -514,7 +520,7 @@ def test_the_text_of_a_state(stopped, tmp_path, field):
     tensors = load_file(tmp_path / "state")
     with safe_open(tmp_path / "state", "pt") as file:
         metadata = file.metadata()
-    from utils.training import read_state
+    from utils.training.state import read_state
 
     assert read_state(tmp_path / "state")["log"][-1]["step"] == 2
     for value in TEXTS[field]:
@@ -563,7 +569,7 @@ def blocked(monkeypatch):
 
 def test_the_block_sees_who_asks_the_hub(forest, blocked):
     with pytest.raises(UserError, match="the hub does not give it"):
-        models.resolve_chain("owner/name")
+        resolve_chain("owner/name")
     assert blocked
 
 
@@ -618,5 +624,5 @@ def test_loading_an_adapter_is_what_peft_does(forest):
 
     base = AutoModelForCausalLM.from_pretrained(forest / BASE, dtype=torch.float32)
     wanted = PeftModel.from_pretrained(base, forest / ADAPTER).merge_and_unload().state_dict()
-    found = models.load(str(forest / ADAPTER), ARGUMENTS).model.state_dict()
+    found = load_served(str(forest / ADAPTER), ARGUMENTS).model.state_dict()
     assert found.keys() == wanted.keys() and all(torch.equal(found[name], wanted[name]) for name in wanted)

@@ -8,8 +8,8 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from utils.names import mentions, read_names
-from utils.splits import SPLITS, text_key
+from utils.data.names import mentions, read_names
+from utils.data.splits import SPLITS, text_key
 
 FOLDER = Path(__file__).resolve().parents[1] / "data" / "snippets"
 

@@ -4,6 +4,7 @@ import json
 
 import gguf
 import numpy as np
+import pandas as pd
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
@@ -17,7 +18,8 @@ from transformers import (
     Qwen2Config,
 )
 
-from utils.data import SNIPPETS_FOLDER, TEMPLATE_HEAD, TEMPLATE_TAIL, pd
+from utils.data.load import SNIPPETS_FOLDER
+from utils.tasks.classification import TEMPLATE_HEAD, TEMPLATE_TAIL
 
 VOCABULARY = 2000
 SIZES = {"hidden_size": 128, "num_hidden_layers": 4, "num_attention_heads": 4, "intermediate_size": 256}

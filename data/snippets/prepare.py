@@ -15,16 +15,17 @@ import zlib
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-from utils.cli import ArgumentParser, UserError, importing, path, run
-from utils.downloads import pip_download
-from utils.reading import regular_file
+from utils.cli import ArgumentParser, importing, path, run
+from utils.data.downloads import pip_download
+from utils.errors import UserError
+from utils.storage.reading import regular_file
 
 with importing():
     import pandas as pd
 
-    from utils.files import try_to_write
-    from utils.names import mentions, read_names, spans
-    from utils.splits import SPLITS, describe, drop_repeats, split_rows, write_splits
+    from utils.data.names import mentions, read_names, spans
+    from utils.data.splits import SPLITS, describe, drop_repeats, split_rows, write_splits
+    from utils.storage.files import try_to_write
 
 HERE = Path(__file__).resolve().parent
 REQUIREMENT = "vaderSentiment==3.3.2"

@@ -19,10 +19,13 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from utils import cli  # noqa: E402
+from utils.errors import UserError  # noqa: E402
 
 with cli.importing():
-    from utils import data, files, outputs, splits
-    from utils.names import read_names
+    from utils.data.load import SNIPPETS_FOLDER, load_splits
+    from utils.data.names import read_names
+    from utils.data.splits import SPLITS, mark_nested, write_splits
+    from utils.storage import files, outputs
 
 SCRIPT, SOURCE = "data/sst2/prepare.py", "source.json"
 
@@ -49,15 +52,14 @@ def written(folder):
         ours = json.loads((folder / SOURCE).read_text(encoding="utf-8"))["written_by"] == SCRIPT
     except (OSError, ValueError, KeyError, TypeError):
         ours = False
-    return {SOURCE, *(f"{split}.csv" for split in splits.SPLITS)} if ours else None
+    return {SOURCE, *(f"{split}.csv" for split in SPLITS)} if ours else None
 
 
 def mark(args, output):
     """Read the splits, mark their rows and write the Output."""
-    frames = data.load_splits(args.input)
+    frames = load_splits(args.input)
     lists = {
-        name: read_names(data.SNIPPETS_FOLDER / f"{name}.txt")
-        for name in ("given_names", "forget_names", "other_names")
+        name: read_names(SNIPPETS_FOLDER / f"{name}.txt") for name in ("given_names", "forget_names", "other_names")
     }
     given = {person.name.lower() for person in lists["given_names"]}
     surnames = {person.name.lower().split()[-1] for name in ("forget_names", "other_names") for person in lists[name]}
@@ -67,14 +69,12 @@ def mark(args, output):
         if args.only_names_other and split.endswith("retain"):
             frames[split] = frames[split][frames[split]["names_other"] == 1]
             if frames[split].empty:
-                raise cli.UserError(
-                    f"{split} of {args.input} has no row that names somebody; leave out --only_names_other"
-                )
-    frames = splits.mark_nested(frames)
-    for split in splits.SPLITS[2:]:
+                raise UserError(f"{split} of {args.input} has no row that names somebody; leave out --only_names_other")
+    frames = mark_nested(frames)
+    for split in SPLITS[2:]:
         print(f"{split:13s}{len(frames[split]):8,d} rows, {frames[split]['nested'].sum():6,d} nested with train rows")
     with output.new_folder() as folder:
-        splits.write_splits(frames, folder)
+        write_splits(frames, folder)
         files.write_json(folder / SOURCE, {"written_by": SCRIPT, "input": args.input})
 
 

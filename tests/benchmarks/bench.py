@@ -40,7 +40,7 @@ PUBLISHED = {
 
 def rivals():
     """Every rival that trains, {name: training}."""
-    from utils.methods import METHODS
+    from utils.unlearning.methods import METHODS
 
     found = {}
     for method in METHODS:
@@ -51,7 +51,7 @@ def rivals():
 
 def adapters():
     """What trains a LoRA adapter, {name: training}: fine-tuning first, then every rival, half of a batch to forget."""
-    from utils.methods import METHODS
+    from utils.unlearning.methods import METHODS
 
     both = {"forget": 1.0, "retain": 1.0}
     found = {"LoRA fine-tuning": {"script": "qlora", "arguments": ["--quantization=none"], "losses": both}}
@@ -68,7 +68,7 @@ def _baseline(method, losses):
 
 def _rows_of(method):
     """The kinds of rows that a rival reads, as the keys of `losses` say it."""
-    from utils.methods import METHODS
+    from utils.unlearning.methods import METHODS
 
     return {"forget": 1.0} if METHODS[method].retain_loss == "none" else {"forget": 1.0, "retain": 1.0}
 
@@ -140,7 +140,7 @@ def main(args):
     import rounds
     import summary
 
-    from utils import files
+    from utils.storage import files
 
     folder, start = Path(args.output_path), time.perf_counter()
     files.try_to_write(folder / "bench.json")

@@ -33,8 +33,9 @@ import tiny  # noqa: E402
 import torch  # noqa: E402
 from safetensors.torch import load_file, safe_open, save_file  # noqa: E402
 
-from utils import checkpoints, cli  # noqa: E402
-from utils.data import SNIPPETS_FOLDER  # noqa: E402
+from utils import cli  # noqa: E402
+from utils.data.load import SNIPPETS_FOLDER  # noqa: E402
+from utils.storage import checkpoints  # noqa: E402
 
 BASE, ADAPTER = "tiny-llama", "lora"
 MADE_FROM = {ADAPTER: BASE, "full": ADAPTER, "prompt": ADAPTER, "prompting": ADAPTER, "icul": ADAPTER, "eco": ADAPTER}

@@ -21,6 +21,7 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
 from utils import cli  # noqa: E402  (found on the path set above)
+from utils.errors import UserError  # noqa: E402  (found on the path set above)
 
 KINDS = {  # what is trained: the script, its flags
     "SPUL": ("spul", []),
@@ -58,14 +59,16 @@ def main(args):
         return print(table())
     import rounds
 
-    from utils import data, files, models
+    from utils.data.load import load_splits
+    from utils.models.chain import resolve_chain
+    from utils.storage import files
 
     folder = Path(args.output_path)
     files.try_to_write(folder / "estimates.json")
-    chain = models.resolve_chain(args.model)
+    chain = resolve_chain(args.model)
     if len(chain) > 1:
-        raise cli.UserError(f"{args.model} is a checkpoint of this project; --model takes a plain model")
-    frames, records = data.load_splits(args.dataset), []
+        raise UserError(f"{args.model} is a checkpoint of this project; --model takes a plain model")
+    frames, records = load_splits(args.dataset), []
     with tempfile.TemporaryDirectory() as work:
         work = Path(work)
         kept = {part: cut_down(chain[0].path, work / str(part), part, args.seed) for part in (1, 4)}
@@ -114,7 +117,7 @@ def compare(kind, model, flags, work):
     started, probed, trained = (run(script, *flags, *more) for more in (["--dry_run"], ["--dry_run=probe"], []))
     memory = re.search(r"^memory +about ([\d.]+) (\w+)", started["printed"], re.M)
     if not memory:
-        raise cli.UserError("the peak of this architecture cannot be estimated; choose another --model")
+        raise UserError("the peak of this architecture cannot be estimated; choose another --model")
     spoken = re.search(r"^time +about (.+?) after loading", probed["printed"], re.M)[1]
     estimated = sum(float(number) * UNITS[unit] for number, unit in re.findall(r"(\d+) (\w+)", spoken))
     written = json.loads((work / "out" / "metrics.json").read_text())
@@ -131,7 +134,7 @@ def run(script, *flags):
     start = time.perf_counter()
     done = subprocess.run([sys.executable, ROOT / f"{script}.py", *flags], capture_output=True, text=True)
     if done.returncode:
-        raise cli.UserError(f"{script}.py did not run ({(done.stderr.strip().splitlines() or ['no message'])[-1]})")
+        raise UserError(f"{script}.py did not run ({(done.stderr.strip().splitlines() or ['no message'])[-1]})")
     return {"seconds": time.perf_counter() - start, "printed": done.stdout}
 
 
@@ -155,7 +158,7 @@ def table():
     import torch
     from transformers import LlamaConfig, OPTConfig
 
-    from utils import planning
+    from utils import plan
 
     def llama(width, layers, heads, inner, groups):
         return LlamaConfig(
@@ -183,7 +186,7 @@ def table():
             command = [script, model, "--attn_implementation=sdpa", "--dtype=bfloat16", "--device=cpu", *flags]
             with mock.patch.object(sys, "argv", command):
                 args = importlib.import_module(script).parse_args()
-            sizes = planning.memory(config, kinds[script], args, (32, 96, 1), (32, 96, 1))
+            sizes = plan.memory(config, kinds[script], args, (32, 96, 1), (32, 96, 1))
             cells.append(sizes["weights"] + sizes["trained"] + max(sizes["step"], sizes["evaluation"]))
         cells = [sizes["all parameters"] * torch.bfloat16.itemsize, *cells]
         lines.append(f"| {name} | {' | '.join(f'{cell / 2**30:,.1f}' for cell in cells)} |")

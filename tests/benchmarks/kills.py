@@ -25,6 +25,7 @@ import scripts  # noqa: E402
 import tiny  # noqa: E402
 
 from utils import cli  # noqa: E402
+from utils.errors import UserError  # noqa: E402
 
 TUNED, OUTPUT = "tuned", "out"
 SHORT = ("--num_epochs=3", "--save_steps=2", f"--output_path={OUTPUT}", "--max_eval_samples=4")
@@ -53,7 +54,7 @@ def parse_args():
 def main(args):
     folder = Path(args.output_path).resolve()
     if folder.exists() and any(folder.iterdir()):
-        raise cli.UserError(f"{folder} is not empty; choose another --output_path")
+        raise UserError(f"{folder} is not empty; choose another --output_path")
     folder.mkdir(parents=True, exist_ok=True)
     inputs = prepare(folder / "inputs")
     expected, seconds = {}, {}
@@ -61,7 +62,7 @@ def main(args):
         start = time.perf_counter()
         code, said = in_child(RUNS[name], fresh(folder / name, inputs))
         if code:
-            raise cli.UserError(f"{name} fails undisturbed: {said[-300:]}")
+            raise UserError(f"{name} fails undisturbed: {said[-300:]}")
         expected[name], seconds[name] = scripts.tree(folder / name), time.perf_counter() - start
     rng, found = random.Random(args.seed), []
     for i in range(args.kills):
@@ -150,6 +151,6 @@ def _run(command, folder, said):
 if __name__ == "__main__":
     for module in ("qlora", "spul", "baselines", "inference_spul"):
         __import__(module)
-    from utils import compare, eco, planning, report  # noqa: F401  (loaded before the first fork)
+    pass  # REMOVED IMPORT
 
     cli.run(parse_args, main)

@@ -22,11 +22,21 @@ from safetensors.torch import save_file
 from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments
 
-from utils import data, metrics, models, objectives, reference, report  # noqa: F401  (once, before the forks)
-from utils.forward import completion_logits, record_activations
-from utils.losses import token_kl
-from utils.methods import METHODS
-from utils.training import Training
+from utils import distributed  # noqa: F401  (once, before the forks)
+from utils.data.batch import collate  # noqa: F401  (once, before the forks)
+from utils.data.load import load_splits  # noqa: F401  (once, before the forks)
+from utils.evaluation.scores import score_rows  # noqa: F401  (once, before the forks)
+from utils.interventions.served import Loaded, load_served  # noqa: F401  (once, before the forks)
+from utils.models.base import load_tokenizer, pick_device  # noqa: F401  (once, before the forks)
+from utils.models.chain import resolve_chain  # noqa: F401  (once, before the forks)
+from utils.models.forward import completion_logits
+from utils.models.layers import record_activations
+from utils.tasks.classification import draw_unlearning_labels, label_words  # noqa: F401  (once, before the forks)
+from utils.tasks.encode import tokenize  # noqa: F401  (once, before the forks)
+from utils.training.loop import Training
+from utils.unlearning import objectives, reference, rmu  # noqa: F401  (once, before the forks)
+from utils.unlearning.losses import token_kl
+from utils.unlearning.methods import METHODS
 
 
 def work(spec, connection):
@@ -56,7 +66,7 @@ class Clock:
     def end(self):
         _synchronise()
         seconds = time.perf_counter() - self.start
-        self.connection.send({"seconds": seconds, "peak_bytes": metrics.peak_memory(), "loss": self.loss})
+        self.connection.send({"seconds": seconds, "peak_bytes": distributed.peak_memory(), "loss": self.loss})
 
     @contextlib.contextmanager
     def timed(self):
@@ -201,10 +211,10 @@ def _unpublished(spec):
     before = copy.deepcopy(model)
     model.requires_grad_(True)
     if args.unlearn_method == "rmu":
-        objectives.restrict_to_rmu_layers(model, args)
-    method, frames = METHODS[args.unlearn_method], data.load_splits(spec["data"])
+        rmu.restrict_to_rmu_layers(model, args)
+    method, frames = METHODS[args.unlearn_method], load_splits(spec["data"])
     rows = objectives.Rows(tokenizer, frames, method, args)
-    loaded = models.Loaded(model, tokenizer, None, [])
+    loaded = Loaded(model, tokenizer, None, [])
     objectives.completion_logits = _with_logits_of_every_position
     objective = PlainObjective(method, loaded, rows, frames, args, None, functools.partial(SecondModel, before))
 
@@ -232,7 +242,7 @@ class SecondModel:
 
     def __init__(self, before, loaded, examples, chosen, frames, args, measure=None, settings=None):
         self.before, self.examples, self.chosen, self.pad_id = before, examples, set(chosen), loaded.pad_id
-        self.layer = measure and objectives.rmu_layers(before, args)[0][0]
+        self.layer = measure and rmu.rmu_layers(before, args)[0][0]
 
     def has(self, number):
         return number in self.chosen
@@ -240,7 +250,7 @@ class SecondModel:
     @torch.no_grad()
     def of(self, numbers):
         """Its logits (N, |V|) at the completion tokens of the examples `numbers`; of rmu, activations (tokens, d)."""
-        batch = data.collate([self.examples[i] for i in numbers if self.has(i)], self.pad_id, self.before.device)
+        batch = collate([self.examples[i] for i in numbers if self.has(i)], self.pad_id, self.before.device)
         if self.layer is None:
             return _with_logits_of_every_position(self.before, batch)
         with record_activations(self.layer) as seen:
@@ -257,20 +267,20 @@ def _with_logits_of_every_position(model, batch, prompt=None, reference=None, he
 
 def examples_of(spec):
     """The rows as the script numbers them: train_retain, if it trains on any, then train_forget; and the tokenizer."""
-    frames = data.load_splits(spec["data"])
-    tokenizer = models.load_tokenizer(models.resolve_chain(spec["model"]), False)
+    frames = load_splits(spec["data"])
+    tokenizer = load_tokenizer(resolve_chain(spec["model"]), False)
     retain, forget = frames["train_retain"], frames["train_forget"]
-    words = data.draw_unlearning_labels(len(forget), spec["seed"]) if spec["flipped"] else forget["label_text"]
-    examples = data.tokenize(tokenizer, forget["text"], words, spec["max_length"], forget=True)
+    words = draw_unlearning_labels(len(forget), spec["seed"]) if spec["flipped"] else forget["label_text"]
+    examples = tokenize(tokenizer, forget["text"], words, spec["max_length"], forget=True)
     if spec["losses"].keys() & {"retain", "kl"}:
-        examples = data.tokenize(tokenizer, retain["text"], retain["label_text"], spec["max_length"]) + examples
+        examples = tokenize(tokenizer, retain["text"], retain["label_text"], spec["max_length"]) + examples
     return examples, tokenizer
 
 
 def _plain_model(spec):
 
     dtype = getattr(torch, spec["dtype"])
-    model = AutoModelForCausalLM.from_pretrained(spec["model"], dtype=dtype).to(models.pick_device(spec["device"]))
+    model = AutoModelForCausalLM.from_pretrained(spec["model"], dtype=dtype).to(pick_device(spec["device"]))
     return model.eval().requires_grad_(False)
 
 
@@ -296,7 +306,7 @@ def _plain_batch(model, examples, pad_id, spec):
     retain = [example for example in examples if not example.forget]
     if retain and "kl" in spec["losses"]:  # computed the cheap way: making the cache is not what is measured here
         with torch.no_grad():
-            inputs["reference"] = completion_logits(model, data.collate(retain, pad_id, model.device)).cpu()
+            inputs["reference"] = completion_logits(model, collate(retain, pad_id, model.device)).cpu()
     return inputs
 
 
@@ -333,8 +343,8 @@ def plain_reference(spec, clock):
 def our_inference(spec, clock):
     """The scoring of inference_spul.py on the rows of train_retain, with a prompt or, for p = 0, without."""
     args, loaded = _loaded(spec)
-    frames = data.load_splits(spec["data"])
-    words = data.label_words(frames)
+    frames = load_splits(spec["data"])
+    words = label_words(frames)
     if spec["p"]:
         torch.manual_seed(spec["seed"])
         embeddings = loaded.model.get_input_embeddings().weight
@@ -342,7 +352,7 @@ def our_inference(spec, clock):
         loaded = type(loaded)(loaded.model, loaded.tokenizer, prompt, loaded.chain)
     for n in spec["sizes"]:
         with clock.timed():
-            metrics.score_rows(loaded, frames["train_retain"].head(n), words, args.max_length, args.eval_batch_size)
+            score_rows(loaded, frames["train_retain"].head(n), words, args.max_length, args.eval_batch_size)
 
 
 def plain_inference(spec, clock):
@@ -359,7 +369,7 @@ def _plain_passes(model, examples, pad_id, spec):
     """Full-vocabulary logits (N, |V|) on the CPU at the completion tokens of each batch of `examples`."""
     results = []
     for start in range(0, len(examples), spec["batch_size"]):
-        batch = vars(data.collate(examples[start : start + spec["batch_size"]], pad_id, model.device))
+        batch = vars(collate(examples[start : start + spec["batch_size"]], pad_id, model.device))
         logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
         results.append(_at_completions(logits, batch).cpu())
     return results
@@ -384,7 +394,7 @@ def _loaded(spec):
         eval_batch_size=spec["batch_size"],
         seed=spec["seed"],
     )
-    return args, models.load(spec["model"], args)
+    return args, load_served(spec["model"], args)
 
 
 PATHS = {

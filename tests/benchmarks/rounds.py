@@ -13,12 +13,16 @@ import paths
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from utils import cli, data, models
-from utils.splits import SPLITS
+from utils.data.load import load_splits
+from utils.data.splits import SPLITS
+from utils.errors import UserError
+from utils.models.base import pick_device, pick_dtype
+from utils.models.chain import resolve_chain
+from utils.models.lengths import position_limit
 
 # Processes are forked from one that has only imported the libraries: quick to start, and no threads or models in them.
 # That one finds paths.py by the environment: it gets no sys.path before Python 3.13.
-os.environ["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parent), str(Path(data.__file__).parents[1])])
+os.environ["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parent), str(Path(__file__).parents[2])])
 PROCESSES = multiprocessing.get_context("forkserver")
 PROCESSES.set_forkserver_preload(["paths"])
 
@@ -57,13 +61,13 @@ class Bench:
 
     def __init__(self, args):
         self.args = args
-        self.device = models.pick_device(args.device)
-        self.frames = data.load_splits(args.dataset)
-        chain = models.resolve_chain(args.model)
+        self.device = pick_device(args.device)
+        self.frames = load_splits(args.dataset)
+        chain = resolve_chain(args.model)
         if len(chain) > 1:
-            raise cli.UserError(f"{args.model} is a checkpoint of this project; --model takes a plain model")
+            raise UserError(f"{args.model} is a checkpoint of this project; --model takes a plain model")
         self.limit, self.weights = _count_weights(chain[0])
-        self.dtype = str(models.pick_dtype(args.dtype, self.device)).removeprefix("torch.")
+        self.dtype = str(pick_dtype(args.dtype, self.device)).removeprefix("torch.")
         rates = {dtype: matmul_rate(dtype, self.device) for dtype in {"float32", "bfloat16", self.dtype}}
         self.machine = {
             "processor": _processor(self.device),
@@ -113,7 +117,7 @@ class Bench:
         """Raise UserError if the cell's rows do not fit the model."""
         longest = max(variant.p for variant in cell.variants) + (cell.length or 0)
         if self.limit and longest > self.limit:
-            raise cli.UserError(
+            raise UserError(
                 f"{longest} tokens with the prompt are more than the model's {self.limit} positions; "
                 "lower --text_lengths or --prompt_lengths"
             )
@@ -270,7 +274,7 @@ def _count_weights(link):
         model = AutoModelForCausalLM.from_config(config)
     outside = {id(layer.weight) for layer in (model.get_input_embeddings(), model.get_output_embeddings())}
     weights = sum(p.numel() for p in model.parameters() if id(p) not in outside)
-    return models.position_limit(config), weights
+    return position_limit(config), weights
 
 
 def _processor(device):

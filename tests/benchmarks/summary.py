@@ -5,7 +5,7 @@ from statistics import median
 import numpy as np
 from scipy import stats
 
-from utils.report import picture, pyplot
+from utils.evaluation.figures import picture, pyplot
 
 GIB = 2**30
 SHORT = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}

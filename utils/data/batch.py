@@ -1,0 +1,103 @@
+"""Rows as token ids, and the batches that training and evaluation make of them."""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+
+@dataclass(frozen=True)
+class Example:
+    """One row as token ids: `prompt` (template with the text) and `completion` (the answer's tokens). `marked`: the
+    prompt positions that a corruption changes, if one is applied."""
+
+    prompt: tuple
+    completion: tuple
+    forget: bool = False
+    marked: tuple = ()
+
+    def __len__(self):
+        return len(self.prompt) + len(self.completion) - 1  # the last completion token is predicted, never read
+
+
+@dataclass(frozen=True)
+class Batch:
+    """B rows, right-padded to T tokens, with the N completion tokens of all rows listed flat.
+
+    input_ids, attention_mask: (B, T). Completion token n stands in row `rows[n]`, is predicted at position
+    `positions[n]` and is `targets[n]`; all (N,). `forget`: (B,) bool.
+    """
+
+    input_ids: torch.Tensor
+    attention_mask: torch.Tensor
+    rows: torch.Tensor
+    positions: torch.Tensor
+    targets: torch.Tensor
+    forget: torch.Tensor
+
+
+def collate(examples, pad_id, device):
+    """A Batch of `examples` on `device`. Masks come from lengths, so the pad token may be any token."""
+    length = max(map(len, examples))
+    input_ids = torch.full((len(examples), length), pad_id)
+    attention_mask = torch.zeros_like(input_ids)
+    rows, positions, targets = [], [], []
+    for row, example in enumerate(examples):
+        ids = example.prompt + example.completion[:-1]
+        input_ids[row, : len(ids)] = torch.tensor(ids)
+        attention_mask[row, : len(ids)] = 1
+        rows += [row] * len(example.completion)
+        positions += range(len(example.prompt) - 1, len(ids))
+        targets += example.completion
+    forget = torch.tensor([example.forget for example in examples])
+    flat = (torch.tensor(values) for values in (rows, positions, targets))
+    return Batch(*(t.to(device) for t in (input_ids, attention_mask, *flat, forget)))
+
+
+def epoch_batches(
+    examples: list[Example],
+    batch_size: int,
+    seed: int,
+    epoch: int,
+    forget_per_batch: int = 0,
+    length_pool: int | None = 0,
+    retain_ratio: float | None = None,
+) -> list[list[int]]:
+    """The row numbers of every batch of one epoch: a pure function of its arguments, so a resumed run sees the same.
+
+    forget_per_batch = 0: all rows shuffled together, each once, as published. n > 0: every batch has n forget rows
+    (drawn in shuffled passes) and the epoch ends when each retain row was seen once. length_pool = k > 0: rows are
+    sorted by length within pools of k batches, which saves padding; each row still counts once. None: pools of the
+    size that the published code has, 50 batches or a quarter of the epoch (Trainer's `group_by_length`). There the
+    batches of a pool come longest first; here all are shuffled, so that a short run meets every length.
+    retain_ratio = r: the epoch's retain rows are r per forget row, drawn anew every epoch (all if there are fewer).
+    """
+    rng = np.random.default_rng([seed, epoch])
+    forget = [i for i, e in enumerate(examples) if e.forget]
+    retain = [i for i, e in enumerate(examples) if not e.forget]
+    if retain_ratio:
+        kept = min(len(retain), max(1, round(retain_ratio * len(forget))))
+        retain = sorted(rng.choice(retain, kept, replace=False))
+    if length_pool is None:
+        length_pool = min(50, (len(retain) + len(forget)) // (4 * batch_size))
+    if forget_per_batch:
+        retain = rng.permutation(retain)
+        n_batches = -(-len(retain) // (batch_size - forget_per_batch))
+        passes = -(-n_batches * forget_per_batch // len(forget))
+        forget = np.concatenate([rng.permutation(forget) for _ in range(passes)])[: n_batches * forget_per_batch]
+        parts = [(retain, batch_size - forget_per_batch), (forget, forget_per_batch)]
+    else:
+        parts = [(rng.permutation(sorted([*retain, *forget])), batch_size)]
+    chunked = [_chunks(_sorted_in_pools(rows, size * length_pool, examples), size) for rows, size in parts]
+    batches = [[int(i) for part in batch for i in part] for batch in zip(*chunked)]
+    return [batches[i] for i in rng.permutation(len(batches))] if length_pool else batches
+
+
+def _sorted_in_pools(rows, pool, examples):
+    if not pool:
+        return rows
+    return [i for part in _chunks(rows, pool) for i in sorted(part, key=lambda i: len(examples[i]))]
+
+
+def _chunks(rows, size):
+    return [rows[i : i + size] for i in range(0, len(rows), size)]

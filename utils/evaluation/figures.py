@@ -1,0 +1,137 @@
+"""The pictures that a run leaves. They are decoration: one that fails is a note."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+from matplotlib import pyplot
+
+from utils.data.splits import SPLITS
+from utils.errors import first_line, note_once
+from utils.storage.files import new_file
+
+FILLS = ("full", "none", "left")
+matplotlib.use("Agg")
+
+
+def picture(draw: Callable[..., pyplot.Figure]) -> Callable[..., None]:
+    """Makes function(...) -> figure one of (..., path) that saves it. It is decoration: a failure is only a note."""
+
+    def drawn(*arguments, path: Path) -> None:
+        try:
+            with new_file(path) as file:
+                draw(*arguments).savefig(file, dpi=150, format="png")
+        except Exception as error:
+            note_once(f"there is no picture {Path(path).name} ({first_line(error)})")
+        finally:
+            pyplot.close("all")
+
+    return drawn
+
+
+def _plain(name: str) -> str:
+    """`name` as matplotlib draws it letter by letter: between two `$` it would read a formula."""
+    return name.replace("$", r"\$")
+
+
+@picture
+def draw_tradeoff(records):
+    """Forget accuracy against retain accuracy, train and test: a small mark per seed, a large one for the mean. Every
+    method has its own shape, so that it reads without colour and no label can overlap."""
+    shapes = "osD^v<>phHdX*P8" + "x+1234|_"
+    figure, panels = pyplot.subplots(1, 2, figsize=(11, 4.8), sharey=True)
+    methods = list(dict.fromkeys(entry["method"] for entry in records))
+    for panel, phase in zip(panels, ("train", "test")):
+        for i, method in enumerate(methods):
+            splits = [entry["splits"] for entry in records if entry["method"] == method]
+            retain, forget = ([100 * s[f"{phase}_{kind}"]["accuracy"] for s in splits] for kind in ("retain", "forget"))
+            target, shape = method == "retrained", shapes[i % len(shapes)]
+            style = {"marker": shape, "color": "black" if target else f"C{i % 10}", "linestyle": "none"}
+            if len(splits) > 1:
+                panel.plot(retain, forget, markersize=4, alpha=0.5, **style)
+            label = "retrained (target)" if target else _plain(method)
+            edge = {} if shape in "x+1234|_" else {"markeredgecolor": "black", "fillstyle": FILLS[i // 10 % 3]}
+            size = 13 - 7 * i / len(methods)  # those drawn later are smaller, so that none hides another
+            panel.plot(np.mean(retain), np.mean(forget), markersize=size, label=label, **style, **edge)
+        panel.plot(
+            100, 0, marker="*", markersize=16, color="white", markeredgecolor="black", linestyle="none", label="ideal"
+        )
+        panel.set(title=phase, xlabel=f"{phase}_retain accuracy, % (keep)", xlim=(-4, 104), ylim=(-4, 104))
+        panel.grid(alpha=0.3)
+        panel.spines[["top", "right"]].set_visible(False)
+    panels[0].set_ylabel("forget accuracy, % (forget)")
+    handles, labels = panels[0].get_legend_handles_labels()
+    figure.legend(handles, labels, frameon=False, loc="center left", bbox_to_anchor=(0.8, 0.5), fontsize=9)
+    figure.tight_layout(rect=(0, 0, 0.8, 1))
+    return figure
+
+
+@picture
+def draw_strength(curve, metric, target, chosen):
+    """The metric on train_forget against the strength of ECO's corruption; target and choice marked."""
+    figure, axes = pyplot.subplots(figsize=(5, 3.4))
+    axes.semilogx([point["strength"] for point in curve], [point["metric"] for point in curve], "o-", color="black")
+    axes.axhline(target, linestyle="--", color="gray", label="target")
+    axes.axvline(chosen, linestyle=":", color="gray", label="chosen")
+    axes.set(xlabel="strength of the corruption", ylabel=f"{metric} on train_forget", ylim=(-0.02, 1.02))
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False)
+    figure.tight_layout()
+    return figure
+
+
+@picture
+def draw_comparison(records):
+    """Bars of accuracy (percent) per split and method; hatched, so that it reads without colour."""
+    figure, axes = pyplot.subplots(figsize=(8, 3.6))
+    width = 0.8 / len(records)
+    for i, (entry, hatch) in enumerate(zip(records, ("", "//", "..", "xx", "\\\\", "++", "oo", "**") * len(records))):
+        shares = [100 * entry["splits"][split]["accuracy"] for split in SPLITS]
+        places = np.arange(len(SPLITS)) + (i - (len(records) - 1) / 2) * width
+        bars = axes.bar(places, shares, width * 0.94, label=_plain(entry["method"]), hatch=hatch, edgecolor="white")
+        if len(records) <= 4:
+            axes.bar_label(bars, fmt="%.0f", padding=2, fontsize=8)
+    axes.set_xticks(range(len(SPLITS)), [split.replace("_", " ") for split in SPLITS])
+    axes.set(ylabel="accuracy, %", ylim=(0, 110))
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False, ncols=min(4, len(records)), loc="upper center", bbox_to_anchor=(0.5, 1.16))
+    figure.tight_layout()
+    return figure
+
+
+def write_curves(folder, log):
+    """training.jsonl and training.png in `folder`: every logged loss, and the accuracies, against the step."""
+    (Path(folder) / "training.jsonl").write_text("".join(json.dumps(line) + "\n" for line in log), encoding="utf-8")
+    _draw_curves(log, path=Path(folder) / "training.png")
+
+
+@picture
+def _draw_curves(log):
+    losses = [line for line in log if "loss" in line]
+    accuracies = [line for line in log if "accuracy" in line]
+    figure, axes = pyplot.subplots(1, 1 + bool(accuracies), figsize=(5 + 5 * bool(accuracies), 3.6), squeeze=False)
+    steps = [line["step"] for line in losses]
+    names = [key for key in losses[0] if key.startswith("L_")] or ["loss"]
+    for style, name in zip(("-", "--", ":"), names):
+        axes[0][0].plot(
+            steps,
+            [line[name] for line in losses],
+            style,
+            label=name.replace("L_", "$L_{") + "}$" if name != "loss" else "loss",
+            linewidth=1.2,
+        )
+    axes[0][0].set(xlabel="step", ylabel="loss per row")
+    if all(line[name] >= 0 for line in losses for name in names):  # gradient ascent goes below
+        axes[0][0].set_ylim(bottom=0)
+    axes[0][0].legend(frameon=False)
+    if accuracies:
+        steps = [line["step"] for line in accuracies]
+        for style, split in zip(("-", "--", "-.", ":"), accuracies[0]["accuracy"]):
+            shares = [100 * line["accuracy"][split] for line in accuracies]
+            axes[0][1].plot(steps, shares, style, label=split, marker="o", markersize=3)
+        axes[0][1].set(xlabel="step", ylabel="accuracy, %", ylim=(0, 101))
+        axes[0][1].legend(frameon=False, ncols=2, loc="lower center", bbox_to_anchor=(0.5, 1.0))  # off the curves
+    figure.tight_layout()
+    return figure

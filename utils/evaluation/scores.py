@@ -1,0 +1,128 @@
+"""Scores over the whole vocabulary, as in the paper (section 4.1)."""
+
+import dataclasses
+
+import pandas as pd
+import torch
+from sklearn.metrics import accuracy_score, precision_recall_fscore_support
+
+from utils import distributed
+from utils.data.batch import Example
+from utils.evaluation.answering import Side, by_length, gated, greedy, sides, tokenized
+from utils.tasks.answers import KnownAnswers, Tokens, known_answers
+
+
+@torch.inference_mode()
+def score_rows(loaded, frame, words, max_length, batch_size, progress=None):
+    """One row of results per row of `frame` (text, label_text): prediction, correct, label_prediction,
+    label_probabilities, label_mass, loss.
+
+    prediction: the greedy answer (of words of one token each: the arg max over the vocabulary, as published); correct:
+    it is the label, in the label's own tokens. label_prediction: the most probable of `words`; label_probabilities:
+    {word: f(word | text)}, scaled to sum to 1; label_mass: their sum before scaling; loss: - log f(label | text), nats.
+    With a gate also flagged and gate_probability. The order is that of `frame`. Several processes each score a part,
+    and every one returns all rows.
+    """
+    known = known_answers(loaded.tokenizer, words)
+    flags, gate = gated(loaded, frame["text"])
+    labels = list(frame["label_text"])
+    examples = tokenized(loaded, frame["text"], labels, known, max_length, flags)
+    run = sides(loaded)
+    results, answers = {}, {}
+    for batch_rows, n_rows in distributed.deal(by_length(examples, batch_size, flags)):
+        if not batch_rows:
+            continue
+        side = run[flags[batch_rows[0]]]
+        chosen = [examples[i] for i in batch_rows]
+        logits = side.logits(chosen)
+        log_p, guesses = _label_scores(side, chosen, words, known, logits)
+        for i, own, row_log_p, row_guesses in zip(batch_rows, logits, log_p, guesses):
+            targets = torch.tensor(examples[i].completion, device=own.device)
+            row_guesses.pop(labels[i], None)
+            answers[i] = _followed(known, {labels[i]: own.argmax(-1).tolist(), **row_guesses})
+            results[i] = {
+                "label_prediction": _best(words, known, row_log_p),
+                "label_probabilities": dict(zip(words, row_log_p.softmax(-1).tolist())),
+                "label_mass": min(1.0, row_log_p.exp().sum().item()),
+                "loss": torch.nn.functional.cross_entropy(own, targets, reduction="sum").item(),
+                **gate[i],
+            }
+        if progress is not None:
+            progress.update(n_rows)
+    if max(len(known.ids[word]) for word in words) > 1:  # else the published score looks at one token
+        begun = [i for i in answers if not known.ended(answers[i])]
+        rest = [examples[i] for i in begun], [flags[i] for i in begun]
+        ended = greedy(loaded, *rest, known, batch_size, [answers[i] for i in begun])
+        answers |= {i: tokens for i, (tokens, _) in zip(begun, ended)}
+    for i, tokens in answers.items():
+        results[i] |= _prediction(known, tokens, labels[i], examples[i].completion)
+    everybody = {i: result for part in distributed.all_gather(results) for i, result in part.items()}
+    return pd.DataFrame([everybody[i] for i in range(len(examples))])
+
+
+def _prediction(known: KnownAnswers, tokens: Tokens, label: str, completion: Tokens) -> dict[str, str | bool]:
+    """What a row's answer spells, and whether it is the label: in other tokens it is not, and says so."""
+    spelled, right = known.spelled(tokens), tokens == completion
+    return {
+        "prediction": f"{spelled} (in other tokens)" if spelled == label and not right else spelled,
+        "correct": right,
+    }
+
+
+def _label_scores(
+    side: Side, examples: list[Example], words: list[str], known: KnownAnswers, logits: tuple[torch.Tensor, ...]
+) -> tuple[torch.Tensor, list[dict[str, list[int]]]]:
+    """log f(word | text) for every word, (rows, n_words) float64 on the CPU; and for each row {word: the arg max at
+    every one of its tokens}, where words have more than one. logits: at the rows' own labels."""
+    ids = [known.ids[word] for word in words]
+    if all(len(tokens) == 1 for tokens in ids):
+        rows = torch.stack([row[0] for row in logits])
+        first = torch.tensor([tokens[0] for tokens in ids], device=rows.device)
+        scores = rows[:, first].cpu().double() - rows.logsumexp(-1, keepdim=True).cpu().double()
+        return scores, [{} for _ in examples]
+    columns, guesses = [], [{} for _ in examples]
+    for word, tokens in zip(words, ids):
+        rows = side.logits([dataclasses.replace(example, completion=tokens) for example in examples])
+        targets = torch.tensor(tokens, device=rows[0].device)
+        columns.append(torch.stack([-torch.nn.functional.cross_entropy(r, targets, reduction="sum") for r in rows]))
+        for row, row_guesses in zip(rows, guesses):
+            row_guesses[word] = row.argmax(-1).tolist()
+    return torch.stack(columns, dim=1).cpu().double(), guesses
+
+
+def _best(words: list[str], known: KnownAnswers, log_p: torch.Tensor) -> str:
+    """The most probable of `words`. Where several are, the one of the lowest token: which the arg max takes too."""
+    return max(zip(words, log_p.tolist()), key=lambda pair: (pair[1], [-token for token in known.ids[pair[0]]]))[0]
+
+
+def _followed(known: KnownAnswers, guesses: dict[str, list[int]]) -> Tokens:
+    """The greedy answer as far as the passes over known words show it. guesses: {word: the arg max at each of its
+    tokens}: behind tokens that the word begins with, the arg max is the answer's next one."""
+    tokens = ()
+    while not known.ended(tokens):
+        fits = (seen[len(tokens)] for word, seen in guesses.items() if known.begins(word, tokens))
+        following = next(fits, None)
+        if following is None:
+            break
+        tokens += (following,)
+    return tokens
+
+
+def split_scores(frame, words):
+    """Scores of scored rows (label_text, prediction, ...): shares in [0, 1], loss in nats.
+
+    f1, precision and recall are scikit-learn's, weighted by class size (the paper's tables give accuracy and that F1).
+    The published code takes precision and recall as micro averages; with one answer a row both equal the accuracy.
+    """
+    truth, prediction = frame["label_text"], frame["prediction"]
+    precision, recall, f1, _ = precision_recall_fscore_support(truth, prediction, average="weighted", zero_division=0)
+    values = {
+        "accuracy": accuracy_score(truth, prediction),
+        "f1": f1,
+        "precision": precision,
+        "recall": recall,
+        "out_of_label": 1 - prediction.isin(words).mean(),
+        "label_accuracy": accuracy_score(truth, frame["label_prediction"]),
+        "loss": frame["loss"].mean(),
+    }
+    return {"n": len(frame), **{key: float(value) for key, value in values.items()}}

@@ -1,0 +1,144 @@
+"""What a person reads at the end of a run: the table, the sentences that say what it means, examples."""
+
+import numpy as np
+
+from utils.data.splits import SPLITS
+
+FORGET_SPLITS = ("train_forget", "test_forget")
+FORGET_SHARES = {  # score: what its column is called
+    "out_of_label": "forget answers out of label (train/test)",
+    "label_accuracy": "forget label acc. (train/test)",  # of the most probable label word: what a refusal still tells
+}
+DISTANCES = ["accuracy gap to retrained, points (forget/retain)", "JS to retrained, bits (train/test forget)"]
+
+
+def table(records):
+    """The records as text: accuracy / weighted F1 in percent for the four splits and their numbers of rows; then how
+    many forget answers are no label, and how many forget rows have their label as the most probable label word."""
+    header = ["method", *(f"{split} (acc/F1)" for split in SPLITS), *FORGET_SHARES.values()]
+    distances = all("distance_to_retrained" in entry for entry in records)
+    lines = [_with_counts(header, records) + DISTANCES * distances]
+    for entry in records:
+        splits = entry["splits"]
+        cells = [f"{100 * splits[s]['accuracy']:.1f} / {100 * splits[s]['f1']:.1f}" for s in SPLITS]
+        cells += [" / ".join(f"{100 * splits[s][score]:.1f}" for s in FORGET_SPLITS) for score in FORGET_SHARES]
+        lines.append([entry["method"], *cells, *(_distance_cells([entry]) if distances else [])])
+    return _aligned(lines)
+
+
+def _with_counts(header: list[str], records: list[dict]) -> list[str]:
+    """The header with the number of rows behind the name of each split: a percentage of 26 rows is not one of 2,600."""
+    named = []
+    for cell in header:
+        split = cell.split(" ")[0]
+        if split in SPLITS:
+            counts = sorted({entry["splits"][split]["n"] for entry in records})
+            cell += f" n={'/'.join(map(str, counts))}"
+        named.append(cell)
+    return named
+
+
+def _aligned(lines):
+    """Rows of cells, the header first, as a Markdown table."""
+    widths = [max(map(len, column)) for column in zip(*lines)]
+    lines = [lines[0], ["-" * width for width in widths], *lines[1:]]
+    return "\n".join("| " + " | ".join(c.ljust(w) for c, w in zip(line, widths)) + " |" for line in lines)
+
+
+def _distance_cells(entries):
+    """Mean accuracy gaps in points, of forget and of retain rows, then the two Jensen-Shannon divergences in bits."""
+    rows = [entry["distance_to_retrained"] for entry in entries]
+    gaps = [_mean_and_spread([100 * row[f"accuracy_{side}"] for row in rows], 1) for side in ("forget", "retain")]
+    js = [_mean_and_spread([row[f"js_{split}"] for row in rows], 3) for split in FORGET_SPLITS]
+    return [" / ".join(gaps), " / ".join(js)]
+
+
+def _mean_and_spread(values, digits):
+    """The mean, with the standard deviation (n - 1) behind it where there are several values."""
+    mean = f"{np.mean(values):.{digits}f}"
+    return mean if len(values) == 1 else f"{mean} ± {np.std(values, ddof=1):.{digits}f}"
+
+
+def comparison_table(records):
+    """One line per method, in the order of first appearance: accuracy in percent (mean and standard deviation over
+    seeds), distance to the retrained model, cost of a training step."""
+    header = ["method", *SPLITS, *FORGET_SHARES.values(), *DISTANCES, "learning rate", "s/step", "GiB"]
+    lines = [_with_counts(header, records)]
+    for method in dict.fromkeys(entry["method"] for entry in records):
+        entries = [entry for entry in records if entry["method"] == method]
+        scores = [[entry["splits"][split] for entry in entries] for split in SPLITS]
+        cells = [_mean_and_spread([100 * score["accuracy"] for score in column], 1) for column in scores]
+        shares = [
+            " / ".join(_mean_and_spread([100 * s[share] for s in scores[i]], 1) for i in (1, 3))
+            for share in FORGET_SHARES
+        ]
+        rates = sorted({entry["search"]["lr"] for entry in entries if "search" in entry})
+        costs = [entry["training"] for entry in entries if entry.get("training")]
+        seconds = [cost["seconds_per_step"] for cost in costs if cost["seconds_per_step"]]
+        lines.append([
+            method + (" (target)" if method == "retrained" else ""), *cells, *shares, *_distance_cells(entries),
+            ", ".join(f"{rate:g}" for rate in rates), f"{np.mean(seconds):.2f}" if seconds else "",
+            f"{max(cost['peak_memory_bytes'] for cost in costs) / 2**30:.1f}" if costs else "",
+        ])  # fmt: skip
+    return _aligned(lines)
+
+
+def gate_table(settings):
+    """What ECO's classifier does on the four splits, and when names are rewritten, as text."""
+    rates, held = settings["rates"], settings["calibration"]
+    lines = [["split", "flagged, %", "wrong, %"]]
+    lines += [
+        [split, f"{100 * rate['flagged']:.1f}", f"{100 * rate['wrong']:.1f}" if "wrong" in rate else ""]
+        for split, rate in rates.items()
+        if isinstance(rate, dict)
+    ]
+    text = [
+        f"classifier {settings['classifier']}, threshold {settings['threshold']:.4f} set on the scores "
+        f"of {held['retain']} retain and {held['forget']} forget rows not seen in fitting, AUC {held['auc']:.3f}; "
+        f"{rates['auc_train']:.3f} on train, {rates['auc_test']:.3f} on test",
+        _aligned(lines),
+    ]
+    if settings["evasion"]:
+        evasions = [["names rewritten", "flagged, % (train_forget)", "flagged, % (test_forget)"]]
+        for evasion, share in settings["evasion"].items():
+            shares = [f"{100 * share[s]:.1f}" if s in share else "" for s in ("train_forget", "test_forget")]
+            evasions.append([evasion, *shares])
+        text.append(_aligned(evasions))
+    return "\n".join(text)
+
+
+def meaning(records):
+    """What the last record changed against the fine-tuned one, in two sentences; None where there is no such pair."""
+    before = next((entry for entry in records if entry["method"] in ("fine-tuned", "merged")), None)
+    after = records[-1]
+    if before is None or after is before:
+        return None
+    old, new = before["splits"], after["splits"]
+    share = {split: (100 * old[split]["accuracy"], 100 * new[split]["accuracy"]) for split in SPLITS}
+    ranked = {split: 100 * new[split]["label_accuracy"] for split in FORGET_SPLITS}
+    return (
+        f"With {after['method']} the model gives {share['train_forget'][1]:.1f} % of the rows to forget their label "
+        f"({share['train_forget'][0]:.1f} % before; of unseen ones {share['test_forget'][1]:.1f} %), and "
+        f"{share['test_retain'][1]:.1f} % of the other unseen rows ({share['test_retain'][0]:.1f} % before; "
+        f"of training rows {share['train_retain'][1]:.1f} %, {share['train_retain'][0]:.1f} % before). "
+        f"Whoever has it rank the label words instead still reads the label of {ranked['train_forget']:.1f} % of the "
+        f"rows to forget ({ranked['test_forget']:.1f} % of unseen ones)."
+    )
+
+
+def examples(predictions, n):
+    """The answers of every method to the first `n` sentences of train_forget and `n` of test_retain, as text.
+
+    predictions: DataFrame with columns method, split, text, label_text, prediction. Chosen are sentences that the
+    fine-tuned model answers rightly where there are any, since only those can be forgotten.
+    """
+    lines = []
+    known = predictions[predictions["correct"] & (predictions["method"] == "fine-tuned")]
+    for split, title in (("train_forget", "to forget"), ("test_retain", "to keep")):
+        rows = predictions[predictions["split"] == split]
+        pool = known if (known["split"] == split).any() else rows
+        for text in pool.loc[pool["split"] == split, "text"].drop_duplicates().head(n):
+            answers = rows[rows["text"] == text]
+            said = ", ".join(f"{method}: {word}" for method, word in zip(answers["method"], answers["prediction"]))
+            lines += [f"[{title}, truly {answers['label_text'].iloc[0]}] {text}", f"    {said}"]
+    return "\n".join(lines)

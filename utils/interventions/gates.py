@@ -1,0 +1,383 @@
+"""Prompt classifiers: does a query ask about what is to be forgotten? (ECO, arXiv 2406.07933, section 3.1)"""
+
+import json
+import math
+import weakref
+from dataclasses import replace
+from pathlib import Path
+from typing import ClassVar
+
+import numpy as np
+import torch
+from pydantic import ConfigDict, RootModel, model_validator
+from safetensors.torch import save_file
+from sklearn.feature_extraction.text import TfidfVectorizer
+from sklearn.linear_model import LogisticRegression
+from sklearn.metrics import roc_auc_score
+from tqdm import tqdm
+
+from utils import distributed
+from utils.errors import UserError, first_line
+from utils.storage import schemas
+from utils.storage.reading import Like, is_finite, read_tensors, refuse_special
+from utils.storage.schemas import Schema, Text
+
+ROUNDING = 1e-9  # a threshold taken from scores lies just above them, whatever the order of a later sum
+PICKED_AT = 0.99  # the threshold at which the authors count an encoder's errors, whatever it is in use
+WEIGHTS, VOCABULARY, ENCODER = "classifier.safetensors", "vocabulary.json", "classifier"
+_STATES = weakref.WeakKeyDictionary()  # of a model: {(text, max_length): mean hidden state}, see _pooled
+
+
+class Gate:
+    """A classifier with its threshold: a query is flagged if its probability is above `threshold`.
+
+    The main process classifies, every text once, and the others take its word: they must agree on what is flagged.
+    """
+
+    def __init__(self, classifier, threshold=None):
+        self.classifier, self.threshold = classifier, threshold
+        self._known = {}
+
+    def decide(self, texts):
+        """(flags, probabilities), both (n,): bool, and in [0, 1]."""
+        probabilities = self.probabilities(texts)
+        return probabilities > self.threshold, probabilities
+
+    def probabilities(self, texts):
+        """(n,) in [0, 1]."""
+        texts = list(texts)
+        new = [text for text in dict.fromkeys(texts) if text not in self._known]
+        if new:
+            values = self.classifier.probabilities(new) if distributed.is_main() else None
+            self._known.update(zip(new, distributed.broadcast(values)))
+        return np.array([self._known[text] for text in texts])
+
+
+class Tfidf:
+    """`tfidf`: balanced logistic regression on TF-IDF of word 1- and 2-grams and character 2- to 5-grams."""
+
+    kind = "tfidf"
+
+    def __init__(self, vectorizers, coefficients, intercept):
+        self._vectorizers, self._coefficients, self._intercept = vectorizers, coefficients, intercept
+
+    @classmethod
+    def fit(cls, texts, labels, **_):
+        """texts: n strings; labels (n,): 1 = to forget."""
+        vectorizers = _vectorizers()
+        try:
+            features = _stacked([v.fit_transform(texts) for v in vectorizers])
+        except ValueError as error:  # nothing that counts as a term
+            raise UserError(f"tfidf finds no terms in the train texts ({error}); use more rows or another classifier")
+        model = LogisticRegression(C=10.0, class_weight="balanced", max_iter=2000).fit(features, labels)
+        return cls(vectorizers, model.coef_[0], float(model.intercept_[0]))
+
+    def probabilities(self, texts):
+        features = _stacked([v.transform(texts) for v in self._vectorizers])
+        return _logistic(features @ self._coefficients + self._intercept)
+
+    def save(self, folder):
+        vocabularies = [sorted(v.vocabulary_, key=v.vocabulary_.get) for v in self._vectorizers]
+        (folder / VOCABULARY).write_text(json.dumps(vocabularies, ensure_ascii=False), encoding="utf-8")
+        tensors = {f"idf.{i}": torch.tensor(v.idf_) for i, v in enumerate(self._vectorizers)}
+        tensors |= {
+            "coefficients": torch.tensor(self._coefficients),
+            "intercept": torch.tensor([self._intercept], dtype=torch.float64),
+        }
+        save_file(tensors, folder / WEIGHTS)
+
+    @classmethod
+    def load(cls, folder, **_):
+        vocabularies = schemas.read(folder / VOCABULARY, Vocabularies)
+        sizes = [len(terms) for terms in vocabularies]
+        expected = {f"idf.{i}": _numbers(n) for i, n in enumerate(sizes)}
+        tensors = _read_weights(folder, {**expected, "coefficients": _numbers(sum(sizes))})
+        vectorizers = []
+        for i, terms in enumerate(vocabularies):
+            vectorizer = _vectorizers()[i].set_params(vocabulary={term: at for at, term in enumerate(terms)})
+            vectorizer.idf_ = tensors[f"idf.{i}"]
+            vectorizers.append(vectorizer)
+        return cls(vectorizers, tensors["coefficients"], float(tensors["intercept"][0]))
+
+
+class Features:
+    """`features`: balanced logistic regression on the frozen language model's own hidden states, mean over the prompt's
+    tokens."""
+
+    kind = "features"
+
+    def __init__(self, loaded, args, mean, scale, coefficients, intercept):
+        self._loaded, self._args = loaded, args
+        self._mean, self._scale, self._coefficients, self._intercept = mean, scale, coefficients, intercept
+
+    @classmethod
+    def fit(cls, texts, labels, loaded, args):
+        features = _pooled(loaded, texts, args)
+        mean, scale = features.mean(0), features.std(0) + 1e-6
+        model = LogisticRegression(C=0.01, class_weight="balanced", max_iter=2000).fit(
+            (features - mean) / scale, labels
+        )
+        return cls(loaded, args, mean, scale, model.coef_[0], float(model.intercept_[0]))
+
+    def probabilities(self, texts):
+        features = (_pooled(self._loaded, texts, self._args) - self._mean) / self._scale
+        return _logistic(features @ self._coefficients + self._intercept)
+
+    def save(self, folder):
+        names = ("mean", "scale", "coefficients", "intercept")
+        values = (self._mean, self._scale, self._coefficients, np.array([self._intercept]))
+        save_file({name: torch.tensor(value) for name, value in zip(names, values)}, folder / WEIGHTS)
+
+    @classmethod
+    def load(cls, folder, loaded, args):
+        width = loaded.model.get_output_embeddings().weight.shape[-1]  # of some OPT models narrower than their layers
+        names = "mean", "scale", "coefficients"
+        tensors = _read_weights(folder, dict.fromkeys(names, _numbers(width)))
+        return cls(loaded, args, *(tensors[name] for name in names), float(tensors["intercept"][0]))
+
+
+class Encoder:
+    """A Hugging Face encoder with a classification head, fine-tuned by the authors' recipe: 30 epochs of batches of 16,
+    class-weighted cross-entropy, AdamW (learning rate 2e-5, betas .9 and .98, epsilon 1e-6, weight decay .1 on
+    matrices), cosine schedule with 10 % warm-up, no clipping. Kept is the epoch with the fewest forget rows of the
+    validation rows at or below PICKED_AT; of several, which few rows make likely, the one with the least loss."""
+
+    kind = "encoder"
+
+    def __init__(self, model, tokenizer):
+        self._model, self._tokenizer = model.eval(), tokenizer
+
+    @classmethod
+    def fit(cls, texts, labels, loaded, args, validation):
+        """validation: (texts, labels) that pick the epoch. args.eco_classifier: hub id or folder of the encoder."""
+        from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+        from utils.models.chain import resolve_chain
+
+        name, source = args.eco_classifier, resolve_chain(args.eco_classifier, args.trust_remote_code)[0].path
+        options = {"local_files_only": True, "trust_remote_code": args.trust_remote_code}
+        torch.manual_seed(args.seed)
+        try:
+            model = AutoModelForSequenceClassification.from_pretrained(
+                source, num_labels=2, ignore_mismatched_sizes=True, **options
+            )
+            tokenizer = AutoTokenizer.from_pretrained(source, **options)
+        except Exception as error:  # as in `load_classifier`
+            raise UserError(f"{name} is no encoder to classify with ({first_line(error)}); use tfidf or another")
+        if tokenizer.pad_token_id is None or tokenizer.pad_token_id >= model.get_input_embeddings().weight.shape[0]:
+            raise UserError(f"{name} is no encoder to classify with (it has no padding token); use tfidf or another")
+        classifier = cls(model.float().to(loaded.model.device), tokenizer)
+        classifier._train(texts, labels, args, validation)
+        return classifier
+
+    def _train(self, texts, labels, args, validation):
+        model, rng = self._model, np.random.default_rng(args.seed)
+        epochs, per_epoch = args.eco_classifier_epochs, math.ceil(len(texts) / 16)
+        optimizer, schedule = self._optimizer(args.eco_classifier_lr, epochs * per_epoch)
+        share = np.bincount(labels, minlength=2) / len(labels)
+        weights = torch.tensor(1 / (2 * share), dtype=torch.float32, device=model.device)
+        best, kept = (math.inf, math.inf), None
+        for _ in tqdm(range(epochs), desc="classifier", unit="epoch", dynamic_ncols=True):
+            model.train()
+            order = rng.permutation(len(texts))
+            for start in range(0, len(order), 16):
+                rows = order[start : start + 16]
+                targets = torch.tensor(labels[rows], device=model.device)
+                logits = self._logits([texts[i] for i in rows])
+                torch.nn.functional.cross_entropy(logits, targets, weights).backward()
+                optimizer.step()
+                schedule.step()
+                optimizer.zero_grad()
+            model.eval()
+            errors = self._errors(validation, weights.cpu().double())
+            if errors < best:
+                best, kept = errors, {key: value.detach().clone() for key, value in model.state_dict().items()}
+        if kept is None:
+            raise UserError("the classifier's loss is not finite; use a smaller --eco_classifier_lr")
+        model.load_state_dict(kept)
+
+    def _optimizer(self, lr: float, steps: int) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LambdaLR]:
+        from transformers import get_cosine_schedule_with_warmup
+
+        from utils.training.loop import decay_groups
+
+        groups = decay_groups(self._model.parameters(), 0.1)
+        optimizer = torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.98), eps=1e-6)
+        return optimizer, get_cosine_schedule_with_warmup(optimizer, math.ceil(0.1 * steps), steps)
+
+    def _errors(self, validation: tuple[list[str], np.ndarray], weights: torch.Tensor) -> tuple[float, float]:
+        """(forget rows with a probability of at most PICKED_AT, weighted loss) on the validation (texts, labels);
+        infinite where a probability is not finite."""
+        p, truth = self.probabilities(validation[0], 32), torch.tensor(validation[1])
+        if not np.isfinite(p).all():
+            return math.inf, math.inf
+        inside = torch.tensor(p).clamp(1e-7, 1 - 1e-7)
+        loss = torch.nn.functional.binary_cross_entropy(inside, truth.to(inside), weights[truth])
+        return int((p[validation[1] == 1] <= PICKED_AT).sum()), loss.item()
+
+    def _logits(self, texts):
+        positions = getattr(self._model.config, "max_position_embeddings", 514) - 2  # RoBERTa's begin at 2
+        limit = min(512, positions, self._tokenizer.model_max_length)
+        batch = self._tokenizer(texts, truncation=True, max_length=limit, padding=True, return_tensors="pt")
+        if batch["input_ids"].max() >= self._model.get_input_embeddings().weight.shape[0]:
+            raise UserError("the tokenizer of --eco_classifier gives tokens that its model does not know; use another")
+        return self._model(**batch.to(self._model.device)).logits
+
+    @torch.no_grad()
+    def probabilities(self, texts, batch_size=1):
+        """(n,). One text a pass, so that no probability depends on the texts beside it."""
+        starts = range(0, len(texts), batch_size)
+        parts = [self._logits(texts[i : i + batch_size]).softmax(-1)[:, 1].cpu() for i in starts]
+        return torch.cat(parts).double().numpy()
+
+    def save(self, folder):
+        self._model.save_pretrained(folder / ENCODER)
+        self._tokenizer.save_pretrained(folder / ENCODER)
+
+    @classmethod
+    def load(cls, folder, loaded, args):
+        from transformers import AutoModelForSequenceClassification
+
+        model, tokenizer = load_classifier(AutoModelForSequenceClassification, folder / ENCODER, args)
+        if model.config.num_labels != 2:
+            raise UserError(f"{folder / ENCODER} has {model.config.num_labels} classes instead of 2; restore it")
+        return cls(model.to(loaded.model.device), tokenizer)
+
+
+def load_classifier(kind: type, folder: Path, args: object) -> tuple[torch.nn.Module, object]:
+    """(model, tokenizer) of a Hugging Face classifier in `folder`; `kind` is the Auto class of such models.
+
+    Nothing is fetched. Raises UserError where it is not there, not of that kind, or holds a number that is not finite.
+    """
+    from transformers import AutoTokenizer
+
+    from utils.models.chain import refuse_fetching
+
+    if not (folder / "config.json").is_file():
+        raise UserError(f"{folder} holds no config.json; restore it or train the checkpoint again")
+    refuse_special(folder)
+    refuse_fetching(folder)
+    options = {"local_files_only": True, "trust_remote_code": args.trust_remote_code}
+    try:
+        model, info = kind.from_pretrained(folder, output_loading_info=True, **options)
+        tokenizer = AutoTokenizer.from_pretrained(folder, **options)
+    except Exception as error:  # of a damaged file, whatever the library that reads it raises
+        raise UserError(f"{folder} is no classifier of texts ({first_line(error)}); restore it or use another")
+    if info["missing_keys"]:  # transformers would give it a random head
+        raise UserError(f"{folder} was not trained to classify texts; use a model that was, or --eco_names")
+    if not all(map(is_finite, model.parameters())):
+        raise UserError(f"{folder} holds weights that are not finite; restore it or train the checkpoint again")
+    return model, tokenizer
+
+
+def _numbers(n: int) -> Like:
+    return Like((n,), ("float64",))
+
+
+def _read_weights(folder: Path, expected: dict[str, Like]) -> dict[str, np.ndarray]:
+    tensors = read_tensors(folder / WEIGHTS, {**expected, "intercept": _numbers(1)}, "classifier of this gate")
+    return {name: tensor.numpy() for name, tensor in tensors.items()}
+
+
+CLASSIFIERS = {kind.kind: kind for kind in (Tfidf, Features, Encoder)}
+
+
+def threshold_rank(n: int, rate: float, flag: str) -> int:
+    """ceil((n + 1)(1 - rate)), the rank of the calibration score that becomes the threshold (split conformal): a new
+    score lies above it with probability at most `rate`. Raises UserError where `n` is too small for `rate`."""
+    rank = max(1, math.ceil((n + 1) * (1 - rate) - 1e-9))
+    if rank > n:
+        raise UserError(
+            f"--{flag}={rate} needs at least {math.ceil(1 / rate - 1e-9) - 1} retain rows for calibration, there are "
+            f"{n}; use a larger value or more rows"
+        )
+    return rank
+
+
+def threshold_for_rate(scores: np.ndarray, rate: float, flag: str) -> float:
+    """The threshold under which a retain row is flagged with probability at most `rate`, by the `scores` (n,) of n
+    retain rows. That holds for a row like them and the classifier that gave the scores; where another is used, trained
+    on all rows, it is an estimate. Raises UserError where it is 1: a gate that flags nothing."""
+    threshold = float(np.sort(scores)[threshold_rank(len(scores), rate, flag) - 1]) + ROUNDING
+    if threshold < 1:
+        return threshold
+    raise UserError(
+        f"the classifier gives retain rows the probability 1, so the threshold for --{flag}={rate} is 1 and nothing "
+        "would be flagged; use a larger value or another --eco_classifier"
+    )
+
+
+def rates(gate, frames):
+    """{split: {"flagged", "wrong"}} shares, and {"auc_train", "auc_test"}: wrong = false positives on retain splits,
+    false negatives on forget splits."""
+    result, scored = {}, {}
+    for split, frame in frames.items():
+        flags, scored[split] = gate.decide(frame["text"])
+        share = float(flags.mean())
+        result[split] = {"flagged": share, "wrong": 1 - share if split.endswith("forget") else share}
+        if "names_other" in frame and frame["names_other"].astype(bool).any():
+            others = flags[frame["names_other"].astype(bool).to_numpy()]
+            result[f"{split}:names_other"] = {"flagged": float(others.mean())}
+    for phase in ("train", "test"):
+        retain, forget = scored[f"{phase}_retain"], scored[f"{phase}_forget"]
+        truth = np.r_[np.zeros(len(retain)), np.ones(len(forget))]
+        result[f"auc_{phase}"] = float(roc_auc_score(truth, np.r_[retain, forget]))
+    return result
+
+
+def _vectorizers():
+    common = {"sublinear_tf": True, "dtype": np.float64}
+    words = TfidfVectorizer(ngram_range=(1, 2), token_pattern=r"(?u)\b\w+\b", **common)
+    return [words, TfidfVectorizer(analyzer="char_wb", ngram_range=(2, 5), min_df=2, **common)]
+
+
+def _stacked(parts):
+    from scipy.sparse import hstack
+
+    return hstack(parts).tocsr()
+
+
+def _logistic(x):
+    return 1 / (1 + np.exp(-np.asarray(x, dtype=np.float64)))
+
+
+@torch.inference_mode()
+def _pooled(loaded, texts, args):
+    """Mean over the prompt's tokens of the hidden states that go into the head, (n, d) float64, without virtual tokens
+    or corruption. One row a pass, so that no mean depends on the rows beside it; every text once a process."""
+    from utils.data.batch import collate
+    from utils.data.splits import UNLEARNING_LABELS
+    from utils.models.forward import completion_hidden
+    from utils.models.layers import decoder_of, record_activations
+    from utils.tasks.encode import tokenize
+
+    backbone = decoder_of(loaded.model)
+    known = _STATES.setdefault(backbone, {})
+    new = [text for text in dict.fromkeys(texts) if (text, args.max_length) not in known]
+    examples = tokenize(loaded.tokenizer, new, [UNLEARNING_LABELS[0]] * len(new), args.max_length)
+    for text, example in zip(new, examples):
+        batch = collate([replace(example, completion=example.completion[:1])], loaded.pad_id, loaded.model.device)
+        with record_activations(backbone) as seen:
+            completion_hidden(loaded.model, batch)
+        known[text, args.max_length] = seen["activations"][0].double().mean(0).cpu().numpy()
+    result = np.array([known[text, args.max_length] for text in texts])
+    if not np.isfinite(result).all():
+        raise UserError("the model's hidden states are not finite; use --dtype=float32 or another --eco_classifier")
+    return result
+
+
+# APPENDED from schemas
+
+
+class Vocabularies(RootModel[list[list[Text]]]):
+    """vocabulary.json: the terms of the words and of the characters, each once, in the order of their columns."""
+
+    model_config = ConfigDict(strict=True)
+    what: ClassVar[str] = "vocabulary of a gate"
+    remedy: ClassVar[str] = Schema.remedy
+
+    @model_validator(mode="after")
+    def _has_every_term_once(self) -> "Vocabularies":
+        if len(self.root) != 2 or not all(terms and len(set(terms)) == len(terms) for terms in self.root):
+            raise ValueError("it is not two lists of terms, each once")
+        return self

@@ -1,0 +1,177 @@
+"""Loading a causal language model and its tokenizer: device, dtype, quantisation, and what is tried before use."""
+
+import platform
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+
+from utils import distributed
+from utils.errors import UserError, first_line, is_out_of_memory
+from utils.models.attention import refuse_attention, set_attention
+from utils.models.chain import load_config, loading_arguments, stored_quantization
+from utils.models.forward import same_as_trial, trial
+from utils.models.layers import checkpoint_layers, compile_decoder
+from utils.models.lengths import vocabulary_size
+from utils.storage.checkpoints import model_files
+from utils.storage.reading import is_finite
+
+
+def pick_device(name):
+    """`auto` -> cuda, mps or cpu, whichever is there first; of several processes on GPUs each gets its own, `cuda:<i>`.
+
+    Raises UserError when the named device is not there.
+    """
+    cuda = torch.cuda.is_available()
+    available = {"cuda": cuda, "mps": torch.backends.mps.is_available(), "cpu": True, "balanced": cuda}
+    if name == "auto":
+        name = next(device for device, there in available.items() if there)
+    if not available[name]:
+        raise UserError(f"--device={name} is not available on this machine; use --device=auto")
+    if name == "balanced" and distributed.world_size() > 1:
+        raise UserError("--device=balanced gives all GPUs to one process; start it with python, not accelerate launch")
+    return distributed.own_gpu() if name == "cuda" and distributed.world_size() > 1 else name
+
+
+def pick_dtype(name, device):
+    """`auto` -> bfloat16 where the device computes in it, else float32.
+
+    Never float16: it needs activations below 65,504, and training needs its loss scaled, as the published code had it
+    (small gradients become 0 otherwise); bfloat16 needs neither.
+    """
+    if name != "auto":
+        return getattr(torch, name)
+    if device.startswith(("cuda", "balanced")):
+        fast = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        onednn = device == "cpu" and torch.backends.mkldnn.is_available()
+        fast = onednn and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+        if platform.machine().lower() in ("x86_64", "amd64"):  # where that also holds for processors that emulate it
+            fast = fast and (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+    return torch.bfloat16 if fast else torch.float32
+
+
+def load_tokenizer(chain, set_pad_id, trust_remote_code=False):
+    """The tokenizer of the last Link that has one. It pads with its own pad token, or with the end-of-sequence token
+    when `set_pad_id` or when it has none that the model knows (or token 0 if there is none either); masks go by length,
+    so the choice changes no result."""
+    has_files = (link for link in reversed(chain) if link.path.is_file() or list(link.path.glob("tokenizer*")))
+    link = next(has_files, chain[0])
+    source = loading_arguments(link.path)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(**source, trust_remote_code=trust_remote_code, use_fast=True)
+    except Exception as error:  # of a damaged file, whatever the library that reads it raises
+        raise UserError(f"cannot load the tokenizer of {link.name} ({first_line(error)})")
+    if not tokenizer.is_fast:
+        raise UserError(
+            f"the tokenizer of {link.name} has no fast version, which texts are cut with; add tokenizer.json"
+        )
+
+    def known(token):  # tokenizers get new ones that models do not follow
+        number = tokenizer.convert_tokens_to_ids(token)
+        is_added = number >= tokenizer.vocab_size
+        return not is_added or number < vocabulary_size(load_config(chain[0], trust_remote_code))
+
+    wanted = [] if set_pad_id else [tokenizer.pad_token]
+    usable = (token for token in (*wanted, tokenizer.eos_token) if token and known(token))
+    pad = next(usable, None) or tokenizer.convert_ids_to_tokens(0)
+    if pad != tokenizer.pad_token:
+        tokenizer.pad_token = pad
+    return tokenizer
+
+
+def load_base(link, args, quantization="none"):
+    """The causal LM of a plain Link on args.device in args.dtype, in eval mode, all weights frozen.
+
+    quantization: `nf4` loads its linear layers in 4-bit NormalFloat through bitsandbytes, `none` as they are. What lies
+    in 4 bits on the disk is loaded as it is either way. Raises UserError where it is no causal language model.
+    """
+    config = load_config(link, args.trust_remote_code, quantization)
+    device = pick_device(args.device)
+    dtype = pick_dtype(args.dtype, device)
+    placement = device if device == "balanced" else {"": device}
+    options = {"dtype": dtype, "device_map": placement, "trust_remote_code": args.trust_remote_code}
+    if quantization == "nf4" and not stored_quantization(config):
+        options["quantization_config"] = BitsAndBytesConfig(
+            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype
+        )
+    refuse_attention(args.attn_implementation, device, dtype)
+    compiled = getattr(args, "compile", False)
+    if compiled and not device.startswith("cuda"):
+        raise UserError(f"--compile is for CUDA, this model goes to {device}; leave it out")
+    try:
+        model, info = AutoModelForCausalLM.from_pretrained(
+            **loading_arguments(link.path), **options, output_loading_info=True
+        )
+    except Exception as error:  # as above
+        if is_out_of_memory(error):
+            raise
+        raise UserError(f"cannot load a causal language model from {link.name} ({first_line(error)})")
+    weights = dict(model.named_parameters())
+    if broken := [name for name, weight in weights.items() if not is_finite(_numbers(weight))]:
+        raise UserError(
+            f"{link.name} holds numbers that are not finite ({broken[0]}); restore it or use --dtype=float32"
+        )
+    if whole := [name for name in _whole_numbers(link.path) if name in weights and weights[name].is_floating_point()]:
+        raise UserError(f"{link.name} holds whole numbers for the weight {whole[0]}; restore its files")
+    if info["missing_keys"]:  # transformers would fill them with random numbers
+        raise UserError(f"{link.name} lacks the weight {min(info['missing_keys'])}; restore its files")
+    if link.path.is_file():  # from GGUF: loading has dequantised the weights, yet the model still claims otherwise
+        del model.config.quantization_config, model.hf_quantizer
+        model.is_quantized = False
+    if device == "balanced" and any(p.device.type != "cuda" for p in model.parameters()):
+        raise UserError(f"{link.name} does not fit the GPUs; use more of them or a smaller --dtype")
+    keep_one_format(model)
+    model.eval().requires_grad_(False)
+    _try(model, link.name, args.attn_implementation, device)
+    if getattr(args, "gradient_checkpointing", False):
+        checkpoint_layers(model)
+    if compiled:
+        compile_decoder(model)
+    return model
+
+
+def _try(model: torch.nn.Module, name: str, attention: str, device: str) -> None:
+    """Let `model` compute attention by `attention`; where the one for short rows changes its numbers, by SDPA alone.
+    Raises UserError as `trial` and `set_attention` do."""
+    expected = trial(model, name)
+    hook = set_attention(model, attention, device)
+    if hook and not same_as_trial(model, expected):
+        hook.remove()
+        model.set_attn_implementation("sdpa")
+
+
+def keep_one_format(model: torch.nn.Module) -> None:
+    """Let the 4-bit layers of `model` keep their weights as they are. On processors with AVX512-BF16 bitsandbytes
+    packs them anew in the first pass of evaluation: rounded, without a gradient, and no longer to be dequantised."""
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+
+
+def _whole_numbers(path: Path) -> list[str]:
+    """The names of the tensors in a model's safetensors files that are no floats; loading would turn them into some."""
+    found = []
+    for name in model_files(path) if path.is_dir() else ():
+        if name.endswith(".safetensors"):
+            with safe_open(path / name, "pt") as file:
+                found += [key for key in file.keys() if file.get_slice(key).get_dtype()[0] not in "FB"]  # noqa: SIM118
+    return found
+
+
+def _numbers(weight: torch.nn.Parameter) -> torch.Tensor:
+    """Those in which a weight is not finite: of one in 4 bits the scale of each block."""
+    packed = getattr(weight, "quant_state", None)
+    return weight if packed is None else packed.absmax
+
+
+def dequantized(model: torch.nn.Module) -> torch.nn.Module:
+    """`model` with plain weights in its dtype. Raises UserError where the kind of its quantisation cannot be undone."""
+    if not getattr(model, "is_quantized", False):
+        return model
+    kind = stored_quantization(model.config)
+    try:
+        return model.dequantize(model.dtype).requires_grad_(False)
+    except (NotImplementedError, ValueError):
+        raise UserError(f"the weights of this model ({kind}) cannot be dequantised; use the model it was made from")

@@ -1,0 +1,286 @@
+"""Forward passes that compute what is used: logits at completion tokens, the prompt's keys and values once.
+
+Why both are exact. The head acts on each position alone, so gathering the N positions that predict a completion token
+before the head gives the same N rows of logits as computing all B x T and gathering afterwards. With causal attention
+the virtual tokens see only themselves, so their keys and values are the same for every row: computing them once and
+expanding over the batch gives the same numbers, and by the chain rule the same gradient (the sum over rows). Sliding
+windows change nothing of that: they take keys away from what a position sees, by its distance, and all p keys of every
+layer are kept, so that the mask decides as it does without a cache.
+"""
+
+import inspect
+import weakref
+from collections.abc import Callable
+from contextlib import contextmanager
+
+import torch
+from torch._subclasses import FakeTensor
+from transformers.cache_utils import Cache, DynamicLayer
+
+from utils.data.batch import Batch, Example, collate
+from utils.errors import UserError, first_line, is_out_of_memory, note_once
+from utils.models.attention import GROUPED, SOFTMAX_LANES
+from utils.models.layers import decoder_of
+
+HEAD_ROWS = 16384  # words of the head that are converted to float32 at a time
+_OBSTACLES = weakref.WeakKeyDictionary()  # {model: why its prompt cannot be shared by the rows of a batch, or None}
+
+
+def completion_logits(model, batch, prompt=None, reference=None, reference_head=None):
+    """Logits at the positions that predict a completion token, float32, (N, |V|); a pair if `reference` is given.
+
+    model: causal LM. batch: utils.data.Batch. prompt: None, virtual tokens (p, d) to stand in front of every row, or
+    what `prompt_prefix` made of them. reference: hidden states (M, d) as `completion_hidden` gives them; the head
+    maps them in the same call and the second item of the pair is their logits (M, |V|). reference_head: what maps
+    them instead, where the head itself is trained: a frozen copy of it from before.
+    """
+    with _gather_before_head(model, batch, reference, reference_head) as seen:
+        logits = _run(model, batch, prompt, seen).float()
+    return logits if reference is None else logits.split([len(batch.rows), len(reference)])
+
+
+@torch.no_grad()
+def completion_hidden(model, batch):
+    """The head's inputs at the positions that predict a completion token, (N, d), in the model's dtype."""
+    with _gather_before_head(model, batch) as seen:
+        _run(model, batch, None, seen)
+    return seen["hidden"]
+
+
+def prompt_prefix(model, prompt):
+    """Keys and values of the virtual tokens `prompt` (p, d) per layer, for reuse over batches; `prompt` where a layer
+    cannot keep them (chunked attention, recurrent state) or a trial shows other numbers, with a note that says so once.
+    Raises UserError where the model computes something else from embeddings than from tokens."""
+    if model not in _OBSTACLES:
+        obstacle = _obstacle(model)
+        if isinstance(prompt, FakeTensor):  # it has no numbers to compare
+            return prompt if obstacle else _kept(model, prompt)
+        _OBSTACLES[model] = _tried_obstacle(model, obstacle)
+    if _OBSTACLES[model]:
+        note_once(f"the prompt is computed once a row instead of once a batch: {_OBSTACLES[model]}")
+        return prompt
+    return _kept(model, prompt)
+
+
+def _kept(model: torch.nn.Module, prompt: torch.Tensor) -> list | torch.Tensor:
+    """Keys and values of every layer for `prompt` (p, d); `prompt` where the model fills no cache."""
+    cache = Cache(layer_class_to_replicate=_KeptLayer)
+    kept = {_cache_argument(model): cache}
+    own = _cast(model, prompt)[None].clone()  # some models (CTRL) scale what they are given in place
+    model(inputs_embeds=own, **kept, use_cache=True, logits_to_keep=1)
+    return [(layer.keys, layer.values) for layer in cache.layers] or prompt
+
+
+def _obstacle(model):
+    """Why a layer's cache is not just keys and values of all positions; None where every layer's is."""
+    config, text_config = model.config, model.config.get_text_config()
+    kinds = getattr(text_config, "layer_types", None) or []
+    other = sorted(set(kinds) - {"full_attention", "sliding_attention"})
+    if other:
+        return f"{config.model_type} has layers of the kind {other[0]}"
+    if getattr(model, "_is_stateful", False) or getattr(text_config, "num_kv_shared_layers", None):
+        return f"{config.model_type} keeps another state than keys and values per layer"
+    return None
+
+
+@torch.no_grad()
+def trial(model: torch.nn.Module, name: str) -> torch.Tensor:
+    """Completion logits (5, |V|) of two short rows, for comparison with other ways to compute them.
+
+    Raises UserError where `name` is no causal language model: a later token changes what an earlier position predicts,
+    or its head does not map each position on its own.
+    """
+    batch = _trial_batch(model)
+    try:
+        every = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False).logits
+        expected = every[batch.rows, batch.positions].float()
+    except Exception as error:  # whatever an architecture raises that wants more than text
+        if is_out_of_memory(error):
+            raise
+        raise UserError(f"{name} cannot read plain text ({first_line(error)}); use a causal language model")
+    first, last = (expected[i] - expected[i + 2] for i in (0, 1))  # one prompt, different completions
+    if first.norm() > 0.1 * last.norm():
+        raise UserError(
+            f"{name} is not causal: later tokens change what its earlier positions predict; use a causal language model"
+        )
+    if not same_logits(model, batch, expected):
+        raise UserError(f"{name} has no head that maps each position on its own; use another causal language model")
+    return expected
+
+
+@torch.no_grad()
+def same_logits(model: torch.nn.Module, batch: Batch, expected: torch.Tensor, prompt: object = None) -> bool:
+    """Whether `completion_logits` gives `expected` (N, |V|) up to rounding; False also where it raises."""
+    logits = _attempt(lambda: completion_logits(model, batch, prompt))
+    if logits is None or logits.shape != expected.shape:
+        return False
+    tolerance = torch.finfo(model.dtype).eps ** 0.5 * (expected - expected.mean()).norm()
+    return not (logits - expected).norm() > tolerance  # NaN, of an overflow, is refused elsewhere
+
+
+def same_as_trial(model: torch.nn.Module, expected: torch.Tensor) -> bool:
+    """Whether `model` still gives what `trial` returned."""
+    return same_logits(model, _trial_batch(model), expected)
+
+
+def _trial_batch(model: torch.nn.Module, start: int = 0) -> Batch:
+    """Two rows of the same 6 prompt tokens, those from `start` on, with different completions of 2 and 3 tokens."""
+    size = model.get_input_embeddings().weight.shape[0]
+    ids = [(5 + i) % size for i in range(11)]
+    examples = [Example(tuple(ids[start:6]), tuple(completion)) for completion in (ids[6:8], ids[8:])]
+    return collate(examples, 0, model.device)
+
+
+@torch.no_grad()
+def _tried_obstacle(model: torch.nn.Module, obstacle: str | None) -> str | None:
+    """`obstacle`, or what a trial of the shared prompt shows. Raises UserError where the model cannot take embeddings
+    in place of tokens, or gives other numbers for them."""
+    kind, rest = model.config.model_type, _trial_batch(model, 3)
+    embedded = model.get_input_embeddings()(_trial_batch(model).input_ids[0, :6])
+    tokens, virtual = embedded[:3], (embedded[:3] + embedded[3:]) / 2  # the latter are those of no token
+    expected = _attempt(lambda: completion_logits(model, rest, virtual))
+    if expected is None or not same_logits(model, rest, completion_logits(model, _trial_batch(model)), tokens):
+        raise UserError(f"{kind} takes no embeddings in place of tokens, which a prompt is; use another model")
+    if obstacle:
+        return obstacle
+    kept = _attempt(lambda: _kept(model, virtual))
+    if kept is None or isinstance(kept, torch.Tensor):
+        return f"{kind} keeps no keys and values"
+    exact = same_logits(model, rest, expected, kept)
+    return None if exact else f"{kind} does not continue its keys and values exactly"
+
+
+def _attempt(work: Callable) -> object:
+    """What `work()` returns; None where the architecture trips over it (wrong shapes, arguments it does not have)."""
+    try:
+        return work()
+    except Exception as error:
+        if is_out_of_memory(error):
+            raise
+        return None
+
+
+class _KeptLayer(DynamicLayer):
+    """One layer's keys and values of the pass that it is given to, all of them (a configuration's own cache drops those
+    that have left the sliding window)."""
+
+    def update(self, keys, values, *args, **kwargs):
+        self.keys, self.values, self.is_initialized = keys, values, True
+        return keys, values
+
+
+class _PrefixLayer(DynamicLayer):
+    """One layer's keys and values of the virtual tokens, (1, heads, p, width), in front of every row of a batch; for
+    grouped_attention also what that needs behind them, which saves it a copy."""
+
+    def __init__(self, keys, values, config):
+        super().__init__()
+        self.keys, self.values, self.is_initialized = keys, values, True
+        self.dtype, self.device, self.config = keys.dtype, keys.device, config
+
+    def update(self, keys, values, *args, **kwargs):
+        return tuple(self._around(*pair) for pair in ((self.keys, keys), (self.values, values)))
+
+    def _around(self, kept, new):
+        size, heads, length, width = new.shape
+        parts = [kept.expand(size, -1, -1, -1), new]
+        if self.config._attn_implementation == GROUPED:
+            parts.append(new.new_zeros(()).expand(size, heads, -(kept.shape[2] + length) % SOFTMAX_LANES, width))
+        return torch.cat(parts, dim=-2)
+
+
+def _run(model, batch, prompt, seen):
+    if prompt is None:
+        return model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False).logits
+    size = len(batch.input_ids)
+    if isinstance(prompt, torch.Tensor):
+        seen["offset"] = len(prompt)
+        embedded = model.get_input_embeddings()(batch.input_ids)
+        virtual = _cast(model, prompt).expand(size, -1, -1)
+        mask = torch.nn.functional.pad(batch.attention_mask, (len(prompt), 0), value=1)
+        inputs = torch.cat([virtual, embedded], dim=1)
+        return model(inputs_embeds=inputs, attention_mask=mask, use_cache=False).logits
+    mask = torch.nn.functional.pad(batch.attention_mask, (prompt[0][0].shape[2], 0), value=1)
+    cache = Cache(layers=[_PrefixLayer(*pair, decoder_of(model).config) for pair in prompt])
+    kept = {_cache_argument(model): cache}
+    return model(input_ids=batch.input_ids, attention_mask=mask, **kept, use_cache=True).logits
+
+
+def _cache_argument(model: torch.nn.Module) -> str:
+    """The name under which `model` takes a cache: transformers renamed it in 5.24, remote code may keep the old one."""
+    return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
+
+
+def _cast(model, prompt):
+    return prompt.to(model.get_input_embeddings().weight.dtype)
+
+
+@contextmanager
+def _gather_before_head(model, batch, reference=None, reference_head=None):
+    """While open, the head sees only hidden states that predict completion tokens, then the rows of `reference`.
+
+    Hooks on the head rather than a second call of it, so that whatever the architecture does after the head (soft
+    caps, scales) still happens. A plain head in half precision (or under autocast) sees no rows at all: its product is
+    taken in float32, see `_float32_product`. Yields a dict: `offset` = virtual tokens in front, set before the pass;
+    `hidden`.
+    """
+    seen = {"offset": 0}
+    head = model.get_output_embeddings()
+    in_float32 = _rounds(head)
+
+    def gather(_, inputs):
+        hidden = inputs[0]  # the head may be on another device than the batch
+        rows, positions = batch.rows.to(hidden.device), batch.positions.to(hidden.device)
+        seen["hidden"] = hidden[rows, positions + seen["offset"]]
+        seen["read"] = seen["hidden"]
+        if reference is not None and reference_head is None:
+            seen["read"] = torch.cat([seen["hidden"], reference.to(hidden)])
+        return (seen["read"][:0] if in_float32 else seen["read"],)
+
+    def multiply(_, inputs, output):
+        logits = _float32_product(head, seen["read"]) if in_float32 else output
+        if reference_head is None:
+            return logits
+        product = _float32_product if in_float32 else torch.nn.Module.__call__
+        return torch.cat([logits, product(reference_head, reference.to(inputs[0])).to(logits)])
+
+    handles = [head.register_forward_pre_hook(gather), head.register_forward_hook(multiply)]
+    try:
+        yield seen
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _rounds(head: torch.nn.Module) -> bool:
+    """Whether a plain linear `head` would round its logits to half precision: in bfloat16 the best two often tie."""
+    if type(head) is not torch.nn.Linear or head.weight.is_meta:  # weights that are elsewhere until the head is called
+        return False
+    return head.weight.dtype != torch.float32 or torch.is_autocast_enabled(head.weight.device.type)
+
+
+def _float32_product(head: torch.nn.Linear, hidden: torch.Tensor) -> torch.Tensor:
+    """Float32 logits (N, |V|) of hidden states (N, d), whatever the dtype of `head`."""
+    with torch.autocast(head.weight.device.type, enabled=False):
+        hidden = hidden.to(head.weight.device).float()
+        if head.weight.requires_grad:
+            logits = hidden @ head.weight.float().T
+        else:
+            logits = _FrozenProduct.apply(hidden, head.weight)
+        return logits if head.bias is None else logits + head.bias.float()
+
+
+class _FrozenProduct(torch.autograd.Function):
+    """hidden (N, d) float32 times a frozen weight (|V|, d) of another dtype, in float32. The weight is converted piece
+    by piece, and again in the backward pass: a float32 copy of it would be larger than all else in a step."""
+
+    @staticmethod
+    def forward(ctx, hidden, weight):
+        ctx.save_for_backward(weight)
+        return torch.cat([hidden @ part.float().T for part in weight.split(HEAD_ROWS)], dim=-1)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        (weight,) = ctx.saved_tensors
+        pairs = zip(gradient.split(HEAD_ROWS, dim=-1), weight.split(HEAD_ROWS))
+        return sum(part_gradient @ part.float() for part_gradient, part in pairs), None

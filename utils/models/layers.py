@@ -1,0 +1,107 @@
+"""The layers of a causal language model: finding them, watching them, checkpointing and compiling them."""
+
+from contextlib import contextmanager
+from functools import partial
+
+import torch
+from torch.utils.checkpoint import checkpoint
+from transformers import PreTrainedModel
+from transformers.cache_utils import Cache
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from utils.errors import UserError
+
+
+def decoder_of(model: torch.nn.Module) -> torch.nn.Module:
+    """The layers of a causal LM with what is around them, without its head. transformers looks for an attribute named
+    decoder, which in some architectures is part of the head."""
+    found = model.get_decoder()
+    return found if isinstance(found, PreTrainedModel) else model.base_model
+
+
+def kept_positions(*arguments: object) -> int:
+    """How many positions the cache among a module's `arguments` holds, whatever the argument is called; 0 without."""
+    cache = next((value for value in arguments if isinstance(value, Cache)), None)
+    return 0 if cache is None else cache.get_seq_length()
+
+
+class _Enough(Exception):
+    """Ends a pass that has given what was asked of it."""
+
+
+@contextmanager
+def record_activations(layer, until=None):
+    """While open, every pass leaves the output (B, T, d) of module `layer` in the yielded dict under `activations`.
+
+    until: None, or the module that the pass reaches next; there it ends, and with it this context: what would follow
+    has no share in the activations or in their gradient.
+    """
+    seen = {}
+
+    def keep(_, inputs, output):
+        seen["activations"] = output if isinstance(output, torch.Tensor) else output[0]
+
+    def stop(*_):
+        raise _Enough
+
+    handles = [layer.register_forward_hook(keep)]
+    if until is not None:
+        handles.append(until.register_forward_pre_hook(stop))
+    try:
+        yield seen
+    except _Enough:
+        pass
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def checkpoint_layers(model):
+    """Gradient checkpointing: every decoder layer of `model` keeps its inputs only and computes the rest again when the
+    gradient comes by (same numbers, random state included). Raises UserError where the architecture does not say which
+    its layers are.
+
+    transformers' own switch does not serve: it works in training mode only, which turns dropout on in a frozen model,
+    and it takes the cache away from a layer, so nothing could be shared between rows.
+    """
+    layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+    if not layers:
+        raise UserError(f"{model.config.model_type} cannot be checkpointed; leave out --gradient_checkpointing")
+    inner = {id(part) for layer in layers for part in layer.modules() if part is not layer}
+    for layer in layers:
+        if id(layer) not in inner:
+            layer.forward = partial(_checkpointed, layer.forward, model.config)
+
+
+def compile_decoder(model, backend="inductor"):
+    """`--compile`: the layers of `model` become fused kernels when they first run, for all batch sizes and lengths at
+    once (adapters that are put into them before that included). Parameters, their names and what is saved stay.
+
+    The decoder as a whole, not layer by layer: a layer reads its own number in the cache, so that nothing compiled for
+    one serves the next. What stands behind it (the head, which sees only some positions) is left alone.
+    """
+    decoder_of(model).compile(backend=backend, dynamic=True)
+
+
+def _checkpointed(forward, config, *args, **kwargs):
+    if not torch.is_grad_enabled():
+        return forward(*args, **kwargs)
+    attention = config._attn_implementation  # the second time, `_attention_by_width` may have chosen for another pass
+
+    def again(*args, **kwargs):
+        if config._attn_implementation != attention:
+            config._attn_implementation = attention
+        return forward(*args, **kwargs)
+
+    return checkpoint(again, *args, use_reentrant=False, **kwargs)
+
+
+def decoder_layers(model):
+    """The model's transformer layers, first to last: the list of modules as long as its configuration says. Raises
+    UserError where there is none."""
+    n = model.config.get_text_config().num_hidden_layers
+    lists = (m for m in model.modules() if isinstance(m, torch.nn.ModuleList) and len(m) == n)
+    layers = next(lists, None)
+    if layers is None:
+        raise UserError(f"{model.config.model_type} has no list of its {n} layers, which rmu needs; use another method")
+    return layers

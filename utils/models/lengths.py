@@ -1,0 +1,40 @@
+"""What fits a model: positions and tokens that it knows."""
+
+from utils.errors import UserError
+
+
+def check_length(config, n_tokens, p, spare=0):
+    """Raise UserError if rows of `n_tokens` behind `p` virtual tokens do not fit the position range of a model with
+    this configuration.
+
+    spare: how many of these tokens --max_length does not count.
+    """
+    limit = position_limit(config)
+    if limit and n_tokens + p > limit:
+        raise UserError(
+            f"the longest row has {n_tokens} tokens and the prompt {p}, but the model has {limit} positions; "
+            f"use --max_length={limit - p - spare} or less"
+        )
+
+
+def check_tokens(config: object, tokenizer: object, examples: list) -> None:
+    """Raise UserError if an example holds a token for which a model with this configuration has no embedding."""
+    size = vocabulary_size(config)
+    if len(tokenizer) <= size:
+        return
+    largest = max((max(*example.prompt, *example.completion) for example in examples), default=0)
+    if largest >= size:
+        raise UserError(
+            f"a text holds token {largest} ({tokenizer.convert_ids_to_tokens(largest)!r}), but the model knows {size}; "
+            "take it out of the texts, or give the model its own tokenizer"
+        )
+
+
+def vocabulary_size(config: object) -> float:
+    """How many tokens a model with this configuration has embeddings for; infinite where it does not say."""
+    return getattr(config.get_text_config(), "vocab_size", None) or float("inf")
+
+
+def position_limit(config):
+    """The number of positions that a model's configuration names, or None."""
+    return getattr(config.get_text_config(), "max_position_embeddings", None)

@@ -1,0 +1,93 @@
+"""What the JSON of every checkpoint and record must look like. Other formats lie beside the code that reads them."""
+
+from typing import Annotated, ClassVar
+
+from pydantic import ConfigDict, Field, RootModel, model_validator
+
+from utils.storage.schemas import Amount, Count, Digest, Open, Schema, Seed, Share, Text
+
+SPLITS = ("train_retain", "train_forget", "test_retain", "test_forget")
+
+
+class Scores(Open):
+    """Of one split: what every table shows."""
+
+    accuracy: Share
+    f1: Share
+    out_of_label: Share
+
+
+class Cost(Open):
+    """utils.training.Training.cost."""
+
+    steps: Count
+    seconds_per_step: Amount | None
+    peak_memory_bytes: Annotated[int, Field(ge=0)]
+
+
+class Record(Open):
+    """One evaluation, as utils.metrics.record writes it."""
+
+    what = "record of scores"
+    method: Text
+    splits: dict[str, Scores]
+    training: Cost | None = None
+
+    @model_validator(mode="after")
+    def _has_every_split(self) -> "Record":
+        if missing := [split for split in SPLITS if split not in self.splits]:
+            raise ValueError(f"{missing[0]} is missing")
+        return self
+
+
+class Parent(Schema):
+    path: Text
+    sha256: Digest
+
+
+class Arguments(Open):
+    """The command's own; those that are used again."""
+
+    dataset: Text
+    exclude_forget: bool = False
+    unlearn_method: Text | None = None
+    eco_classifier: Text = "tfidf"
+    forget_size: Annotated[float, Field(gt=0, le=1)] = 1.0
+    max_train_samples: Count | None = None
+    forget_share: Annotated[float, Field(gt=0, le=1)] | None = None
+    forget_only: Text | None = None
+    rows_seed: Seed | None = None
+    validation_share: Annotated[float, Field(gt=0, le=1)] | None = None
+    final: bool | None = None
+
+
+class Manifest(Open):
+    """manifest.json. Earlier versions lack `version`, `base`, `label_words` and `training`."""
+
+    what, remedy = "manifest of this project", "train the checkpoint again"
+    kind: Text
+    version: Annotated[int, Field(ge=1, le=2)] = 1
+    parent: Parent
+    base: Text = ""
+    arguments: Arguments
+    data_fingerprint: Digest
+    label_words: Annotated[list[Text], Field(min_length=1)] = []
+    seed: Seed
+    files: dict[Text, Digest]
+    training: Cost | None = None
+    metrics: list[Record] | None = None
+
+
+class Records(RootModel[Annotated[list[Record], Field(min_length=1)]]):
+    """metrics.json."""
+
+    model_config = ConfigDict(strict=True)
+    what: ClassVar[str] = "list of scores"
+    remedy: ClassVar[str] = "delete its folder and start again"
+
+
+class Index(Open):
+    """model.safetensors.index.json, which is not ours."""
+
+    what, remedy = "index of weights", "restore it"
+    weight_map: dict[Text, Text]

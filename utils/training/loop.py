@@ -1,0 +1,266 @@
+"""The optimisation loop that the training scripts share: one step, one log line, one resumable state file."""
+
+import itertools
+import json
+import math
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from tqdm import tqdm
+from transformers import get_cosine_schedule_with_warmup
+
+from utils import distributed
+from utils.data.batch import epoch_batches
+from utils.distributed import peak_memory
+from utils.errors import UserError
+from utils.storage.files import new_file
+from utils.storage.reading import Like, read_tensors, tensors_sha256
+from utils.training.state import State, read_state, refuse_other_settings, saved_arguments
+
+
+@dataclass
+class Training:
+    """What to train and how.
+
+    parameters: {name: float32 Parameter}. examples: list of utils.data.Example. loss: function(rows, n_forget,
+    n_retain) -> (scalar with gradient, {part: scalar}), where `rows` is a micro-batch of row numbers and the counts are
+    those of the whole step, so that micro-batches add up to the step exactly. chain: Links of the frozen model.
+    state_path: the file that holds everything needed to continue. evaluate: function() -> {split: accuracy}, called
+    every args.eval_steps.
+    `cost`, after `run`: {"steps", "seconds_per_step" (median), "peak_memory_bytes"}.
+
+    Started by `accelerate launch`, every process runs the same Training; the rows of a step are shared out
+    (utils.processes), which changes no result but for the order of float additions and the places that dropout draws.
+    """
+
+    parameters: dict
+    examples: list
+    loss: object
+    args: object
+    state_path: Path
+    fingerprint: str
+    chain: list
+    warmup: float
+    evaluate: object = None
+    cost: dict | None = None
+
+    @property
+    def settings(self):
+        """What must be the same for a resumed run: the arguments, the data and the model."""
+        models = [link.sha256 for link in self.chain]
+        return {**saved_arguments(self.args), "data": self.fingerprint, "model": models}
+
+    def total_steps(self):
+        steps = self.args.num_epochs * len(self._batches(0))
+        limits = self.args.max_steps, self._steps_in(getattr(self.args, "max_rows", None))
+        return min([steps, *filter(None, limits)])
+
+    def _steps_in(self, max_rows: int | None) -> int | None:
+        """How many steps read at most so many rows, the first in any case: the last batch of an epoch may be small."""
+        if max_rows is None:
+            return None
+        batches = itertools.chain.from_iterable(map(self._batches, itertools.count()))
+        read = itertools.accumulate(len(rows) for rows in batches)
+        return max(1, sum(1 for _ in itertools.takewhile(lambda rows: rows <= max_rows, read)))
+
+    def steps_from(self, done):
+        """(step, row numbers of its batch) for every step after `done`."""
+        per_epoch, total = len(self._batches(0)), self.total_steps()
+        for epoch in range(done // per_epoch, math.ceil(total / per_epoch)):
+            for i, rows in enumerate(self._batches(epoch)):
+                if done <= epoch * per_epoch + i < total:
+                    yield epoch * per_epoch + i + 1, rows
+
+    def _upcoming(self, done):
+        """What `run` goes through; a benchmark puts its clock and its batches here."""
+        yield from self.steps_from(done)
+
+    def _batches(self, epoch):
+        args = self.args
+        return epoch_batches(
+            self.examples,
+            args.train_batch_size,
+            args.seed,
+            epoch,
+            getattr(args, "forget_per_batch", 0),
+            args.length_pool,
+            getattr(args, "retain_ratio", None),
+        )
+
+    def run(self):
+        """Train to the end; returns the log, a list of {"step", "lr", "loss", parts...} and {"step", "accuracy"}.
+
+        AdamW, cosine schedule with linear warm-up, gradient norm clipped (published: 0.3). Raises UserError on a
+        non-finite loss, and on a state file that belongs to other settings.
+        """
+        args = self.args
+        optimizer = self.optimizer()
+        total = self.total_steps()
+        schedule = get_cosine_schedule_with_warmup(optimizer, math.ceil(self.warmup * total), total)
+        log = self._load(optimizer, schedule) if args.resume else []
+        done = max((line["step"] for line in log), default=0)
+        seen, ahead = (sum(len(rows) for _, rows in self.steps_from(start)) for start in (0, done))
+        bar = tqdm(total=seen, initial=seen - ahead, desc="training", unit="row", dynamic_ncols=True, mininterval=1)
+        rows = None
+        seconds = []
+        for step, rows in self._upcoming(done):
+            if self._may_stop(log):
+                break
+            start = time.perf_counter()
+            distributed.draw_apart(args.seed, step)
+            line = {"step": step, "lr": schedule.get_last_lr()[0], **self.accumulate(rows)}
+            self._refuse_non_finite(line)
+            line["gradient_norm"] = self.update(optimizer, line)
+            schedule.step()
+            seconds.append(time.perf_counter() - start)
+            log.append(line)
+            parts = {key: f"{value:.3f}" for key, value in line.items() if key[:2] in ("L_", "lo")}
+            bar.set_postfix({"step": f"{step}/{total}", **parts}, refresh=False)
+            bar.update(len(rows))
+            if self.evaluate and args.eval_steps and step % args.eval_steps == 0:
+                log.append({"step": step, "accuracy": self.evaluate()})
+                shares = ", ".join(f"{split} {100 * share:.1f}" for split, share in log[-1]["accuracy"].items())
+                bar.write(f"step {step}: accuracy in percent: {shares}")
+            if step % args.save_steps == 0 and step < total:
+                self._save(optimizer, schedule, log)
+        bar.close()
+        if rows:
+            with torch.no_grad():  # no logged loss has seen the last update
+                some = self._share(rows)[: args.micro_batch_size or len(rows)]
+                last = float(self.loss(some, 1, 1)[0]) if some else 0.0
+            self._refuse_non_finite({"step": step, **distributed.all_reduce({"loss": last})})
+            self._save(optimizer, schedule, log)  # evaluation is still to come
+        self.cost = {
+            "steps": max(line["step"] for line in log),
+            "seconds_per_step": round(float(np.median(seconds)), 3) if seconds else None,
+            "peak_memory_bytes": peak_memory(),
+        }
+        return log
+
+    def optimizer(self) -> torch.optim.AdamW:
+        """AdamW over the parameters; `fused` goes over their numbers once."""
+        groups = decay_groups(self.parameters.values(), self.args.weight_decay)
+        return torch.optim.AdamW(groups, lr=self.args.lr, fused=True)
+
+    def update(self, optimizer, line):
+        """One step of the optimizer along the accumulated, clipped gradient, whose norm before clipping it returns."""
+        norm = float(torch.nn.utils.clip_grad_norm_(self.parameters.values(), self.args.max_grad_norm))
+        self._refuse_non_finite({**line, "gradient_norm": norm})
+        optimizer.step()
+        optimizer.zero_grad()
+        return norm
+
+    def _may_stop(self, log):
+        """Whether the forget accuracy that --stop_at_forget_accuracy asks for was reached."""
+        target = getattr(self.args, "stop_at_forget_accuracy", None)
+        last = log[-1] if log else {}
+        return target is not None and "accuracy" in last and last["accuracy"]["train_forget"] <= target
+
+    def accumulate(self, rows):
+        """Accumulate the gradient of one step over its micro-batches, those of all processes; returns the summed loss
+        and parts as floats."""
+        n_forget = sum(self.examples[i].forget for i in rows)
+        own = self._share(rows)
+        size = self.args.micro_batch_size or len(rows)
+        sums = {}
+        for start in range(0, len(own), size):
+            loss, parts = self.loss(own[start : start + size], n_forget, len(rows) - n_forget)
+            loss.backward()
+            for key, value in {"loss": loss, **parts}.items():
+                sums[key] = sums.get(key, 0.0) + float(value.detach())
+        distributed.all_reduce_gradients(self.parameters.values())
+        return distributed.all_reduce(sums)
+
+    def _share(self, rows):
+        return distributed.share(rows, lambda i: len(self.examples[i]))
+
+    def _refuse_non_finite(self, line):
+        bad = [key for key, value in line.items() if not math.isfinite(value)]
+        if bad:
+            saved = f"; the last saved state is {self.state_path}" if self.state_path.exists() else ""
+            raise UserError(
+                f"{bad[-1]} became {line[bad[-1]]} at step {line['step']}, the loss is not finite; "
+                f"lower --lr (now {self.args.lr}) or use --dtype=float32{saved}"
+            )
+
+    # The state is one safetensors file replaced in one step, so that a kill leaves the old one or the new one.
+
+    def _save(self, optimizer, schedule, log):
+        if not distributed.is_main():
+            return
+        tensors = {f"parameter.{name}": value.detach() for name, value in self.parameters.items()}
+        states = optimizer.state_dict()["state"]
+        for name, i in self._numbers(optimizer).items():
+            tensors |= {f"optimizer.{name}.{key}": value for key, value in states.get(i, {}).items()}
+        tensors["rng.cpu"] = torch.get_rng_state()
+        if torch.cuda.is_available():
+            tensors["rng.cuda"] = torch.cuda.get_rng_state()
+        tensors = {key: value.cpu().contiguous() for key, value in tensors.items()}
+        text = {"settings": self.settings, "schedule": schedule.state_dict(), "log": log}
+        text["sha256"] = tensors_sha256(tensors)
+        with new_file(self.state_path) as file:
+            save_file(tensors, file, {key: json.dumps(value) for key, value in text.items()})
+
+    def _numbers(self, optimizer: torch.optim.Optimizer) -> dict[str, int]:
+        """Under which number the optimizer keeps what it knows of each parameter, by the parameter's name."""
+        names = {id(parameter): name for name, parameter in self.parameters.items()}
+        ordered = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        return {names[id(parameter)]: i for i, parameter in enumerate(ordered)}
+
+    def _load(self, optimizer, schedule):
+        text = read_state(self.state_path)
+        refuse_other_settings(self.state_path, text, self.settings)
+        tensors = self._read_tensors(text["sha256"])
+        states, numbers = {}, self._numbers(optimizer)
+        for key, value in tensors.items():
+            kind, _, rest = key.partition(".")
+            if kind == "parameter":
+                self.parameters[rest].data.copy_(value)
+            elif kind == "optimizer":
+                name, _, quantity = rest.rpartition(".")
+                states.setdefault(numbers[name], {})[quantity] = value
+        optimizer.load_state_dict({"state": states, "param_groups": optimizer.state_dict()["param_groups"]})
+        schedule.load_state_dict(text["schedule"])
+        for group, lr in zip(optimizer.param_groups, schedule.get_last_lr()):
+            group["lr"] = lr
+        torch.set_rng_state(tensors["rng.cpu"])
+        if "rng.cuda" in tensors and torch.cuda.is_available():
+            torch.cuda.set_rng_state(tensors["rng.cuda"])
+        print(f"continuing {self.state_path} after step {text['log'][-1]['step']}")
+        return text["log"]
+
+    def _read_tensors(self, sha256: str) -> dict[str, torch.Tensor]:
+        """The tensors of the state: every parameter, what AdamW keeps of those that had a gradient, the random state.
+
+        sha256: what was recorded of them.
+        """
+        with safe_open(self.state_path, "pt") as file:
+            found = set(file.keys())
+        expected = {"rng.cpu": Like(tuple(torch.get_rng_state().shape), ("uint8",))}
+        if "rng.cuda" in found:
+            expected["rng.cuda"] = Like((None,), ("uint8",))
+        for name, parameter in self.parameters.items():
+            like = Like(tuple(parameter.shape), (str(parameter.dtype).removeprefix("torch."),))
+            expected[f"parameter.{name}"] = like
+            if f"optimizer.{name}.step" in found:
+                expected |= {f"optimizer.{name}.{key}": like for key in ("exp_avg", "exp_avg_sq")}
+                expected[f"optimizer.{name}.step"] = Like(())
+        tensors = read_tensors(self.state_path, expected, "state of this training", State.remedy)
+        if tensors_sha256(tensors) != sha256:
+            raise UserError(f"{self.state_path} is damaged (its hash differs); start over with --overwrite")
+        return tensors
+
+
+def decay_groups(parameters: Iterable[torch.nn.Parameter], weight_decay: float) -> list[dict]:
+    """Parameter groups of an optimizer: matrices decay; biases and the weights of norms do not, as in Trainer, which
+    the published code uses."""
+    kinds = {weight_decay: [], 0.0: []}
+    for parameter in parameters:
+        kinds[weight_decay if parameter.ndim > 1 else 0.0].append(parameter)
+    return [{"params": kind, "weight_decay": decay} for decay, kind in kinds.items()]

@@ -1,0 +1,185 @@
+"""What the frozen model itself computes on training rows, once, before any training: the reference of a loss."""
+
+import contextlib
+import hashlib
+import itertools
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from tqdm import tqdm
+
+from utils import distributed
+from utils.data.batch import collate
+from utils.data.load import dataset_name
+from utils.data.select import fingerprint
+from utils.errors import UserError, first_line
+from utils.models.forward import completion_hidden, completion_logits
+from utils.models.layers import record_activations
+from utils.storage import files, schemas
+from utils.storage.reading import FLOATS, Like, parse_json, read_tensors, regular_file, tensors_sha256
+from utils.storage.schemas import Digest, Schema
+from utils.unlearning.losses import token_nll
+
+FOLDER = "saved_logits"
+
+
+class Reference:
+    """One vector per token of some examples: `values` (N, d) lists them in order, `sizes` {example number: tokens}.
+    They stay on the CPU: RMU's are the activations at every token of the data."""
+
+    def __init__(self, values, sizes):
+        self.values = values
+        self._spans, start = {}, 0
+        for i, size in sizes.items():
+            self._spans[i] = (start, start + size)
+            start += size
+
+    def has(self, row):
+        return row in self._spans
+
+    def examples(self, examples):
+        """Those of `examples` that have vectors here."""
+        return [examples[i] for i in self._spans]
+
+    def of(self, rows):
+        """The vectors (M, d) of those among the example numbers `rows` that have any, in that order, on the CPU."""
+        spans = [self.values[slice(*self._spans[i])] for i in rows if i in self._spans]
+        return torch.cat([self.values[:0], *spans])
+
+
+def hidden_states(loaded, batch):
+    """The head's inputs where completion tokens are predicted (N, d): d numbers instead of |V| logits."""
+    return completion_hidden(loaded.model, batch)
+
+
+@torch.no_grad()
+def completion_nll(loaded, batch):
+    """- log f of every completion token, (N, 1)."""
+    return token_nll(completion_logits(loaded.model, batch), batch.targets)[:, None]
+
+
+def activations_of(layer, until=None):
+    """The measure that gives the outputs of module `layer` at every real token, (tokens, d). until: see
+    utils.forward.record_activations."""
+
+    @torch.no_grad()
+    def activations(loaded, batch):
+        with record_activations(layer, until) as seen:
+            completion_hidden(loaded.model, batch)
+        return seen["activations"].to(batch.rows.device)[batch.attention_mask.bool()]
+
+    return activations
+
+
+def token_counts(examples, rows, measure):
+    """{example number: vectors that `measure` gives for it}, for the numbers `rows`."""
+    every = measure.__name__ == "activations"
+    return {i: len(examples[i]) if every else len(examples[i].completion) for i in rows}
+
+
+def try_place(args):
+    """Raise UserError where a reference can neither be written nor, perhaps, read."""
+    path = Path(args.logits_path or f"{FOLDER}/any.safetensors")
+    try:
+        distributed.on_main(lambda: files.try_to_write(path))
+    except UserError:
+        if not any(other.exists() for other in ([path] if args.logits_path else path.parent.glob("*.safetensors"))):
+            raise
+
+
+def load_reference(loaded, examples, rows, frames, args, measure=hidden_states, settings=None):
+    """The Reference of the examples number `rows` under `measure`, from its file, computed first if there is none.
+
+    measure: function(loaded, batch) -> (N, d). frames: {split: DataFrame} that the rows come from. settings: what else
+    the numbers depend on, as JSON. The file is args.logits_path or saved_logits/<model>-<dataset>-<key>; it stores the
+    key: all that the numbers depend on. It is memory-mapped: a step reads the pages of its rows, not the whole. Raises
+    UserError when the file there has another key.
+    """
+    key = {
+        "model": [link.sha256 for link in loaded.chain],
+        "data": fingerprint(frames),
+        "max_length": args.max_length,
+        "dtype": str(loaded.model.dtype),
+        "quantity": [measure.__name__, settings],
+        "tokenisation": _digest([(examples[i].prompt, examples[i].completion) for i in rows]),
+    }
+    name = f"{loaded.chain[-1].path.name}-{dataset_name(args.dataset)}-{_digest(key)[:12]}.safetensors"
+    path = Path(args.logits_path or f"{FOLDER}/{name}")
+    sizes = token_counts(examples, rows, measure)
+    if not distributed.broadcast(path.exists()):
+        _write(path, key, lambda: _compute(loaded, examples, sizes, args.eval_batch_size, measure))
+    found = _recorded(path)
+    different = [name for name in key if found["key"].get(name) != key[name]]
+    if different:
+        raise UserError(f"{path} was computed for another {different[0]}; delete it or pass another --logits_path")
+    like = Like((sum(sizes.values()), None), FLOATS)
+    tensors = read_tensors(path, {"values": like}, "reference of these rows", ReferenceText.remedy)
+    if tensors_sha256(tensors) != found["sha256"]:
+        raise UserError(f"{path} is damaged (its hash differs); {ReferenceText.remedy}")
+    return Reference(tensors["values"], sizes)
+
+
+def _recorded(path: Path) -> dict:
+    """What the reference file `path` records of itself, as schemas.Reference has it."""
+    try:
+        with safe_open(regular_file(path), "pt") as file:
+            found = file.metadata() or {}
+    except (OSError, SafetensorError) as error:
+        what, remedy = ReferenceText.what, ReferenceText.remedy
+        raise UserError(f"{path} is no {what} or is damaged ({first_line(error)}); {remedy}")
+    found = {name: parse_json(value, path) if name == "key" else value for name, value in found.items()}
+    return schemas.check(found, ReferenceText, path)
+
+
+def _digest(value):
+    return hashlib.sha256(json.dumps(value).encode()).hexdigest()
+
+
+def _compute(loaded, examples, sizes, batch_size, measure):
+    """The vectors (N, d) of the examples in `sizes`, in that order."""
+    order = sorted(sizes, key=lambda i: len(examples[i]))
+    starts = dict(zip(sizes, itertools.accumulate(sizes.values(), initial=0)))
+    result = None
+    with tqdm(total=len(order), desc="reference", unit="row", dynamic_ncols=True, mininterval=1) as progress:
+        batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+        for rows, n_rows in distributed.deal(batches):
+            own = {}
+            if rows:
+                batch = collate([examples[i] for i in rows], loaded.pad_id, loaded.model.device)
+                values = measure(loaded, batch).cpu()
+                own = dict(zip(rows, values.split([sizes[i] for i in rows])))
+            for i, vectors in (item for part in distributed.all_gather(own) for item in part.items()):
+                if result is None:
+                    result = vectors.new_empty(sum(sizes.values()), vectors.shape[1])
+                result[starts[i] : starts[i] + sizes[i]] = vectors
+            progress.update(n_rows)
+    return result
+
+
+def _write(path, key, compute):
+    """Put what `compute()` gives into the file `path`, unless another run has done that meanwhile; it is waited for."""
+    with files.workplace(path, wait=True) if distributed.is_main() else contextlib.nullcontext() as place:
+        if distributed.broadcast(path.exists()):
+            return
+        values = compute()
+        if place:
+            tensors = {"values": values.contiguous()}
+            recorded = {"key": json.dumps(key), "sha256": tensors_sha256(tensors)}
+            save_file(tensors, place / files.NEW, recorded)
+            files.publish(place, path)
+    distributed.all_gather(None)  # the others wait for the file
+
+
+# APPENDED from schemas
+
+
+class ReferenceText(Schema):
+    """The text in a file of reference quantities. key: all that they depend on; sha256: of its tensors."""
+
+    what, remedy = "file of reference logits", "delete it or pass another --logits_path"
+    key: dict[str, Any]
+    sha256: Digest
