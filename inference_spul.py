@@ -6,18 +6,14 @@ Several paths after --model_checkpoints give one table. Writes metrics.json and 
 saved_results/<checkpoint>-<dataset>, or to --output_path.
 """
 
-import dataclasses
 import hashlib
-import json
 import os
-import sys
 from pathlib import Path
 from time import perf_counter
 
-from utils import arguments, cli
-from utils.errors import UserError, note_once
+from utils import cli
+from utils.errors import note_once
 
-PRINTED_TOGETHER = 4  # batches of new texts: sorted by length among them they are padded less
 LONGEST_NAME = 150  # characters of a default output folder
 PREDICTION_COLUMNS = [
     "method", "checkpoint", "split", "text", "label_text", "prediction", "correct", "label_prediction",
@@ -26,6 +22,8 @@ PREDICTION_COLUMNS = [
 
 
 def parse_args():
+    from utils import arguments
+
     parser = cli.ArgumentParser(__doc__)
     parser.add_argument(
         "--model_checkpoints", type=cli.path, nargs="+", required=True, help="what spul.py or qlora.py wrote, or models"
@@ -115,120 +113,36 @@ def evaluate(args, frames, words):
     """One record per checkpoint, and a DataFrame with one prediction per checkpoint and row."""
     import pandas as pd
 
-    from utils.evaluation.record import make_record, with_distances
-    from utils.evaluation.run import check_rows, evaluate_splits, note_other_length
+    from utils import job
+    from utils.evaluation.record import make_record, method_names, with_distances
+    from utils.evaluation.run import check_served, evaluate_splits, note_other_length, note_other_rows
+    from utils.interventions.router import find_router, routed
     from utils.interventions.served import load_served
+    from utils.models.chain import resolve_chain
 
-    chains = resolve(args)
-    router = find_router(args, chains)
-    note_other_rows(args, chains, frames)
+    settings = job.settings_of(args)
+    chains = [resolve_chain(name, args.trust_remote_code, args.parent_path) for name in args.model_checkpoints]
+    router = find_router(args.router, chains, settings.model, args.parent_path, args.force)
+    note_other_rows(chains, frames, args.forget_size)
     records, predictions, names = [], [], method_names(chains)
+    texts = [text for frame in frames.values() for text in frame["text"]]
     for method, name in zip(names, args.model_checkpoints):
-        loaded = load_served(name, args, args.parent_path)
-        check_rows(
-            loaded.model.config,
-            loaded.tokenizer,
-            frames,
-            args,
-            0 if loaded.prompt is None else len(loaded.prompt),
-            loaded.template,
-        )
-        note_other_length(loaded, frames, args)
-        variants = {method: loaded}
-        if router and loaded.prompt is not None:
-            variants[f"{method} + router"] = routed(loaded, router, args)
+        served = load_served(name, settings.model, args.parent_path, args.max_length)
+        check_served(served, frames, args.max_length)
+        note_other_length(served, texts, args.max_length)
+        variants = {method: served}
+        if router and served.chain[-1].kind == "prompt":
+            variants[f"{method} + router"] = routed(served, router, settings.model, args.max_length)
         for variant, model in variants.items():
-            start = perf_counter()
-            splits, rows = evaluate_splits(model, frames, words, args, variant)
-            training = (loaded.chain[-1].manifest or {}).get("training")
-            entry = make_record(variant, name, loaded.base_name, args, splits, perf_counter() - start, training)
-            records.append({**entry, "seed": (loaded.chain[-1].manifest or entry)["seed"]})
-            columns = [*PREDICTION_COLUMNS, *(["flagged", "gate_probability"] if model.gate else [])]
+            start, manifest = perf_counter(), model.manifest
+            splits, rows = evaluate_splits(model, frames, words, settings.evaluation, variant)
+            seconds, training = perf_counter() - start, manifest.get("training")
+            entry = make_record(variant, name, model.base_name, settings.evaluation, splits, seconds, training)
+            records.append({**entry, "seed": manifest.get("seed", entry["seed"])})
+            columns = [*PREDICTION_COLUMNS, *(["flagged", "gate_probability"] if model.is_gated else [])]
             predictions.append(rows.assign(method=variant, checkpoint=str(name))[columns])
-        del loaded, model, variants  # two models need not fit at once
+        del served, model, variants  # two models need not fit at once
     return with_distances(records, predictions), pd.concat(predictions, ignore_index=True)
-
-
-def resolve(args):
-    """The chain of Links of every checkpoint."""
-    from utils.models.chain import resolve_chain
-
-    return [resolve_chain(name, args.trust_remote_code, args.parent_path) for name in args.model_checkpoints]
-
-
-def note_other_rows(args, chains, frames):
-    """Say which checkpoints were trained on other rows than those that the train columns of the table are about."""
-    from utils.data.select import learnt_by
-
-    for chain in chains:
-        manifest = chain[-1].manifest
-        if manifest is None or (chain[-1].kind == "lora" and args.forget_size < 1):  # it knows more rows than these
-            continue
-        if not learnt_by(manifest, frames):
-            note_once(
-                f"{chain[-1].path} was trained on other rows than the train columns show; give this command the "
-                "--dataset, --max_train_samples, --forget_share, --forget_only, --rows_seed, --validation_share and "
-                "--forget_size of its training"
-            )
-
-
-def find_router(args, chains):
-    """The Link of --router, or None. Raises UserError unless it fits every prompt among the `chains`."""
-    from utils.models.chain import resolve_chain
-
-    if not args.router:
-        return None
-    prompts = [chain for chain in chains if chain[-1].kind == "prompt"]
-    if not prompts:
-        raise UserError("--router goes in front of a prompt; add what spul.py wrote to --model_checkpoints")
-    *above, link = resolve_chain(args.router, args.trust_remote_code, args.parent_path)
-    if link.kind != "eco":
-        raise UserError(f"{args.router} is no ECO checkpoint; --router takes what baselines.py wrote with eco")
-    for *model, prompt in prompts:
-        if link.manifest["data_fingerprint"] != prompt.manifest["data_fingerprint"] and not args.force:
-            raise UserError(
-                f"the classifier of {args.router} was trained on other data than {prompt.path}; train one on the same "
-                "rows, or take it nevertheless with --force"
-            )
-        reads_states = link.manifest["arguments"].get("eco_classifier") == "features"
-        if reads_states and above[-1].sha256 != model[-1].sha256:
-            raise UserError(
-                f"the classifier of {args.router} reads the hidden states of another model than that of {prompt.path}; "
-                "train one on the same model"
-            )
-    return link
-
-
-def routed(loaded, router, args):
-    """`loaded` with its prompt only in front of the queries that the classifier of the Link `router` flags."""
-    from utils.interventions import eco
-
-    return dataclasses.replace(loaded, gate=eco.load_gate(router, dataclasses.replace(loaded, prompt=None), args))
-
-
-def method_names(chains):
-    """What the table calls each checkpoint. Those of one method carry as much of their paths as tells them apart."""
-    names = []
-    for chain in chains:
-        last = chain[-1]
-        arguments = last.manifest["arguments"] if last.manifest else {}
-        retrained = "retrained" if arguments.get("exclude_forget") else None
-        known = {"model": "base", "lora": "fine-tuned", "prompt": "SPUL"}  # the others carry their method
-        names.append(arguments.get("unlearn_method") or retrained or known[last.kind])
-    paths = [Path(os.path.abspath(chain[-1].name)) for chain in chains]
-    if repeated := [path for path in paths if paths.count(path) > 1]:
-        raise UserError(f"--model_checkpoints names {repeated[0]} more than once; name it once")
-    alike = [[path for other, path in zip(names, paths) if other == name] for name in names]
-    return [
-        f"{name} ({distinct_part(path, among)})" if len(among) > 1 else name
-        for name, path, among in zip(names, paths, alike)
-    ]
-
-
-def distinct_part(path, among):
-    """The shortest end of `path` that no other of `among` ends in."""
-    ends = (Path(*path.parts[-n:]) for n in range(1, len(path.parts)))
-    return next((end for end in ends if sum(other.parts[-len(end.parts) :] == end.parts for other in among) == 1), path)
 
 
 def predict(args, words):
@@ -237,70 +151,28 @@ def predict(args, words):
     Lines appear as they are answered, those of several checkpoints with the last one: two models need not fit at once.
     words: the label words for models that record none of their own.
     """
-    import pandas as pd
-    from tqdm import tqdm
-
+    from utils import job
     from utils.data.load import read_texts
+    from utils.evaluation.predict import answer_rows, variants_of
     from utils.evaluation.run import check_texts, note_other_length
+    from utils.interventions.router import find_router
     from utils.interventions.served import load_served
+    from utils.models.chain import resolve_chain
 
+    settings, several = job.settings_of(args), len(args.model_checkpoints) > 1
     texts = [*(args.text or []), *(read_texts(args.input_file) if args.input_file else [])]
     rows = [{"text": text} for text in texts]
-    size = PRINTED_TOGETHER * args.eval_batch_size
-    parts = [rows[start : start + size] for start in range(0, len(rows), size)]
-    router = find_router(args, resolve(args)) if args.router else None
+    chains = [resolve_chain(name, args.trust_remote_code, args.parent_path) for name in args.model_checkpoints]
+    router = find_router(args.router, chains, settings.model, args.parent_path, args.force)
     for number, name in enumerate(args.model_checkpoints, 1):
-        loaded = load_served(name, args, args.parent_path)
-        own_words = (loaded.chain[-1].manifest or {}).get("label_words", words)
-        check_texts(loaded, texts, own_words, args)
-        note_other_length(loaded, {"new": pd.DataFrame({"text": texts})}, args)
-        prefix = f"{Path(name).name}: " if len(args.model_checkpoints) > 1 else ""
-        variants = {f"{prefix}{variant}": model for variant, model in variants_of(loaded, router, args).items()}
-        with tqdm(total=len(rows), desc="answering", unit="text", disable=len(parts) == 1, mininterval=1) as progress:
-            for part in parts:
-                answer_rows(part, variants, own_words, args)
-                progress.update(len(part))
-                if number == len(args.model_checkpoints):
-                    with tqdm.external_write_mode(file=sys.stdout):
-                        print("\n".join(shown(row, args.json) for row in part), flush=True)
-
-
-def variants_of(loaded, router, args):
-    """{what the answer is called: the model that gives it}: as loaded, and without what unlearning added to it."""
-    plain = dataclasses.replace(loaded, prompt=None, gate=None, corruption=None, marks=None)
-    if loaded.prompt is not None:
-        routers = {"with router": routed(loaded, router, args)} if router else {}
-        return {"without prompt": plain, "with prompt": loaded, **routers}
-    if loaded.corruption is not None:
-        return {"without ECO": plain, "with ECO": loaded}
-    return {"answer": loaded}
-
-
-def answer_rows(rows, variants, words, args):
-    """Put into each of the `rows`, {"text"}, what every one of the `variants` answers."""
-    from utils.evaluation.answering import answer_texts
-
-    texts = [row["text"] for row in rows]
-    for variant, model in variants.items():
-        answers = answer_texts(model, texts, words, args.max_length, args.eval_batch_size)
-        for row, (word, probability) in zip(rows, answers):
-            row[variant] = {"answer": word, "probability": round(probability, 4)}
-        if model.gate is not None:
-            for row, flag, share in zip(rows, *model.gate.decide(texts)):
-                row[variant] |= {"flagged": bool(flag), "gate_probability": round(float(share), 4)}
-
-
-def shown(row, as_json):
-    """One row of answers as a JSON line, or as the text with a line for each answer below it."""
-    if as_json:
-        return json.dumps(row, allow_nan=False)
-    lines = [row["text"]]
-    for variant, value in row.items():
-        if variant != "text":
-            gate = f", gate {100 * value['gate_probability']:.1f} %" if "flagged" in value else ""
-            gate += {True: ": flagged", False: ": let through"}.get(value.get("flagged"), "")
-            lines.append(f"    {variant:15} {value['answer']} ({100 * value['probability']:.1f} %{gate})")
-    return "\n".join(lines)
+        served = load_served(name, settings.model, args.parent_path, args.max_length)
+        own_words = served.manifest.get("label_words", words)
+        check_texts(served, texts, own_words, args.max_length)
+        note_other_length(served, texts, args.max_length)
+        prefix = f"{Path(name).name}: " if several else ""
+        found = variants_of(served, router, settings.model, args.max_length)
+        variants, last = {f"{prefix}{variant}": model for variant, model in found.items()}, len(args.model_checkpoints)
+        answer_rows(rows, variants, own_words, args.max_length, args.eval_batch_size, args.json, number == last)
 
 
 if __name__ == "__main__":

@@ -8,13 +8,13 @@ python qlora.py --dataset=sst2 --model_name=meta-llama/Llama-2-7b-hf \
 Writes a LoRA adapter with manifest, metrics and curves to qlora_checkpoints/<model>-qlora-<dataset>.
 """
 
-from time import perf_counter
-
-from utils import arguments, cli
+from utils import cli
 from utils.errors import UserError
 
 
 def parse_args():
+    from utils import arguments
+
     parser = cli.ArgumentParser(__doc__)
     parser.add_argument("--model_name", type=cli.path, required=True, help="hub id, model folder or .gguf file")
     arguments.add_model_arguments(parser)
@@ -44,89 +44,64 @@ def fine_tune(args, output):
     """Train the adapter, evaluate it and write the Output."""
     import torch
 
-    from utils import distributed, plan
-    from utils.data.batch import collate
-    from utils.data.select import fingerprint, load_rows
+    from utils import job, plan
+    from utils.data.select import load_rows
     from utils.data.splits import TRAIN_SPLITS
-    from utils.evaluation import figures, tables
-    from utils.evaluation.record import make_record
-    from utils.evaluation.run import accuracies, check_rows, evaluate_splits
-    from utils.interventions.served import Loaded
-    from utils.models.adapters import add_lora, save_weights
+    from utils.evaluation.finish import finish
+    from utils.evaluation.run import check_served
+    from utils.interventions.served import Served
+    from utils.models.adapters import LoraSettings, add_lora, save_weights
     from utils.models.base import load_base, load_tokenizer
     from utils.models.chain import resolve_chain
-    from utils.models.forward import completion_logits
     from utils.models.lengths import check_length
-    from utils.storage import checkpoints, outputs
     from utils.tasks.answers import known_answers
     from utils.tasks.classification import label_words
     from utils.tasks.encode import tokenize
-    from utils.training.loop import Training
-    from utils.unlearning import losses
+    from utils.unlearning.objectives import FineTuning
 
-    frames = load_rows(vars(args))
-    words = label_words(frames)
+    settings, lora = job.settings_of(args), cli.take(LoraSettings, args)
+    frames, splits = load_rows(vars(args)), TRAIN_SPLITS[:1] if args.exclude_forget else TRAIN_SPLITS
+
+    def prepare(served, _):
+        known, examples = known_answers(served.tokenizer, label_words(frames)), []
+        for split in splits:
+            texts, labels, forget = frames[split]["text"], frames[split]["label_text"], split == "train_forget"
+            examples += tokenize(served.tokenizer, texts, labels, args.max_length, forget, answers=known)
+        check_length(served.model.config, max(map(len, examples)), 0)
+        model = add_lora(served.model, lora).train()
+        objective = FineTuning(model, examples, served.pad_id)
+        adapted = Served(model, served.tokenizer, served.chain)
+        return plan.Prepared(served=adapted, learner=model, objective=objective, examples=examples)
+
     if args.dry_run:
-        plan.print_plan("lora", args, args.model_name, frames)
+        run = plan.Run(name=args.model_name, prepare=prepare, quantization=args.quantization, **vars(settings))
+        plan.print_plan(run, frames)
     if args.dry_run == "plan":
         return
     chain = resolve_chain(args.model_name, args.trust_remote_code)
     if len(chain) > 1:
         raise UserError(f"{args.model_name} is a checkpoint of this project; --model_name takes a plain model")
     tokenizer = load_tokenizer(chain, args.set_pad_id, args.trust_remote_code)
-    splits = TRAIN_SPLITS[:1] if args.exclude_forget else TRAIN_SPLITS
-    known, examples = known_answers(tokenizer, words), []
-    for split in splits:
-        texts, labels = frames[split]["text"], frames[split]["label_text"]
-        examples += tokenize(tokenizer, texts, labels, args.max_length, split == "train_forget", answers=known)
-
     torch.manual_seed(args.seed)
-    base = load_base(chain[0], args, args.quantization)
-    check_length(base.config, max(map(len, examples)), 0)
-    check_rows(base.config, tokenizer, frames, args)
-    model = add_lora(base, args)
-    parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    print(f"training {sum(p.numel() for p in parameters.values()):,} LoRA parameters on {len(examples):,} rows")
-
-    def loss(rows, n_forget, n_retain):
-        batch = collate([examples[i] for i in rows], tokenizer.pad_token_id, base.device)
-        nll = losses.token_nll(completion_logits(model, batch), batch.targets)
-        return losses.mean_over_rows(nll, n_forget + n_retain), {}
-
-    loaded = Loaded(model, tokenizer, None, chain)
-
-    run = Training(
-        parameters=parameters,
-        examples=examples,
-        loss=loss,
-        args=args,
-        state_path=outputs.state_path(output),
-        fingerprint=fingerprint({split: frames[split] for split in splits}),
-        chain=chain,
-        warmup=0.05,
-        evaluate=lambda: accuracies(loaded, frames, words, args),
-    )
-    model.train()
-    if args.dry_run:
-        return plan.print_probe(run, loaded, frames, words)
-    log = run.run()
-    model.eval()
-
-    records, start = None, perf_counter()
-    if args.max_eval_samples != 0:
-        scores, _ = evaluate_splits(loaded, frames, words, args, "evaluating")
-        method = "retrained" if args.exclude_forget else "fine-tuned"
-        records = [make_record(method, output, args.model_name, args, scores, perf_counter() - start, run.cost)]
-    if not distributed.is_main():
+    base = Served(load_base(chain[0], settings.model, args.quantization), tokenizer, chain)
+    check_served(base, frames, args.max_length)
+    prepared = prepare(base, None)
+    served = prepared.served
+    done = job.train(prepared, lambda: served, frames, output, args, settings, warmup=0.05, trained_on=splits)
+    if done is None:
         return
-    with output.new_folder() as folder:
-        save_weights(model, folder)
+    log, cost = done
+    served.model.eval()
+
+    def write(folder):
+        save_weights(served.model, folder)
         tokenizer.save_pretrained(folder)
-        checkpoints.write_manifest(folder, output, "lora", chain, args, run.fingerprint, words, records, run.cost)
-        figures.write_curves(folder, log)
-    if records:
-        print(tables.table(records))
-    print(f"wrote {output}")
+
+    method = "retrained" if args.exclude_forget else "fine-tuned"
+    finish(
+        output, served, frames, args, settings.evaluation, method=method, kind="lora", write=write,
+        trained_on=splits, cost=cost, log=log,
+    )  # fmt: skip
 
 
 if __name__ == "__main__":

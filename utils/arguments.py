@@ -1,24 +1,19 @@
 """The flags that several scripts share. Defaults are the published ones where the paper or its code gives one."""
 
-from utils.cli import (
-    below_one,
-    fraction,
-    non_negative_float,
-    non_negative_int,
-    path,
-    positive_float,
-    positive_int,
-    seed,
-)
+import argparse
+
+from utils import cli
 
 
-def add_model_arguments(parser):
+def add_model_arguments(parser: cli.ArgumentParser) -> None:
     """What every script needs to load models and rows, and to evaluate."""
     group = parser.add_argument_group("model and data")
     group.add_argument(
-        "--dataset", type=path, default="sst2", help="sst2, yelp, snippets, or a folder with the four splits"
+        "--dataset", type=cli.path, default="sst2", help="sst2, yelp, snippets, or a folder with the four splits"
     )
-    group.add_argument("--max_length", type=positive_int, default=1024, help="most tokens a row may have; text is cut")
+    group.add_argument(
+        "--max_length", type=cli.positive_int, default=1024, help="most tokens a row may have; text is cut"
+    )
     group.add_argument("--set_pad_id", action="store_true", help="pad with the end-of-sequence token")
     group.add_argument(
         "--device", choices=["auto", "cuda", "mps", "cpu", "balanced"], default="auto",
@@ -34,38 +29,40 @@ def add_model_arguments(parser):
         help="auto: SDPA where the model has it, but for short rows on a CPU eager attention without copies",
     )
     group.add_argument("--trust_remote_code", action="store_true", help="run code that comes with the model")
-    group.add_argument("--eval_batch_size", type=positive_int, default=32, help="rows at a time in evaluation")
+    group.add_argument("--eval_batch_size", type=cli.positive_int, default=32, help="rows at a time in evaluation")
     group.add_argument(
-        "--max_eval_samples", type=non_negative_int, help="rows a split of the final evaluation, at most (0: none)"
+        "--max_eval_samples", type=cli.non_negative_int, help="rows a split of the final evaluation, at most (0: none)"
     )
-    group.add_argument("--max_train_samples", type=positive_int, help="train rows to use, forget share kept")
-    group.add_argument("--forget_share", type=fraction, help="share of forget rows among --max_train_samples")
+    group.add_argument("--max_train_samples", type=cli.positive_int, help="train rows to use, forget share kept")
+    group.add_argument("--forget_share", type=cli.fraction, help="share of forget rows among --max_train_samples")
     group.add_argument(
-        "--forget_only", type=path, metavar="FILE",
+        "--forget_only", type=cli.path, metavar="FILE",
         help="leave out forget rows that name nobody of this list (its form: data/snippets/forget_names.txt)",
     )  # fmt: skip
     group.add_argument(
-        "--rows_seed", type=seed, default=42, help="which rows --max_train_samples and --max_eval_samples draw"
+        "--rows_seed", type=cli.seed, default=42, help="which rows --max_train_samples and --max_eval_samples draw"
     )
     group.add_argument(
-        "--validation_share", type=fraction, metavar="S",
+        "--validation_share", type=cli.fraction, metavar="S",
         help="put this share of the train rows aside and evaluate on them instead of the test rows: to choose settings",
     )  # fmt: skip
     group.add_argument(
         "--final", action="store_true", help="with --validation_share: evaluate on the test rows, after all choices"
     )
-    group.add_argument("--seed", type=seed, default=42, help="of batches, unlearning labels and initialisation")
-    group.add_argument("--output_path", type=path, help="folder to write (default: the published name)")
+    group.add_argument("--seed", type=cli.seed, default=42, help="of batches, unlearning labels and initialisation")
+    group.add_argument("--output_path", type=cli.path, help="folder to write (default: the published name)")
     group.add_argument("--overwrite", action="store_true", help="replace an existing output folder of this project")
 
 
-def add_training_arguments(parser, num_epochs):
+def add_training_arguments(parser: cli.ArgumentParser, num_epochs: int) -> None:
     """What every training script needs. `num_epochs` is the published default of the script."""
     group = parser.add_argument_group("training")
-    group.add_argument("--lr", type=positive_float, default=1e-4, help="peak learning rate")
-    group.add_argument("--train_batch_size", type=positive_int, default=32, help="rows per optimisation step")
+    group.add_argument("--lr", type=cli.positive_float, default=1e-4, help="peak learning rate")
+    group.add_argument("--train_batch_size", type=cli.positive_int, default=32, help="rows per optimisation step")
     group.add_argument(
-        "--micro_batch_size", type=positive_int, help="rows per forward pass, to save memory (default: the whole batch)"
+        "--micro_batch_size",
+        type=cli.positive_int,
+        help="rows per forward pass, to save memory (default: the whole batch)",
     )
     group.add_argument(
         "--gradient_checkpointing",
@@ -75,23 +72,23 @@ def add_training_arguments(parser, num_epochs):
     group.add_argument(
         "--compile", action="store_true", help="compile the layers (CUDA): slow first steps, faster ones afterwards"
     )
-    group.add_argument("--num_epochs", type=positive_int, default=num_epochs, help="passes over the training rows")
-    group.add_argument("--max_steps", type=positive_int, help="stop after so many steps, schedule included")
+    group.add_argument("--num_epochs", type=cli.positive_int, default=num_epochs, help="passes over the training rows")
+    group.add_argument("--max_steps", type=cli.positive_int, help="stop after so many steps, schedule included")
     group.add_argument(
-        "--max_rows", type=positive_int, help="stop before more rows than these are read, schedule included"
+        "--max_rows", type=cli.positive_int, help="stop before more rows than these are read, schedule included"
     )
-    group.add_argument("--weight_decay", type=non_negative_float, default=0.001, help="of AdamW")
-    group.add_argument("--max_grad_norm", type=positive_float, default=0.3, help="gradient norm is clipped to this")
+    group.add_argument("--weight_decay", type=cli.non_negative_float, default=0.001, help="of AdamW")
+    group.add_argument("--max_grad_norm", type=cli.positive_float, default=0.3, help="gradient norm is clipped to this")
     group.add_argument(
-        "--length_pool", type=non_negative_int, metavar="K",
+        "--length_pool", type=cli.non_negative_int, metavar="K",
         help="sort rows by length within K batches to save padding; 0: not at all (default: as published, 50 batches "
         "or a quarter of the epoch, whichever is less)",
     )  # fmt: skip
-    group.add_argument("--eval_steps", type=positive_int, help="accuracy on the four splits every so many steps")
+    group.add_argument("--eval_steps", type=cli.positive_int, help="accuracy on the four splits every so many steps")
     group.add_argument(
-        "--curve_samples", type=positive_int, default=200, help="rows a split that --eval_steps evaluates"
+        "--curve_samples", type=cli.positive_int, default=200, help="rows a split that --eval_steps evaluates"
     )
-    group.add_argument("--save_steps", type=positive_int, default=100, help="save the resumable state this often")
+    group.add_argument("--save_steps", type=cli.positive_int, default=100, help="save the resumable state this often")
     group.add_argument(
         "--dry_run",
         nargs="?",
@@ -102,12 +99,14 @@ def add_training_arguments(parser, num_epochs):
     group.add_argument("--resume", action="store_true", help="continue the interrupted run of this command")
 
 
-def add_lora_arguments(parser, title):
+def add_lora_arguments(parser: cli.ArgumentParser, title: str) -> None:
     """The adapter that qlora.py trains, or baselines.py with --tune=lora."""
     group = parser.add_argument_group(title)
-    group.add_argument("--lora_rank", type=positive_int, default=16, help="r")
-    group.add_argument("--lora_alpha", type=positive_float, default=64, help="scale is lora_alpha / lora_rank")
-    group.add_argument("--lora_dropout", "--lora_fropout", type=below_one, default=0.1, help="in front of the adapter")
+    group.add_argument("--lora_rank", type=cli.positive_int, default=16, help="r")
+    group.add_argument("--lora_alpha", type=cli.positive_float, default=64, help="scale is lora_alpha / lora_rank")
+    group.add_argument(
+        "--lora_dropout", "--lora_fropout", type=cli.below_one, default=0.1, help="in front of the adapter"
+    )
     group.add_argument(
         "--lora_bias", choices=["none", "all", "lora_only"], default="none", help="biases to train, in --dtype"
     )
@@ -119,11 +118,11 @@ def add_lora_arguments(parser, title):
     )
 
 
-def add_retain_ratio(group):
+def add_retain_ratio(group: argparse._ArgumentGroup) -> None:
     """For the scripts that unlearn: how many of the retain rows an epoch uses."""
     group.add_argument(
         "--retain_ratio",
-        type=positive_float,
+        type=cli.positive_float,
         metavar="R",
         help="each epoch uses R retain rows per forget row, drawn anew every epoch (default: all retain rows)",
     )

@@ -2,14 +2,18 @@
 
 import argparse
 import contextlib
+import dataclasses
 import difflib
 import os
 import signal
 import sys
 import warnings
 from collections.abc import Callable, Iterator
+from typing import TypeVar
 
 from utils.errors import UserError, resource_message
+
+T = TypeVar("T")
 
 
 class _Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
@@ -130,6 +134,11 @@ def _number(kind, text, accept, description):
     if value is None or not accept(value):
         raise argparse.ArgumentTypeError(f"{text!r} is not {description}")
     return value
+
+
+def take(kind: type[T], args: argparse.Namespace) -> T:
+    """The dataclass `kind` with those of its fields that `args` holds; the others keep their defaults."""
+    return kind(**{field.name: getattr(args, field.name) for field in dataclasses.fields(kind) if field.name in args})
 
 
 def run(parse_args: Callable[[], argparse.Namespace], main: Callable[[argparse.Namespace], None]) -> None:

@@ -1,5 +1,6 @@
 """Rows as token ids, and the batches that training and evaluation make of them."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,12 +12,12 @@ class Example:
     """One row as token ids: `prompt` (template with the text) and `completion` (the answer's tokens). `marked`: the
     prompt positions that a corruption changes, if one is applied."""
 
-    prompt: tuple
-    completion: tuple
+    prompt: tuple[int, ...]
+    completion: tuple[int, ...]
     forget: bool = False
-    marked: tuple = ()
+    marked: tuple[int, ...] = ()
 
-    def __len__(self):
+    def __len__(self) -> int:
         return len(self.prompt) + len(self.completion) - 1  # the last completion token is predicted, never read
 
 
@@ -25,7 +26,8 @@ class Batch:
     """B rows, right-padded to T tokens, with the N completion tokens of all rows listed flat.
 
     input_ids, attention_mask: (B, T). Completion token n stands in row `rows[n]`, is predicted at position
-    `positions[n]` and is `targets[n]`; all (N,). `forget`: (B,) bool.
+    `positions[n]` and is `targets[n]`; all (N,). `forget`: (B,) bool. forget_tokens, retain_tokens: which of the N
+    belong to rows to forget, and which to the others.
     """
 
     input_ids: torch.Tensor
@@ -34,9 +36,11 @@ class Batch:
     positions: torch.Tensor
     targets: torch.Tensor
     forget: torch.Tensor
+    forget_tokens: torch.Tensor
+    retain_tokens: torch.Tensor
 
 
-def collate(examples, pad_id, device):
+def collate(examples: Sequence[Example], pad_id: int, device: torch.device | str) -> Batch:
     """A Batch of `examples` on `device`. Masks come from lengths, so the pad token may be any token."""
     length = max(map(len, examples))
     input_ids = torch.full((len(examples), length), pad_id)
@@ -49,9 +53,12 @@ def collate(examples, pad_id, device):
         rows += [row] * len(example.completion)
         positions += range(len(example.prompt) - 1, len(ids))
         targets += example.completion
+    kinds = [examples[row].forget for row in rows]
+    places = ([n for n, forget in enumerate(kinds) if forget == wanted] for wanted in (True, False))
+    flat = [torch.tensor(values, dtype=torch.long) for values in (rows, positions, targets, *places)]
     forget = torch.tensor([example.forget for example in examples])
-    flat = (torch.tensor(values) for values in (rows, positions, targets))
-    return Batch(*(t.to(device) for t in (input_ids, attention_mask, *flat, forget)))
+    tensors = (input_ids, attention_mask, *flat[:3], forget, *flat[3:])
+    return Batch(*(tensor.to(device) for tensor in tensors))
 
 
 def epoch_batches(
@@ -93,11 +100,11 @@ def epoch_batches(
     return [batches[i] for i in rng.permutation(len(batches))] if length_pool else batches
 
 
-def _sorted_in_pools(rows, pool, examples):
+def _sorted_in_pools(rows: Sequence[int], pool: int, examples: Sequence[Example]) -> Sequence[int]:
     if not pool:
         return rows
     return [i for part in _chunks(rows, pool) for i in sorted(part, key=lambda i: len(examples[i]))]
 
 
-def _chunks(rows, size):
+def _chunks(rows: Sequence[int], size: int) -> list[Sequence[int]]:
     return [rows[i : i + size] for i in range(0, len(rows), size)]

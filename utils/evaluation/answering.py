@@ -1,99 +1,90 @@
-"""The model's own answers: batches behind a gate, greedy decoding."""
+"""The model's own answers: rows in the words that stand around them, batches of one intervention, greedy decoding."""
 
-import contextlib
 import dataclasses
+from collections.abc import Sequence
 
 import torch
 
-from utils.data.batch import Example, collate
+from utils.data.batch import Example
 from utils.errors import UserError
-from utils.interventions.served import Loaded
-from utils.models.forward import completion_logits
+from utils.interventions.served import Served
 from utils.tasks.answers import KnownAnswers, Tokens, known_answers
 from utils.tasks.encode import tokenize
 
-
-def tokenized(loaded: Loaded, texts, words, known: KnownAnswers, max_length: int, flags: list[bool]) -> list[Example]:
-    """One Example a text with the answer `words[i]`, in the template of `loaded`, corrupted tokens marked."""
-    marks = None
-    if loaded.marks:  # found only where they count: finding names may take a model
-        found = iter(loaded.marks.spans([text for text, flag in zip(texts, flags) if flag]))
-        marks = [next(found) if flag else None for flag in flags]
-    return tokenize(loaded.tokenizer, texts, words, max_length, template=loaded.template, marks=marks, answers=known)
+Acting = list[int | None]  # for each row the number of the intervention that acts on it, as Served.decide gives it
 
 
-def gated(loaded: Loaded, texts) -> tuple[list[bool], list[dict]]:
-    """([flag, ...], [{"flagged", "gate_probability"} or {}, ...]) of the texts; without a gate all are flagged."""
-    if loaded.gate is None:
-        return [True] * len(texts), [{}] * len(texts)
-    flags, probabilities = loaded.gate.decide(texts)
-    return flags.tolist(), [
-        {"flagged": bool(flag), "gate_probability": float(p)} for flag, p in zip(flags, probabilities)
-    ]
+def tokenized(
+    served: Served,
+    texts: Sequence[str],
+    words: Sequence[str],
+    known: KnownAnswers,
+    max_length: int,
+    acting: Acting,
+) -> list[Example]:
+    """One Example a text with the answer `words[i]`, in the template of its intervention, changed tokens marked."""
+    texts, longest = list(texts), max((len(known.ids[word]) for word in words), default=0)
+    examples: dict[int, Example] = {}
+    for number in dict.fromkeys(acting):
+        rows = [i for i, other in enumerate(acting) if other == number]
+        chosen, intervention = [texts[i] for i in rows], served.acting(number)
+        encoded = tokenize(
+            served.tokenizer,
+            chosen,
+            [words[i] for i in rows],
+            max_length,
+            template=intervention.template,
+            marks=intervention.spans(chosen),
+            answers=known,
+            longest=longest,
+        )
+        examples |= zip(rows, encoded)
+    return [examples[i] for i in range(len(texts))]
 
 
-@dataclasses.dataclass(frozen=True)
-class Side:
-    """How flagged rows are run, or the others: the model with its prompt and corruption, or the model alone."""
-
-    loaded: Loaded
-    prefix: object
-    corruption: object
-
-    def logits(self, examples: list[Example]) -> tuple[torch.Tensor, ...]:
-        """Logits at each example's completion tokens: one (m, |V|) tensor a row."""
-        model = self.loaded.model
-        batch = collate(examples, self.loaded.pad_id, model.device)
-        corrupted = self.corruption.applied(model, examples) if self.corruption else contextlib.nullcontext()
-        with corrupted:
-            return completion_logits(model, batch, self.prefix).split([len(e.completion) for e in examples])
-
-
-def sides(loaded: Loaded) -> dict[bool, Side]:
-    """{flag: Side}. A batch is all of one side, so that rows that are not flagged run as the plain model does."""
-    return {True: Side(loaded, loaded.prefix, loaded.corruption), False: Side(loaded, None, None)}
-
-
-def by_length(examples: list[Example], batch_size: int, flags: list[bool]) -> list[list[int]]:
-    """Row numbers in batches of similar length and one flag: least padding; results are put back by row number."""
+def by_length(examples: Sequence[Example], batch_size: int, acting: Acting) -> list[list[int]]:
+    """Row numbers in batches of similar length and one intervention: least padding, and rows on which none acts run as
+    the plain model does. Results are put back by row number."""
     batches = []
-    for flag in (True, False):
-        order = sorted((i for i in range(len(examples)) if flags[i] == flag), key=lambda i: len(examples[i]))
+    for number in sorted(set(acting), key=lambda number: (number is None, number)):
+        order = sorted((i for i in range(len(examples)) if acting[i] == number), key=lambda i: len(examples[i]))
         batches += [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
     return batches
 
 
 @torch.inference_mode()
-def answer_texts(loaded: Loaded, texts: list[str], words: list[str], max_length: int, batch_size: int):
-    """The model's greedy answer to each text and its probability: a list of (str, float)."""
-    known = known_answers(loaded.tokenizer, words)
-    flags, _ = gated(loaded, texts)
+def answer_texts(
+    served: Served, texts: Sequence[str], words: Sequence[str], max_length: int, batch_size: int
+) -> list[tuple[str, float]]:
+    """The model's greedy answer to each text, and its probability."""
+    known = known_answers(served.tokenizer, words)
+    acting, _ = served.decide(texts)
     cut_for = max(words, key=lambda word: len(known.ids[word]))
-    examples = tokenized(loaded, texts, [cut_for] * len(texts), known, max_length, flags)
-    found = greedy(loaded, examples, flags, known, batch_size, [()] * len(texts))
+    examples = tokenized(served, texts, [cut_for] * len(texts), known, max_length, acting)
+    found = greedy(served, examples, acting, known, batch_size, [()] * len(texts))
     return [(known.spelled(tokens), log_p.exp().item()) for tokens, log_p in found]
 
 
 def greedy(
-    loaded: Loaded,
-    examples: list[Example],
-    flags: list[bool],
+    served: Served,
+    examples: Sequence[Example],
+    acting: Acting,
     known: KnownAnswers,
     batch_size: int,
-    begun: list[Tokens],
+    begun: Sequence[Tokens],
 ) -> list[tuple[Tokens, torch.Tensor]]:
     """The greedy answer to each example's prompt, gone on from its tokens `begun`: (tokens, log f of the new ones).
 
     A row leaves its batch when its answer has ended. Raises UserError where the model gives NaN or infinity.
     """
-    answers, log_p, run = list(begun), [torch.zeros(())] * len(examples), sides(loaded)
-    for going in by_length(examples, batch_size, flags):
-        side = run[flags[going[0]]]
+    answers, log_p = list(begun), [torch.zeros(())] * len(examples)
+    for going in by_length(examples, batch_size, acting):
+        number = acting[going[0]]
         while going := [i for i in going if not known.ended(answers[i])]:
             longer = [
                 dataclasses.replace(examples[i], prompt=examples[i].prompt + answers[i], completion=(0,)) for i in going
             ]
-            logits = torch.cat(side.logits(longer))
+            logits = torch.cat(served.logits(longer, number))
             tokens = logits.argmax(-1)
             gained = logits.log_softmax(-1).gather(-1, tokens[:, None])[:, 0].cpu()
             if not gained.isfinite().all():

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 import numpy as np
@@ -69,12 +70,14 @@ def draw_tradeoff(records):
 
 
 @picture
-def draw_strength(curve, metric, target, chosen):
-    """The metric on train_forget against the strength of ECO's corruption; target and choice marked."""
+def draw_strength(settings: dict[str, Any]) -> pyplot.Figure:
+    """The metric on train_forget against the strength of ECO's corruption; target and choice marked. settings: what
+    eco.json says."""
+    curve, metric, target = settings["curve"], settings["metric"], settings["target"]
     figure, axes = pyplot.subplots(figsize=(5, 3.4))
     axes.semilogx([point["strength"] for point in curve], [point["metric"] for point in curve], "o-", color="black")
     axes.axhline(target, linestyle="--", color="gray", label="target")
-    axes.axvline(chosen, linestyle=":", color="gray", label="chosen")
+    axes.axvline(settings["corruption"]["strength"], linestyle=":", color="gray", label="chosen")
     axes.set(xlabel="strength of the corruption", ylabel=f"{metric} on train_forget", ylim=(-0.02, 1.02))
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False)

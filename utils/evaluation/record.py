@@ -1,5 +1,10 @@
 """The records of metrics.json, and how far each is from a model that never saw the forget rows."""
 
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
 import numpy as np
 import pandas as pd
 from scipy.special import rel_entr
@@ -7,9 +12,11 @@ from scipy.special import rel_entr
 from utils.data.splits import SPLITS
 from utils.distributed import peak_memory
 from utils.errors import UserError
+from utils.evaluation.run import EvaluationSettings
+from utils.storage.checkpoints import Link
 
 
-def with_distances(records, predictions):
+def with_distances(records: list[dict], predictions: Sequence[pd.DataFrame]) -> list[dict]:
     """`records` with how far each is from the one whose method is "retrained", which never saw the forget rows.
 
     predictions: for each record a DataFrame with split, label_probabilities and label_mass, same rows in the same
@@ -40,7 +47,7 @@ def _distance(record: dict, rows: pd.DataFrame, target: dict, target_rows: pd.Da
     return distance
 
 
-def js_divergence(p, q):
+def js_divergence(p: np.ndarray, q: np.ndarray) -> float:
     """Mean over rows of the Jensen-Shannon divergence, in bits, of distributions p and q, both (rows, outcomes).
 
     By hand, since scipy's jensenshannon takes the root of a sum that rounding makes negative where p is almost q.
@@ -58,7 +65,15 @@ def _outcomes(rows: pd.DataFrame, split: str) -> np.ndarray:
     return np.hstack([scaled * mass, 1 - mass])
 
 
-def make_record(method, checkpoint, model, args, splits, seconds, training=None):
+def make_record(
+    method: str,
+    checkpoint: object,
+    model: object,
+    settings: EvaluationSettings,
+    splits: dict[str, dict],
+    seconds: float,
+    training: dict[str, Any] | None = None,
+) -> dict[str, Any]:
     """One record of metrics.json, the schema that every script and table shares. seconds: the evaluation's. training:
     what the training cost (utils.training.Training.cost), where there was one. "validation_share" is there where the
     test splits are rows cut from train."""
@@ -66,11 +81,36 @@ def make_record(method, checkpoint, model, args, splits, seconds, training=None)
         "method": method,
         "checkpoint": str(checkpoint),
         "model": str(model),
-        "dataset": args.dataset,
-        "seed": args.seed,
+        "dataset": settings.dataset,
+        "seed": settings.seed,
         "splits": splits,
         "seconds": round(seconds, 2),
         "peak_memory_bytes": peak_memory(),
         **({"training": training} if training else {}),
-        **({"validation_share": args.validation_share} if args.validation_share and not args.final else {}),
+        **({"validation_share": settings.validation_share} if settings.validation_share and not settings.final else {}),
     }
+
+
+def method_names(chains: Sequence[list[Link]]) -> list[str]:
+    """What the table calls each checkpoint. Those of one method carry as much of their paths as tells them apart."""
+    names = []
+    for chain in chains:
+        last = chain[-1]
+        arguments = last.manifest["arguments"] if last.manifest else {}
+        retrained = "retrained" if arguments.get("exclude_forget") else None
+        known = {"model": "base", "lora": "fine-tuned", "prompt": "SPUL"}  # the others carry their method
+        names.append(arguments.get("unlearn_method") or retrained or known[last.kind])
+    paths = [Path(os.path.abspath(chain[-1].name)) for chain in chains]
+    if repeated := [path for path in paths if paths.count(path) > 1]:
+        raise UserError(f"--model_checkpoints names {repeated[0]} more than once; name it once")
+    alike = [[path for other, path in zip(names, paths) if other == name] for name in names]
+    return [
+        f"{name} ({distinct_part(path, among)})" if len(among) > 1 else name
+        for name, path, among in zip(names, paths, alike)
+    ]
+
+
+def distinct_part(path: Path, among: Sequence[Path]) -> Path:
+    """The shortest end of `path` that no other of `among` ends in."""
+    ends = (Path(*path.parts[-n:]) for n in range(1, len(path.parts)))
+    return next((end for end in ends if sum(other.parts[-len(end.parts) :] == end.parts for other in among) == 1), path)

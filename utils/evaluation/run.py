@@ -1,37 +1,61 @@
 """Evaluation of a model on the four splits and their slices (SPUL, section 4.1), and what is asked before it."""
 
-import argparse
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pandas as pd
 from tqdm import tqdm
 
-from utils.data.select import sample_rows
+from utils.data.select import learnt_by, sample_rows
 from utils.data.splits import SPLITS, UNLEARNING_LABELS
 from utils.errors import UserError, note_once
-from utils.evaluation.answering import tokenized
 from utils.evaluation.scores import score_rows, split_scores
-from utils.interventions.served import Loaded
+from utils.interventions.base import Template
+from utils.interventions.served import Served
 from utils.models.lengths import check_length, check_tokens, position_limit, vocabulary_size
+from utils.storage.checkpoints import Link
 from utils.tasks.answers import known_answers
 from utils.tasks.classification import label_words
 from utils.tasks.encode import tokenize
 
 
-def evaluate_splits(loaded, frames, words, args, description):
-    """Score the four splits (at most args.max_eval_samples rows each); returns (splits, rows).
+@dataclass(frozen=True, kw_only=True)
+class EvaluationSettings:
+    """What is evaluated and how, as the flags of those names say it; `dataset`, `seed`, `validation_share` and `final`
+    are what a record says of its run."""
+
+    dataset: str = "sst2"
+    seed: int = 42
+    max_length: int = 1024
+    eval_batch_size: int = 32
+    max_eval_samples: int | None = None
+    curve_samples: int = 200
+    rows_seed: int = 42
+    validation_share: float | None = None
+    final: bool = False
+
+
+Frames = Mapping[str, pd.DataFrame]
+
+
+def evaluate_splits(
+    served: Served, frames: Frames, words: Sequence[str], settings: EvaluationSettings, description: str
+) -> tuple[dict[str, dict], pd.DataFrame]:
+    """Score the four splits (at most settings.max_eval_samples rows each); returns (splits, rows).
 
     splits: {split: scores}, plus `<retain split>:length_matched` (retain rows drawn to have the forget rows' lengths in
     words) and `<split>:names_other` where the data has that column: a prompt that reacts to length, or to any name,
     has not learnt whom to forget. With a column `nested`, `<test split>:not_nested` are the rows of which no part was
     trained on. rows: the scored rows with a `split` column, in file order.
     """
-    frames = {split: sample_rows(frames[split], args.max_eval_samples, args.rows_seed) for split in SPLITS}
+    frames = {split: sample_rows(frames[split], settings.max_eval_samples, settings.rows_seed) for split in SPLITS}
     scored = {}
     total = sum(map(len, frames.values()))
     with tqdm(total=total, desc=description, unit="row", dynamic_ncols=True, mininterval=1) as progress:
         for split, frame in frames.items():
-            results = score_rows(loaded, frame, words, args.max_length, args.eval_batch_size, progress)
+            results = score_rows(served, frame, words, settings.max_length, settings.eval_batch_size, progress)
             others = frame.drop(columns=results.columns, errors="ignore")
             scored[split] = pd.concat([others, results], axis=1).assign(split=split)
     if not all(np.isfinite(rows["loss"]).all() for rows in scored.values()):
@@ -39,13 +63,15 @@ def evaluate_splits(loaded, frames, words, args, description):
     splits = {split: split_scores(rows, words) for split, rows in scored.items()}
     for part, rows in _slices(scored).items():
         splits[part] = split_scores(rows, words)
-    if loaded.gate is not None:
+    if served.is_gated:
         for split, rows in scored.items():
             splits[split]["flagged"] = float(rows["flagged"].mean())
     return splits, pd.concat(scored.values(), ignore_index=True)
 
 
-def check_rows(config, tokenizer, frames, args, p=0, template=None):
+def check_rows(
+    config: Any, tokenizer: Any, frames: Frames, max_length: int, p: int = 0, template: Template | None = None
+) -> None:
     """Raise UserError if a row to evaluate, behind `p` virtual tokens, does not fit a model with this configuration: it
     is too long, or holds a token that the model does not know. Asked before training."""
     limit, words = position_limit(config), label_words(frames)
@@ -53,58 +79,77 @@ def check_rows(config, tokenizer, frames, args, p=0, template=None):
     longest = max(len(known.ids[word]) for word in words)
     if longest > 1:  # then the greedy answer may become an unlearning word too
         longest = known.longest
-    may_be_long = limit and args.max_length + longest + p > limit
+    may_be_long = limit and max_length + longest + p > limit
     if may_be_long or len(tokenizer) > vocabulary_size(config):
         for frame in frames.values():
             labels = frame["label_text"]
-            rows = tokenize(tokenizer, frame["text"], labels, args.max_length, template=template, answers=known)
+            rows = tokenize(tokenizer, frame["text"], labels, max_length, template=template, answers=known)
             check_length(config, max(len(row.prompt) for row in rows) + longest - 1, p, longest - 1)
             check_tokens(config, tokenizer, rows)
 
 
-def check_texts(loaded: Loaded, texts: list[str], words: list[str], args: argparse.Namespace) -> None:
+def check_served(served: Served, frames: Frames, max_length: int) -> None:
+    """`check_rows` of a model that is ready to answer, with everything that may stand around or before a text."""
+    for template in served.templates:
+        check_rows(served.model.config, served.tokenizer, frames, max_length, served.n_tokens, template)
+
+
+def check_texts(served: Served, texts: Sequence[str], words: Sequence[str], max_length: int) -> None:
     """Raise UserError if a text to answer does not fit the model: before the first answer is printed."""
-    known = known_answers(loaded.tokenizer, words)
-    cut_for = max(words, key=lambda word: len(known.ids[word]))
-    rows = tokenized(loaded, texts, [cut_for] * len(texts), known, args.max_length, [False] * len(texts))
-    p = 0 if loaded.prompt is None else len(loaded.prompt)
-    check_length(loaded.model.config, max(len(row.prompt) for row in rows) + known.longest - 1, p)
-    check_tokens(loaded.model.config, loaded.tokenizer, rows)
+    known = known_answers(served.tokenizer, words)
+    cut_for, config = [max(words, key=lambda word: len(known.ids[word]))] * len(texts), served.model.config
+    for template in served.templates:
+        rows = tokenize(served.tokenizer, texts, cut_for, max_length, template=template, answers=known)
+        check_length(config, max(len(row.prompt) for row in rows) + known.longest - 1, served.n_tokens)
+        check_tokens(config, served.tokenizer, rows)
 
 
-def note_other_length(loaded: Loaded, frames: dict[str, pd.DataFrame], args: argparse.Namespace) -> None:
-    """Say which checkpoints were trained with another --max_length, where that cuts texts of `frames` elsewhere."""
-    for link in loaded.chain:
-        trained = (link.manifest or {"arguments": {}})["arguments"].get("max_length", args.max_length)
-        if trained == args.max_length:
+def note_other_rows(chains: Sequence[list[Link]], frames: Frames, forget_size: float) -> None:
+    """Say which checkpoints were trained on other rows than those that the train columns of the table are about."""
+    for chain in chains:
+        manifest = chain[-1].manifest
+        if manifest is None or (chain[-1].kind == "lora" and forget_size < 1):  # it knows more rows than these
             continue
-        texts = [text for frame in frames.values() for text in frame["text"]]
-        rows = tokenize(loaded.tokenizer, texts, [UNLEARNING_LABELS[0]] * len(texts), args.max_length)
-        if args.max_length < trained:
-            rows = tokenize(loaded.tokenizer, texts, [UNLEARNING_LABELS[0]] * len(texts), trained)
-        cut = sum(len(row.prompt) + len(row.completion) > min(trained, args.max_length) for row in rows)
+        if not learnt_by(manifest, frames):
+            note_once(
+                f"{chain[-1].path} was trained on other rows than the train columns show; give this command the "
+                "--dataset, --max_train_samples, --forget_share, --forget_only, --rows_seed, --validation_share and "
+                "--forget_size of its training"
+            )
+
+
+def note_other_length(served: Served, texts: Sequence[str], max_length: int) -> None:
+    """Say which checkpoints were trained with another --max_length, where that cuts some of `texts` elsewhere."""
+    for link in served.chain:
+        trained = (link.manifest or {"arguments": {}})["arguments"].get("max_length", max_length)
+        if trained == max_length:
+            continue
+        words = [UNLEARNING_LABELS[0]] * len(texts)
+        rows = tokenize(served.tokenizer, texts, words, max(trained, max_length))
+        cut = sum(len(row.prompt) + len(row.completion) > min(trained, max_length) for row in rows)
         if cut:
             note_once(
-                f"{link.path} was trained with --max_length={trained} and this is {args.max_length}: {cut:,} of "
+                f"{link.path} was trained with --max_length={trained} and this is {max_length}: {cut:,} of "
                 f"{len(rows):,} texts are cut elsewhere, which moves the scores; give this command "
                 f"--max_length={trained}"
             )
 
 
-def accuracies(loaded, frames, words, args):
-    """{split: accuracy} on args.curve_samples rows a split, for the curve over steps; dropout off meanwhile."""
-    was_training = loaded.model.training
-    loaded.model.eval()
+def accuracies(served: Served, frames: Frames, words: Sequence[str], settings: EvaluationSettings) -> dict[str, float]:
+    """{split: accuracy} on settings.curve_samples rows a split, for the curve over steps; dropout off meanwhile."""
+    modes = {module: module.training for module in served.model.modules()}
+    served.model.eval()
     result = {}
     for split in SPLITS:
-        frame = sample_rows(frames[split], args.curve_samples)
-        rows = score_rows(loaded, frame, words, args.max_length, args.eval_batch_size)
+        frame = sample_rows(frames[split], settings.curve_samples)
+        rows = score_rows(served, frame, words, settings.max_length, settings.eval_batch_size)
         result[split] = float((rows["prediction"] == frame["label_text"]).mean())
-    loaded.model.train(was_training)
+    for module, training in modes.items():
+        module.training = training
     return result
 
 
-def _slices(scored):
+def _slices(scored: Frames) -> dict[str, pd.DataFrame]:
     parts = {}
     for phase in ("train", "test"):
         retain, forget = scored[f"{phase}_retain"], scored[f"{phase}_forget"]
@@ -120,7 +165,7 @@ def _slices(scored):
     return parts
 
 
-def match_lengths(candidates, targets):
+def match_lengths(candidates: pd.Series, targets: Iterable[str]) -> list[int]:
     """Positions in `candidates` whose numbers of words are closest to those of `targets`: each used at most once,
     longest targets first. A target stays without a match where the closest is more than 2 words and a quarter away: a
     few rows of the right length say more than many of another."""

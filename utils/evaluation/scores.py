@@ -1,19 +1,29 @@
 """Scores over the whole vocabulary, as in the paper (section 4.1)."""
 
 import dataclasses
+from collections.abc import Sequence
 
 import pandas as pd
 import torch
 from sklearn.metrics import accuracy_score, precision_recall_fscore_support
+from tqdm import tqdm
 
 from utils import distributed
 from utils.data.batch import Example
-from utils.evaluation.answering import Side, by_length, gated, greedy, sides, tokenized
+from utils.evaluation.answering import by_length, greedy, tokenized
+from utils.interventions.served import Served
 from utils.tasks.answers import KnownAnswers, Tokens, known_answers
 
 
 @torch.inference_mode()
-def score_rows(loaded, frame, words, max_length, batch_size, progress=None):
+def score_rows(
+    served: Served,
+    frame: pd.DataFrame,
+    words: Sequence[str],
+    max_length: int,
+    batch_size: int,
+    progress: tqdm | None = None,
+) -> pd.DataFrame:
     """One row of results per row of `frame` (text, label_text): prediction, correct, label_prediction,
     label_probabilities, label_mass, loss.
 
@@ -23,19 +33,18 @@ def score_rows(loaded, frame, words, max_length, batch_size, progress=None):
     With a gate also flagged and gate_probability. The order is that of `frame`. Several processes each score a part,
     and every one returns all rows.
     """
-    known = known_answers(loaded.tokenizer, words)
-    flags, gate = gated(loaded, frame["text"])
+    known = known_answers(served.tokenizer, words)
+    texts = list(frame["text"])
+    acting, said = served.decide(texts)
     labels = list(frame["label_text"])
-    examples = tokenized(loaded, frame["text"], labels, known, max_length, flags)
-    run = sides(loaded)
+    examples = tokenized(served, texts, labels, known, max_length, acting)
     results, answers = {}, {}
-    for batch_rows, n_rows in distributed.deal(by_length(examples, batch_size, flags)):
+    for batch_rows, n_rows in distributed.deal(by_length(examples, batch_size, acting)):
         if not batch_rows:
             continue
-        side = run[flags[batch_rows[0]]]
-        chosen = [examples[i] for i in batch_rows]
-        logits = side.logits(chosen)
-        log_p, guesses = _label_scores(side, chosen, words, known, logits)
+        number, chosen = acting[batch_rows[0]], [examples[i] for i in batch_rows]
+        logits = served.logits(chosen, number)
+        log_p, guesses = _label_scores(served, number, chosen, words, known, logits)
         for i, own, row_log_p, row_guesses in zip(batch_rows, logits, log_p, guesses):
             targets = torch.tensor(examples[i].completion, device=own.device)
             row_guesses.pop(labels[i], None)
@@ -45,14 +54,14 @@ def score_rows(loaded, frame, words, max_length, batch_size, progress=None):
                 "label_probabilities": dict(zip(words, row_log_p.softmax(-1).tolist())),
                 "label_mass": min(1.0, row_log_p.exp().sum().item()),
                 "loss": torch.nn.functional.cross_entropy(own, targets, reduction="sum").item(),
-                **gate[i],
+                **said[i],
             }
         if progress is not None:
             progress.update(n_rows)
     if max(len(known.ids[word]) for word in words) > 1:  # else the published score looks at one token
         begun = [i for i in answers if not known.ended(answers[i])]
-        rest = [examples[i] for i in begun], [flags[i] for i in begun]
-        ended = greedy(loaded, *rest, known, batch_size, [answers[i] for i in begun])
+        rest = [examples[i] for i in begun], [acting[i] for i in begun]
+        ended = greedy(served, *rest, known, batch_size, [answers[i] for i in begun])
         answers |= {i: tokens for i, (tokens, _) in zip(begun, ended)}
     for i, tokens in answers.items():
         results[i] |= _prediction(known, tokens, labels[i], examples[i].completion)
@@ -70,10 +79,16 @@ def _prediction(known: KnownAnswers, tokens: Tokens, label: str, completion: Tok
 
 
 def _label_scores(
-    side: Side, examples: list[Example], words: list[str], known: KnownAnswers, logits: tuple[torch.Tensor, ...]
+    served: Served,
+    number: int | None,
+    examples: Sequence[Example],
+    words: Sequence[str],
+    known: KnownAnswers,
+    logits: tuple[torch.Tensor, ...],
 ) -> tuple[torch.Tensor, list[dict[str, list[int]]]]:
     """log f(word | text) for every word, (rows, n_words) float64 on the CPU; and for each row {word: the arg max at
-    every one of its tokens}, where words have more than one. logits: at the rows' own labels."""
+    every one of its tokens}, where words have more than one. logits: at the rows' own labels. number: see
+    Served.logits."""
     ids = [known.ids[word] for word in words]
     if all(len(tokens) == 1 for tokens in ids):
         rows = torch.stack([row[0] for row in logits])
@@ -82,7 +97,7 @@ def _label_scores(
         return scores, [{} for _ in examples]
     columns, guesses = [], [{} for _ in examples]
     for word, tokens in zip(words, ids):
-        rows = side.logits([dataclasses.replace(example, completion=tokens) for example in examples])
+        rows = served.logits([dataclasses.replace(example, completion=tokens) for example in examples], number)
         targets = torch.tensor(tokens, device=rows[0].device)
         columns.append(torch.stack([-torch.nn.functional.cross_entropy(r, targets, reduction="sum") for r in rows]))
         for row, row_guesses in zip(rows, guesses):
@@ -108,7 +123,7 @@ def _followed(known: KnownAnswers, guesses: dict[str, list[int]]) -> Tokens:
     return tokens
 
 
-def split_scores(frame, words):
+def split_scores(frame: pd.DataFrame, words: Sequence[str]) -> dict[str, int | float]:
     """Scores of scored rows (label_text, prediction, ...): shares in [0, 1], loss in nats.
 
     f1, precision and recall are scikit-learn's, weighted by class size (the paper's tables give accuracy and that F1).

@@ -2,38 +2,40 @@
 
 import hashlib
 import json
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Literal
 
 import torch
 
+from utils.data.batch import Example
 from utils.storage.schemas import Amount, Count, Schema, Seed
 
 # Every family maps the embeddings e (k, d) of one query's k marked tokens to corrupted ones of that shape. s: strength;
 # n: --eco_dims; rng: a torch.Generator of this query alone.
 
 
-def _first(e, n, rng):
+def _first(e: torch.Tensor, n: int, rng: torch.Generator) -> torch.Tensor:
     return torch.arange(min(n, e.shape[1])).expand(len(e), -1)
 
 
-def _random(e, n, rng):
+def _random(e: torch.Tensor, n: int, rng: torch.Generator) -> torch.Tensor:
     return torch.randperm(e.shape[1], generator=rng)[:n].expand(len(e), -1)
 
 
-def _largest_size(e, n, rng):
+def _largest_size(e: torch.Tensor, n: int, rng: torch.Generator) -> torch.Tensor:
     return e.abs().topk(min(n, e.shape[1]), dim=1).indices
 
 
-def _largest(e, n, rng):
+def _largest(e: torch.Tensor, n: int, rng: torch.Generator) -> torch.Tensor:
     return e.topk(min(n, e.shape[1]), dim=1).indices
 
 
-def _least(e, n, rng):
+def _least(e: torch.Tensor, n: int, rng: torch.Generator) -> torch.Tensor:
     return e.topk(min(n, e.shape[1]), dim=1, largest=False).indices
 
 
-def _noise(values, s, rng):
+def _noise(values: torch.Tensor, s: float, rng: torch.Generator) -> torch.Tensor:
     return s * torch.randn(values.shape, generator=rng)
 
 
@@ -59,12 +61,12 @@ ORDERS = {
 FAMILIES = [*DIMENSIONS, *ORDERS]
 
 
-def has_strength(family):
+def has_strength(family: str) -> bool:
     """Whether the family has a strength to search for; zeroing, flipping and reordering have none."""
     return family.split("-")[0] in ("noise", "set", "add", "subtract")
 
 
-def corrupt(family, e, s, n, rng):
+def corrupt(family: str, e: torch.Tensor, s: float, n: int, rng: torch.Generator) -> torch.Tensor:
     """The corrupted embeddings (k, d) of one query's marked tokens e (k, d), float32."""
     if family in ORDERS:
         return e[ORDERS[family](len(e), rng)]
@@ -75,14 +77,14 @@ def corrupt(family, e, s, n, rng):
 class Corruption:
     """A family with its strength; `seed` and the query's own tokens seed its noise, so batching changes nothing."""
 
-    def __init__(self, family, strength, dims, seed):
+    def __init__(self, family: str, strength: float, dims: int, seed: int) -> None:
         self.family, self.strength, self.dims, self.seed = family, strength, dims, seed
 
     @contextmanager
-    def applied(self, model, examples):
+    def applied(self, model: torch.nn.Module, examples: Sequence[Example]) -> Iterator[None]:
         """While open, the embeddings of each example's `marked` prompt tokens come out of `model` corrupted."""
 
-        def hook(_, inputs, output):
+        def hook(_: torch.nn.Module, inputs: tuple, output: torch.Tensor) -> torch.Tensor:
             output = output.clone()
             for row, example in enumerate(examples):
                 if example.marked:
@@ -99,13 +101,10 @@ class Corruption:
         finally:
             handle.remove()
 
-    def _generator(self, example):
+    def _generator(self, example: Example) -> torch.Generator:
         tokens = [self.seed, [example.prompt[i] for i in example.marked]]
         digest = hashlib.sha256(json.dumps(tokens).encode()).digest()
         return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
-
-
-# APPENDED from schemas
 
 
 class CorruptionSettings(Schema):

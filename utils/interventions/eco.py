@@ -1,16 +1,23 @@
 """ECO (arXiv 2406.07933) as it is saved and loaded: a gate, and corrupted embeddings behind it."""
 
-import dataclasses
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
+import torch
 from pydantic import Field, model_validator
 
+from utils.data.batch import Example
 from utils.data.names import Person, spans
 from utils.errors import UserError
 from utils.interventions import gates
+from utils.interventions.base import Intervention, Spans
 from utils.interventions.corruption import Corruption, CorruptionSettings
+from utils.models.base import ModelSettings
 from utils.storage import schemas
+from utils.storage.checkpoints import Link
 from utils.storage.files import write_json
 from utils.storage.schemas import Amount, Open, Schema, Share, Text
 
@@ -31,7 +38,7 @@ class Point(Schema):
     metric: Amount
 
 
-class EcoSettings(Open):
+class EcoFile(Open):
     """eco.json. Earlier versions store [person, pattern] as `names`: a pattern may never end, so none is used."""
 
     what = "description of an ECO gate"
@@ -49,7 +56,7 @@ class EcoSettings(Open):
     evasion: dict[str, dict[str, Share]]
 
     @model_validator(mode="after")
-    def _uses_no_pattern(self) -> "EcoSettings":
+    def _uses_no_pattern(self) -> "EcoFile":
         by_list = self.tokens == "entities" and not self.token_classifier
         if by_list and not self.names:
             raise ValueError("it finds people by a list that is empty")
@@ -61,13 +68,16 @@ class EcoSettings(Open):
 FILE, TAGGER = "eco.json", "token_classifier"
 
 
+Finder = Callable[[Sequence[str]], list[list[tuple[int, int]]]]  # of texts: the names in each
+
+
 class Marks:
     """Which prompt tokens are corrupted. `entities` None: all but the last; else function(texts) -> spans a text."""
 
-    def __init__(self, entities=None):
+    def __init__(self, entities: Finder | None = None) -> None:
         self.entities = entities
 
-    def spans(self, texts):
+    def spans(self, texts: Sequence[str]) -> list[Spans]:
         """For each text None (all prompt tokens but the last) or the [(start, end), ...] of its names; a text without
         any name counts as None, as in the authors' code: a flagged query is never left as it is."""
         return [None] * len(texts) if self.entities is None else [found or None for found in self.entities(texts)]
@@ -76,54 +86,67 @@ class Marks:
 class Tagger:
     """Finds names with a token classifier: function(texts) -> for each text the (start, end) spans of its entities."""
 
-    def __init__(self, name, source, loaded, args):
-        """name: what the user calls it. source: folder that holds it. loaded: the language model, for the device."""
+    def __init__(self, name: str, source: Path, device: torch.device, trust_remote_code: bool) -> None:
+        """name: what the user calls it. source: folder that holds it."""
         from transformers import AutoModelForTokenClassification, pipeline
 
-        model, tokenizer = gates.load_classifier(AutoModelForTokenClassification, source, args)
+        model, tokenizer = gates.load_classifier(AutoModelForTokenClassification, source, trust_remote_code)
         if not any("TokenClassification" in kind for kind in model.config.architectures or ()):
             raise UserError(f"{name} was not trained to classify tokens; use a model that was, or --eco_names")
-        device = loaded.model.device
         options = {"model": model, "tokenizer": tokenizer, "aggregation_strategy": "simple", "device": device}
-        self._pipeline, self._known = pipeline("token-classification", **options), {}
+        self._pipeline = pipeline("token-classification", **options)
+        self._known: dict[str, list[tuple[int, int]]] = {}
 
-    def __call__(self, texts):
+    def __call__(self, texts: Sequence[str]) -> list[list[tuple[int, int]]]:
         new = [text for text in dict.fromkeys(texts) if text not in self._known]
         for text, found in zip(new, self._pipeline(new) if new else ()):
             self._known[text] = [(item["start"], item["end"]) for item in found]
         return [self._known[text] for text in texts]
 
-    def save(self, folder):
+    def save(self, folder: Path) -> None:
         self._pipeline.model.save_pretrained(folder)
         self._pipeline.tokenizer.save_pretrained(folder)
 
 
-def save(loaded, settings, folder):
-    """Write gate and settings into `folder`: safetensors and JSON, no pickle; the curve also as a picture."""
-    loaded.gate.classifier.save(folder)
-    if isinstance(loaded.marks.entities, Tagger):
-        loaded.marks.entities.save(folder / TAGGER)
+@dataclass(frozen=True, eq=False, kw_only=True)
+class CorruptedEmbeddings(Intervention):
+    """ECO: the embeddings of a flagged query are corrupted at the tokens that `marks` names (section 3.2)."""
+
+    corruption: Corruption
+    marks: Marks
+
+    def spans(self, texts: Sequence[str]) -> list[Spans]:
+        return self.marks.spans(texts)
+
+    def applied(self, model: torch.nn.Module, examples: Sequence[Example]) -> AbstractContextManager:
+        return self.corruption.applied(model, examples)
+
+
+def save(intervention: CorruptedEmbeddings, settings: dict[str, Any], folder: Path) -> None:
+    """Write gate and settings into `folder`: safetensors and JSON, no pickle."""
+    intervention.gate.classifier.save(folder)
+    if isinstance(intervention.marks.entities, Tagger):
+        intervention.marks.entities.save(folder / TAGGER)
     write_json(folder / FILE, settings)
-    if settings["curve"]:
-        _draw(settings, folder / "strength.png")
 
 
-def load_gate(link, loaded, args):
+def load_gate(link: Link, served: Any, trust_remote_code: bool, max_length: int) -> gates.Gate:
     """The Gate of the ECO checkpoint `link`. Raises UserError if its files are missing or damaged."""
-    settings = schemas.read(Path(link.path) / FILE, EcoSettings)
-    classifier = gates.CLASSIFIERS[settings["classifier"]].load(Path(link.path), loaded=loaded, args=args)
+    settings = schemas.read(Path(link.path) / FILE, EcoFile)
+    classifier = gates.CLASSIFIERS[settings["classifier"]].load(link.path, served, trust_remote_code, max_length)
     return gates.Gate(classifier, settings["threshold"])
 
 
-def load(link, loaded, args):
-    """`loaded`, the model under the ECO checkpoint `link`, with its gate and corruption."""
-    gate = load_gate(link, loaded, args)
-    settings, marks = schemas.read(Path(link.path) / FILE, EcoSettings), Marks()
+def load(link: Link, served: Any, model_settings: ModelSettings, max_length: int) -> CorruptedEmbeddings:
+    """What the ECO checkpoint `link` puts in front of the model of `served`."""
+    trusted = model_settings.trust_remote_code
+    gate = load_gate(link, served, trusted, max_length)
+    settings, marks = schemas.read(Path(link.path) / FILE, EcoFile), Marks()
     if settings["tokens"] == "entities" and settings["token_classifier"]:
-        marks = Marks(Tagger(f"{link.path}/{TAGGER}", Path(link.path) / TAGGER, loaded, args))
+        marks = Marks(Tagger(f"{link.path}/{TAGGER}", Path(link.path) / TAGGER, served.model.device, trusted))
     elif settings["tokens"] == "entities":
         marks = Marks(by_list(_people(settings["names"], link.path)))
-    return dataclasses.replace(loaded, gate=gate, marks=marks, corruption=Corruption(**settings["corruption"]))
+    return CorruptedEmbeddings(corruption=Corruption(**settings["corruption"]), marks=marks, gate=gate)
 
 
 def _people(listed: list[dict], folder: Path) -> list[Person]:
@@ -133,11 +156,12 @@ def _people(listed: list[dict], folder: Path) -> list[Person]:
         raise UserError(f"{folder}/{FILE} is damaged ({error}); train the checkpoint again")
 
 
-def by_list(names):
+def by_list(names: Sequence[Person]) -> Finder:
+    """The Finder of listed people."""
     return lambda texts: [found_names(text, names) for text in texts]
 
 
-def found_names(text, names):
+def found_names(text: str, names: Sequence[Person]) -> list[tuple[int, int]]:
     """The [(start, end), ...] of the names in `text`, in order; where two overlap, one that covers both."""
     found = []
     for start, end in sorted(span for person in names for span in spans(text, person)):
@@ -146,10 +170,3 @@ def found_names(text, names):
         else:
             found.append((start, end))
     return found
-
-
-def _draw(settings, path):
-    from utils.evaluation.figures import draw_strength
-
-    strength = settings["corruption"]["strength"]
-    draw_strength(settings["curve"], settings["metric"], settings["target"], strength, path=path)

@@ -3,11 +3,13 @@
 import json
 import math
 import weakref
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar, Protocol
 
 import numpy as np
+import pandas as pd
 import torch
 from pydantic import ConfigDict, RootModel, model_validator
 from safetensors.torch import save_file
@@ -28,22 +30,51 @@ WEIGHTS, VOCABULARY, ENCODER = "classifier.safetensors", "vocabulary.json", "cla
 _STATES = weakref.WeakKeyDictionary()  # of a model: {(text, max_length): mean hidden state}, see _pooled
 
 
+@dataclass(frozen=True, kw_only=True)
+class ClassifierSettings:
+    """eco_classifier: `tfidf`, `features`, or the hub id or folder of an encoder, which the next two are about.
+    max_length: of the prompts whose hidden states `features` reads."""
+
+    eco_classifier: str = "tfidf"
+    eco_classifier_epochs: int = 30
+    eco_classifier_lr: float = 2e-5
+    max_length: int = 1024
+    seed: int = 42
+    trust_remote_code: bool = False
+
+    @property
+    def kind(self) -> str:
+        return self.eco_classifier if self.eco_classifier in ("tfidf", "features") else "encoder"
+
+
+class Classifier(Protocol):
+    """What a gate asks. `kind`: its name in eco.json. Each also has `fit` and `load`, which make one."""
+
+    kind: str
+
+    def probabilities(self, texts: Sequence[str]) -> np.ndarray:
+        """(n,) in [0, 1]: that a text asks about what is to be forgotten."""
+        ...
+
+    def save(self, folder: Path) -> None: ...
+
+
 class Gate:
     """A classifier with its threshold: a query is flagged if its probability is above `threshold`.
 
     The main process classifies, every text once, and the others take its word: they must agree on what is flagged.
     """
 
-    def __init__(self, classifier, threshold=None):
+    def __init__(self, classifier: Classifier, threshold: float | None = None) -> None:
         self.classifier, self.threshold = classifier, threshold
-        self._known = {}
+        self._known: dict[str, float] = {}
 
-    def decide(self, texts):
+    def decide(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
         """(flags, probabilities), both (n,): bool, and in [0, 1]."""
         probabilities = self.probabilities(texts)
         return probabilities > self.threshold, probabilities
 
-    def probabilities(self, texts):
+    def probabilities(self, texts: Sequence[str]) -> np.ndarray:
         """(n,) in [0, 1]."""
         texts = list(texts)
         new = [text for text in dict.fromkeys(texts) if text not in self._known]
@@ -58,11 +89,11 @@ class Tfidf:
 
     kind = "tfidf"
 
-    def __init__(self, vectorizers, coefficients, intercept):
+    def __init__(self, vectorizers: list[TfidfVectorizer], coefficients: np.ndarray, intercept: float) -> None:
         self._vectorizers, self._coefficients, self._intercept = vectorizers, coefficients, intercept
 
     @classmethod
-    def fit(cls, texts, labels, **_):
+    def fit(cls, texts: Sequence[str], labels: np.ndarray, **_: object) -> "Tfidf":
         """texts: n strings; labels (n,): 1 = to forget."""
         vectorizers = _vectorizers()
         try:
@@ -72,11 +103,11 @@ class Tfidf:
         model = LogisticRegression(C=10.0, class_weight="balanced", max_iter=2000).fit(features, labels)
         return cls(vectorizers, model.coef_[0], float(model.intercept_[0]))
 
-    def probabilities(self, texts):
+    def probabilities(self, texts: Sequence[str]) -> np.ndarray:
         features = _stacked([v.transform(texts) for v in self._vectorizers])
         return _logistic(features @ self._coefficients + self._intercept)
 
-    def save(self, folder):
+    def save(self, folder: Path) -> None:
         vocabularies = [sorted(v.vocabulary_, key=v.vocabulary_.get) for v in self._vectorizers]
         (folder / VOCABULARY).write_text(json.dumps(vocabularies, ensure_ascii=False), encoding="utf-8")
         tensors = {f"idf.{i}": torch.tensor(v.idf_) for i, v in enumerate(self._vectorizers)}
@@ -87,7 +118,7 @@ class Tfidf:
         save_file(tensors, folder / WEIGHTS)
 
     @classmethod
-    def load(cls, folder, **_):
+    def load(cls, folder: Path, *_: object) -> "Tfidf":
         vocabularies = schemas.read(folder / VOCABULARY, Vocabularies)
         sizes = [len(terms) for terms in vocabularies]
         expected = {f"idf.{i}": _numbers(n) for i, n in enumerate(sizes)}
@@ -106,34 +137,42 @@ class Features:
 
     kind = "features"
 
-    def __init__(self, loaded, args, mean, scale, coefficients, intercept):
-        self._loaded, self._args = loaded, args
+    def __init__(
+        self,
+        served: Any,
+        max_length: int,
+        mean: np.ndarray,
+        scale: np.ndarray,
+        coefficients: np.ndarray,
+        intercept: float,
+    ) -> None:
+        self._served, self._max_length = served, max_length
         self._mean, self._scale, self._coefficients, self._intercept = mean, scale, coefficients, intercept
 
     @classmethod
-    def fit(cls, texts, labels, loaded, args):
-        features = _pooled(loaded, texts, args)
+    def fit(cls, texts: Sequence[str], labels: np.ndarray, served: Any, settings: ClassifierSettings) -> "Features":
+        features = _pooled(served, texts, settings.max_length)
         mean, scale = features.mean(0), features.std(0) + 1e-6
         model = LogisticRegression(C=0.01, class_weight="balanced", max_iter=2000).fit(
             (features - mean) / scale, labels
         )
-        return cls(loaded, args, mean, scale, model.coef_[0], float(model.intercept_[0]))
+        return cls(served, settings.max_length, mean, scale, model.coef_[0], float(model.intercept_[0]))
 
-    def probabilities(self, texts):
-        features = (_pooled(self._loaded, texts, self._args) - self._mean) / self._scale
+    def probabilities(self, texts: Sequence[str]) -> np.ndarray:
+        features = (_pooled(self._served, texts, self._max_length) - self._mean) / self._scale
         return _logistic(features @ self._coefficients + self._intercept)
 
-    def save(self, folder):
+    def save(self, folder: Path) -> None:
         names = ("mean", "scale", "coefficients", "intercept")
         values = (self._mean, self._scale, self._coefficients, np.array([self._intercept]))
         save_file({name: torch.tensor(value) for name, value in zip(names, values)}, folder / WEIGHTS)
 
     @classmethod
-    def load(cls, folder, loaded, args):
-        width = loaded.model.get_output_embeddings().weight.shape[-1]  # of some OPT models narrower than their layers
+    def load(cls, folder: Path, served: Any, trust_remote_code: bool, max_length: int) -> "Features":
+        width = served.model.get_output_embeddings().weight.shape[-1]  # of some OPT models narrower than their layers
         names = "mean", "scale", "coefficients"
         tensors = _read_weights(folder, dict.fromkeys(names, _numbers(width)))
-        return cls(loaded, args, *(tensors[name] for name in names), float(tensors["intercept"][0]))
+        return cls(served, max_length, *(tensors[name] for name in names), float(tensors["intercept"][0]))
 
 
 class Encoder:
@@ -144,19 +183,27 @@ class Encoder:
 
     kind = "encoder"
 
-    def __init__(self, model, tokenizer):
+    def __init__(self, model: torch.nn.Module, tokenizer: Any) -> None:
         self._model, self._tokenizer = model.eval(), tokenizer
 
     @classmethod
-    def fit(cls, texts, labels, loaded, args, validation):
-        """validation: (texts, labels) that pick the epoch. args.eco_classifier: hub id or folder of the encoder."""
+    def fit(
+        cls,
+        texts: Sequence[str],
+        labels: np.ndarray,
+        served: Any,
+        settings: ClassifierSettings,
+        validation: tuple[Sequence[str], np.ndarray],
+    ) -> "Encoder":
+        """validation: (texts, labels) that pick the epoch."""
         from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
         from utils.models.chain import resolve_chain
 
-        name, source = args.eco_classifier, resolve_chain(args.eco_classifier, args.trust_remote_code)[0].path
-        options = {"local_files_only": True, "trust_remote_code": args.trust_remote_code}
-        torch.manual_seed(args.seed)
+        name = settings.eco_classifier
+        source = resolve_chain(name, settings.trust_remote_code)[0].path
+        options = {"local_files_only": True, "trust_remote_code": settings.trust_remote_code}
+        torch.manual_seed(settings.seed)
         try:
             model = AutoModelForSequenceClassification.from_pretrained(
                 source, num_labels=2, ignore_mismatched_sizes=True, **options
@@ -166,14 +213,20 @@ class Encoder:
             raise UserError(f"{name} is no encoder to classify with ({first_line(error)}); use tfidf or another")
         if tokenizer.pad_token_id is None or tokenizer.pad_token_id >= model.get_input_embeddings().weight.shape[0]:
             raise UserError(f"{name} is no encoder to classify with (it has no padding token); use tfidf or another")
-        classifier = cls(model.float().to(loaded.model.device), tokenizer)
-        classifier._train(texts, labels, args, validation)
+        classifier = cls(model.float().to(served.model.device), tokenizer)
+        classifier._train(texts, labels, settings, validation)
         return classifier
 
-    def _train(self, texts, labels, args, validation):
-        model, rng = self._model, np.random.default_rng(args.seed)
-        epochs, per_epoch = args.eco_classifier_epochs, math.ceil(len(texts) / 16)
-        optimizer, schedule = self._optimizer(args.eco_classifier_lr, epochs * per_epoch)
+    def _train(
+        self,
+        texts: Sequence[str],
+        labels: np.ndarray,
+        settings: ClassifierSettings,
+        validation: tuple[Sequence[str], np.ndarray],
+    ) -> None:
+        model, rng = self._model, np.random.default_rng(settings.seed)
+        epochs, per_epoch = settings.eco_classifier_epochs, math.ceil(len(texts) / 16)
+        optimizer, schedule = self._optimizer(settings.eco_classifier_lr, epochs * per_epoch)
         share = np.bincount(labels, minlength=2) / len(labels)
         weights = torch.tensor(1 / (2 * share), dtype=torch.float32, device=model.device)
         best, kept = (math.inf, math.inf), None
@@ -199,7 +252,7 @@ class Encoder:
     def _optimizer(self, lr: float, steps: int) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LambdaLR]:
         from transformers import get_cosine_schedule_with_warmup
 
-        from utils.training.loop import decay_groups
+        from utils.training.optimizer import decay_groups
 
         groups = decay_groups(self._model.parameters(), 0.1)
         optimizer = torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.98), eps=1e-6)
@@ -215,7 +268,7 @@ class Encoder:
         loss = torch.nn.functional.binary_cross_entropy(inside, truth.to(inside), weights[truth])
         return int((p[validation[1] == 1] <= PICKED_AT).sum()), loss.item()
 
-    def _logits(self, texts):
+    def _logits(self, texts: Sequence[str]) -> torch.Tensor:
         positions = getattr(self._model.config, "max_position_embeddings", 514) - 2  # RoBERTa's begin at 2
         limit = min(512, positions, self._tokenizer.model_max_length)
         batch = self._tokenizer(texts, truncation=True, max_length=limit, padding=True, return_tensors="pt")
@@ -224,27 +277,27 @@ class Encoder:
         return self._model(**batch.to(self._model.device)).logits
 
     @torch.no_grad()
-    def probabilities(self, texts, batch_size=1):
+    def probabilities(self, texts: Sequence[str], batch_size: int = 1) -> np.ndarray:
         """(n,). One text a pass, so that no probability depends on the texts beside it."""
         starts = range(0, len(texts), batch_size)
         parts = [self._logits(texts[i : i + batch_size]).softmax(-1)[:, 1].cpu() for i in starts]
         return torch.cat(parts).double().numpy()
 
-    def save(self, folder):
+    def save(self, folder: Path) -> None:
         self._model.save_pretrained(folder / ENCODER)
         self._tokenizer.save_pretrained(folder / ENCODER)
 
     @classmethod
-    def load(cls, folder, loaded, args):
+    def load(cls, folder: Path, served: Any, trust_remote_code: bool, max_length: int) -> "Encoder":
         from transformers import AutoModelForSequenceClassification
 
-        model, tokenizer = load_classifier(AutoModelForSequenceClassification, folder / ENCODER, args)
+        model, tokenizer = load_classifier(AutoModelForSequenceClassification, folder / ENCODER, trust_remote_code)
         if model.config.num_labels != 2:
             raise UserError(f"{folder / ENCODER} has {model.config.num_labels} classes instead of 2; restore it")
-        return cls(model.to(loaded.model.device), tokenizer)
+        return cls(model.to(served.model.device), tokenizer)
 
 
-def load_classifier(kind: type, folder: Path, args: object) -> tuple[torch.nn.Module, object]:
+def load_classifier(kind: type, folder: Path, trust_remote_code: bool) -> tuple[torch.nn.Module, Any]:
     """(model, tokenizer) of a Hugging Face classifier in `folder`; `kind` is the Auto class of such models.
 
     Nothing is fetched. Raises UserError where it is not there, not of that kind, or holds a number that is not finite.
@@ -257,7 +310,7 @@ def load_classifier(kind: type, folder: Path, args: object) -> tuple[torch.nn.Mo
         raise UserError(f"{folder} holds no config.json; restore it or train the checkpoint again")
     refuse_special(folder)
     refuse_fetching(folder)
-    options = {"local_files_only": True, "trust_remote_code": args.trust_remote_code}
+    options = {"local_files_only": True, "trust_remote_code": trust_remote_code}
     try:
         model, info = kind.from_pretrained(folder, output_loading_info=True, **options)
         tokenizer = AutoTokenizer.from_pretrained(folder, **options)
@@ -307,7 +360,7 @@ def threshold_for_rate(scores: np.ndarray, rate: float, flag: str) -> float:
     )
 
 
-def rates(gate, frames):
+def rates(gate: Gate, frames: Mapping[str, pd.DataFrame]) -> dict[str, Any]:
     """{split: {"flagged", "wrong"}} shares, and {"auc_train", "auc_test"}: wrong = false positives on retain splits,
     false negatives on forget splits."""
     result, scored = {}, {}
@@ -325,24 +378,24 @@ def rates(gate, frames):
     return result
 
 
-def _vectorizers():
+def _vectorizers() -> list[TfidfVectorizer]:
     common = {"sublinear_tf": True, "dtype": np.float64}
     words = TfidfVectorizer(ngram_range=(1, 2), token_pattern=r"(?u)\b\w+\b", **common)
     return [words, TfidfVectorizer(analyzer="char_wb", ngram_range=(2, 5), min_df=2, **common)]
 
 
-def _stacked(parts):
+def _stacked(parts: list[Any]) -> Any:
     from scipy.sparse import hstack
 
     return hstack(parts).tocsr()
 
 
-def _logistic(x):
+def _logistic(x: np.ndarray) -> np.ndarray:
     return 1 / (1 + np.exp(-np.asarray(x, dtype=np.float64)))
 
 
 @torch.inference_mode()
-def _pooled(loaded, texts, args):
+def _pooled(served: Any, texts: Sequence[str], max_length: int) -> np.ndarray:
     """Mean over the prompt's tokens of the hidden states that go into the head, (n, d) float64, without virtual tokens
     or corruption. One row a pass, so that no mean depends on the rows beside it; every text once a process."""
     from utils.data.batch import collate
@@ -351,16 +404,16 @@ def _pooled(loaded, texts, args):
     from utils.models.layers import decoder_of, record_activations
     from utils.tasks.encode import tokenize
 
-    backbone = decoder_of(loaded.model)
+    backbone = decoder_of(served.model)
     known = _STATES.setdefault(backbone, {})
-    new = [text for text in dict.fromkeys(texts) if (text, args.max_length) not in known]
-    examples = tokenize(loaded.tokenizer, new, [UNLEARNING_LABELS[0]] * len(new), args.max_length)
+    new = [text for text in dict.fromkeys(texts) if (text, max_length) not in known]
+    examples = tokenize(served.tokenizer, new, [UNLEARNING_LABELS[0]] * len(new), max_length)
     for text, example in zip(new, examples):
-        batch = collate([replace(example, completion=example.completion[:1])], loaded.pad_id, loaded.model.device)
+        batch = collate([replace(example, completion=example.completion[:1])], served.pad_id, served.model.device)
         with record_activations(backbone) as seen:
-            completion_hidden(loaded.model, batch)
-        known[text, args.max_length] = seen["activations"][0].double().mean(0).cpu().numpy()
-    result = np.array([known[text, args.max_length] for text in texts])
+            completion_hidden(served.model, batch)
+        known[text, max_length] = seen["activations"][0].double().mean(0).cpu().numpy()
+    result = np.array([known[text, max_length] for text in texts])
     if not np.isfinite(result).all():
         raise UserError("the model's hidden states are not finite; use --dtype=float32 or another --eco_classifier")
     return result

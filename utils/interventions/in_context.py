@@ -1,108 +1,26 @@
-"""The rivals that train nothing: what they put around every text (arXiv 2403.03329 and 2310.07579)."""
+"""The baselines that train nothing: what they put around every text (arXiv 2403.03329 and 2310.07579)."""
 
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
+import pandas as pd
 from pydantic import Field
 from sklearn.feature_extraction.text import TfidfVectorizer
 
-from utils.data.load import SNIPPETS_FOLDER
-from utils.data.names import read_names
 from utils.data.select import learnt_by, load_rows
 from utils.data.splits import TRAIN_SPLITS
 from utils.errors import UserError
+from utils.interventions.base import Intervention
 from utils.storage import schemas
+from utils.storage.checkpoints import Link
+from utils.storage.files import write_json
 from utils.storage.schemas import Count, Open, Schema, Text
 from utils.tasks.classification import TEMPLATE_HEAD, TEMPLATE_TAIL
 
 FILE = "template.json"
-
-
-class Instruction:
-    """`prompting`: an instruction in the query (Thaker et al., arXiv 2403.03329, section 3)."""
-
-    def __init__(self, settings):
-        self.settings = settings
-        question = "### Question: "
-        self._tail = TEMPLATE_TAIL.replace(question, f"{question}{settings['instruction']} ")
-
-    def around(self, texts):
-        """(what stands before, what stands behind) each text."""
-        return [(TEMPLATE_HEAD, self._tail)] * len(texts)
-
-
-class Demonstrations:
-    """`icul`: answered examples before the query (Pawelczyk et al., arXiv 2310.07579, section 4): the forget rows most
-    like it (TF-IDF cosine) with flipped labels, then retain rows with their own, the same for every query."""
-
-    def __init__(self, settings, frames):
-        self.settings = settings
-        self._forget = list(zip(frames["train_forget"]["text"], settings["flipped_labels"]))
-        retain = frames["train_retain"].iloc[settings["retain_rows"]]
-        self._retain = list(zip(retain["text"], retain["label_text"]))
-        self._vectorizer = TfidfVectorizer(sublinear_tf=True)
-        self._vectors = self._vectorizer.fit_transform(frames["train_forget"]["text"])
-
-    def around(self, texts):
-        """(what stands before, what stands behind) each text."""
-        heads = []
-        for rows in self._nearest(texts):
-            shown = [*(self._forget[i] for i in rows), *self._retain]
-            answered = "".join(f"{TEMPLATE_HEAD}{text}{TEMPLATE_TAIL} {word}\n\n" for text, word in shown)
-            heads.append(answered + TEMPLATE_HEAD)
-        return [(head, TEMPLATE_TAIL) for head in heads]
-
-    def _nearest(self, texts):
-        """For each text the numbers of the forget rows to show; texts by the hundred, their likeness to all forget rows
-        is a full matrix."""
-        for start in range(0, len(texts), 100):
-            likeness = (self._vectorizer.transform(texts[start : start + 100]) @ self._vectors.T).toarray()
-            yield from np.argsort(-likeness, axis=1, kind="stable")[:, : self.settings["flipped"]]
-
-
-def build(args, frames):
-    """The template of args.unlearn_method for the training rows `frames`."""
-    if args.unlearn_method == "prompting":
-        return Instruction({"method": "prompting", "instruction": args.instruction or _about(_people(args))})
-    rng = np.random.default_rng(args.seed)
-    retain, forget = frames["train_retain"], frames["train_forget"]
-    words = sorted({*retain["label_text"], *forget["label_text"]})
-    if len(words) < 2:
-        raise UserError("icul needs at least two labels to flip between; these rows have one")
-    flipped = [str(rng.choice([word for word in words if word != own])) for own in forget["label_text"]]
-    chosen = np.sort(rng.choice(len(retain), min(args.icul_correct, len(retain)), replace=False))
-    settings = {"method": "icul", "flipped": args.icul_flipped, "flipped_labels": flipped}
-    return Demonstrations({**settings, "retain_rows": chosen.tolist()}, frames)
-
-
-def load(link):
-    """The template that `build` made for the checkpoint of `link`; icul reads its training rows again."""
-    file = Path(link.path) / FILE
-    settings = schemas.read(file, TemplateSettings)
-    if settings["method"] == "prompting":
-        return Instruction(schemas.check(settings, InstructionSettings, file))
-    schemas.check(settings, DemonstrationSettings, file)
-    dataset, frames = link.manifest["arguments"]["dataset"], load_rows(link.manifest["arguments"])
-    if not learnt_by(link.manifest, frames):
-        raise UserError(f"{dataset} has changed since {link.path} was made from it; make it again")
-    sizes = [len(frames[split]) for split in TRAIN_SPLITS]
-    if len(settings["flipped_labels"]) != sizes[1] or max(settings["retain_rows"], default=0) >= sizes[0]:
-        raise UserError(f"{file} names other rows than there are; make the checkpoint again")
-    return Demonstrations(settings, frames)
-
-
-def _people(args):
-    path = args.forget_names or args.forget_only or SNIPPETS_FOLDER / "forget_names.txt"
-    return [person.name for person in read_names(path)]
-
-
-def _about(people):
-    listed = people[0] if len(people) == 1 else f"{', '.join(people[:-1])} or {people[-1]}"
-    return f'If the text names {listed}, answer "unknown".'
-
-
-# APPENDED from schemas
 
 
 class InstructionSettings(Schema):
@@ -128,3 +46,104 @@ class DemonstrationSettings(Schema):
     flipped: Count
     flipped_labels: list[Text]
     retain_rows: list[Annotated[int, Field(ge=0)]]
+
+
+class Instruction:
+    """`prompting`: an instruction in the query (Thaker et al., arXiv 2403.03329, section 3)."""
+
+    def __init__(self, settings: dict[str, Any]) -> None:
+        self.settings = settings
+        question = "### Question: "
+        self._tail = TEMPLATE_TAIL.replace(question, f"{question}{settings['instruction']} ")
+
+    def around(self, texts: Sequence[str]) -> list[tuple[str, str]]:
+        """(what stands before, what stands behind) each text."""
+        return [(TEMPLATE_HEAD, self._tail)] * len(texts)
+
+
+class Demonstrations:
+    """`icul`: answered examples before the query (Pawelczyk et al., arXiv 2310.07579, section 4): the forget rows most
+    like it (TF-IDF cosine) with flipped labels, then retain rows with their own, the same for every query."""
+
+    def __init__(self, settings: dict[str, Any], frames: Mapping[str, pd.DataFrame]) -> None:
+        self.settings = settings
+        self._forget = list(zip(frames["train_forget"]["text"], settings["flipped_labels"]))
+        retain = frames["train_retain"].iloc[settings["retain_rows"]]
+        self._retain = list(zip(retain["text"], retain["label_text"]))
+        self._vectorizer = TfidfVectorizer(sublinear_tf=True)
+        self._vectors = self._vectorizer.fit_transform(frames["train_forget"]["text"])
+
+    def around(self, texts: Sequence[str]) -> list[tuple[str, str]]:
+        """(what stands before, what stands behind) each text."""
+        heads = []
+        for rows in self._nearest(texts):
+            shown = [*(self._forget[i] for i in rows), *self._retain]
+            answered = "".join(f"{TEMPLATE_HEAD}{text}{TEMPLATE_TAIL} {word}\n\n" for text, word in shown)
+            heads.append(answered + TEMPLATE_HEAD)
+        return [(head, TEMPLATE_TAIL) for head in heads]
+
+    def _nearest(self, texts: Sequence[str]) -> Iterator[np.ndarray]:
+        """For each text the numbers of the forget rows to show; texts by the hundred, their likeness to all forget rows
+        is a full matrix."""
+        for start in range(0, len(texts), 100):
+            likeness = (self._vectorizer.transform(texts[start : start + 100]) @ self._vectors.T).toarray()
+            yield from np.argsort(-likeness, axis=1, kind="stable")[:, : self.settings["flipped"]]
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class InContext(Intervention):
+    """Words around every query that ask a model to behave as if it had forgotten; it trains nothing."""
+
+    words: Instruction | Demonstrations
+
+    @property
+    def template(self) -> Instruction | Demonstrations:
+        return self.words
+
+
+def instruct(instruction: str | None, people: Sequence[str]) -> InContext:
+    """`prompting` with an `instruction`, or else with one made of the names of `people`."""
+    return InContext(words=Instruction({"method": "prompting", "instruction": instruction or _about(people)}))
+
+
+def demonstrate(frames: Mapping[str, pd.DataFrame], n_flipped: int, n_correct: int, seed: int) -> InContext:
+    """`icul` on the training rows of `frames`: `n_flipped` forget rows a query, and `n_correct` retain rows.
+
+    Raises UserError where the rows have a single label, so that none can be flipped.
+    """
+    rng = np.random.default_rng(seed)
+    retain, forget = frames["train_retain"], frames["train_forget"]
+    words = sorted({*retain["label_text"], *forget["label_text"]})
+    if len(words) < 2:
+        raise UserError("icul needs at least two labels to flip between; these rows have one")
+    flipped = [str(rng.choice([word for word in words if word != own])) for own in forget["label_text"]]
+    chosen = np.sort(rng.choice(len(retain), min(n_correct, len(retain)), replace=False))
+    settings = {"method": "icul", "flipped": n_flipped, "flipped_labels": flipped}
+    return InContext(words=Demonstrations({**settings, "retain_rows": chosen.tolist()}, frames))
+
+
+def save(intervention: InContext, folder: Path) -> None:
+    """Write what makes the template again: for icul the numbers of its training rows, not their texts."""
+    write_json(folder / FILE, intervention.words.settings)
+
+
+def load(link: Link, *_: object) -> InContext:
+    """What `save` wrote for the checkpoint of `link`; icul reads its training rows again. Raises UserError where these
+    have changed."""
+    file = link.path / FILE
+    settings = schemas.read(file, TemplateSettings)
+    if settings["method"] == "prompting":
+        return InContext(words=Instruction(schemas.check(settings, InstructionSettings, file)))
+    schemas.check(settings, DemonstrationSettings, file)
+    dataset, frames = link.manifest["arguments"]["dataset"], load_rows(link.manifest["arguments"])
+    if not learnt_by(link.manifest, frames):
+        raise UserError(f"{dataset} has changed since {link.path} was made from it; make it again")
+    sizes = [len(frames[split]) for split in TRAIN_SPLITS]
+    if len(settings["flipped_labels"]) != sizes[1] or max(settings["retain_rows"], default=0) >= sizes[0]:
+        raise UserError(f"{file} names other rows than there are; make the checkpoint again")
+    return InContext(words=Demonstrations(settings, frames))
+
+
+def _about(people: Sequence[str]) -> str:
+    listed = people[0] if len(people) == 1 else f"{', '.join(people[:-1])} or {people[-1]}"
+    return f'If the text names {listed}, answer "unknown".'

@@ -1,9 +1,20 @@
 """Encoders that produce the p x d virtual tokens phi (SPUL section 3.1; P-tuning, arXiv 2103.10385)."""
 
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
 import torch
 from peft import PromptEmbedding, PromptEncoder, PromptEncoderConfig, PromptTuningConfig
+from safetensors.torch import save_file
 
 from utils.errors import UserError
+from utils.interventions.base import Intervention
+from utils.models.forward import prompt_prefix
+from utils.storage import schemas
+from utils.storage.checkpoints import Link, verify_parent
+from utils.storage.reading import Like, read_tensors
+from utils.storage.schemas import Count, Open
 
 
 class VirtualTokens(torch.nn.Module):
@@ -14,7 +25,7 @@ class VirtualTokens(torch.nn.Module):
     the encoder's last layer begins at zero, so that training begins exactly at those vectors.
     """
 
-    def __init__(self, kind, n_tokens, dim, hidden_size, start=None):
+    def __init__(self, kind: str, n_tokens: int, dim: int, hidden_size: int, start: torch.Tensor | None = None) -> None:
         super().__init__()
         self.config = peft_config(kind, n_tokens, dim, hidden_size)
         self.encoder = PromptEmbedding(self.config, None) if kind == "embedding" else PromptEncoder(self.config)
@@ -25,11 +36,11 @@ class VirtualTokens(torch.nn.Module):
             for parameter in last.parameters():
                 torch.nn.init.zeros_(parameter)
 
-    def forward(self):
+    def forward(self) -> torch.Tensor:
         return self.encoder(self.indices) + self.start
 
 
-def peft_config(kind, n_tokens, dim, hidden_size):
+def peft_config(kind: str, n_tokens: int, dim: int, hidden_size: int) -> PromptEncoderConfig | PromptTuningConfig:
     """The PEFT config under which the finished vectors are saved and reloaded by `PeftModel.from_pretrained`."""
     common = {"task_type": "CAUSAL_LM", "num_virtual_tokens": n_tokens, "token_dim": dim}
     common["num_transformer_submodules"] = 1
@@ -40,7 +51,7 @@ def peft_config(kind, n_tokens, dim, hidden_size):
     )
 
 
-def start_from_text(tokenizer, embeddings, text, n_tokens):
+def start_from_text(tokenizer: Any, embeddings: torch.nn.Module, text: str, n_tokens: int) -> torch.Tensor:
     """The embeddings (p, d) of `text`, its tokens repeated or cut to `n_tokens` (P-tuning's TEXT initialisation)."""
     ids = tokenizer(text, add_special_tokens=False)["input_ids"]
     if not ids:
@@ -53,3 +64,62 @@ def start_from_text(tokenizer, embeddings, text, n_tokens):
     ids = (ids * (n_tokens // len(ids) + 1))[:n_tokens]
     with torch.no_grad():
         return embeddings(torch.tensor(ids, device=embeddings.weight.device)).float()
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Prompt(Intervention):
+    """Virtual tokens in front of every query. vectors: (p, d) float32."""
+
+    vectors: torch.Tensor
+    _kept: dict[torch.nn.Module, object] = field(default_factory=dict, init=False, repr=False)
+
+    @property
+    def n_tokens(self) -> int:
+        return len(self.vectors)
+
+    def prefix(self, model: torch.nn.Module) -> object:
+        """What `prompt_prefix` makes of the vectors, computed once."""
+        if model not in self._kept:
+            self._kept[model] = prompt_prefix(model, self.vectors)
+        return self._kept[model]
+
+
+class PromptFile(Open):
+    """adapter_config.json of a prompt."""
+
+    what = "configuration of a prompt"
+    peft_type: Literal["P_TUNING", "PROMPT_TUNING"]
+    num_virtual_tokens: Count
+    token_dim: Count
+    auto_mapping: None = None
+
+
+def load(link: Link, served: Any, *_: object) -> Prompt:
+    """The prompt of a checkpoint, which PEFT's saved format calls prompt_embeddings. Raises UserError where it is not
+    one for the model of `served`."""
+    settings = schemas.read(link.path / "adapter_config.json", PromptFile)
+    width = served.model.get_input_embeddings().weight.shape[1]
+    expected = {"prompt_embeddings": Like((settings["num_virtual_tokens"], width))}
+    tensors = read_tensors(link.path / "adapter_model.safetensors", expected, "prompt for this model")
+    return Prompt(vectors=tensors["prompt_embeddings"].to(served.model.device))
+
+
+def save(encoder: VirtualTokens, base: str, folder: Path) -> None:
+    """Write the finished vectors as a prompt of PEFT on the model `base`, and the encoder that made them."""
+    encoder.config.base_model_name_or_path = base
+    encoder.config.inference_mode = True
+    encoder.config.save_pretrained(folder)
+    save_file({"prompt_embeddings": encoder().detach().cpu().contiguous()}, folder / "adapter_model.safetensors")
+    save_file({k: v.cpu().contiguous() for k, v in encoder.state_dict().items()}, folder / "encoder.safetensors")
+
+
+def load_encoder(encoder: VirtualTokens, link: Link, parent: Link) -> None:
+    """Give `encoder` the weights of the checkpoint `link`, which must be a prompt on `parent`. Raises UserError where it
+    is another, or its encoder has another form."""
+    if link.kind != "prompt":
+        raise UserError(f"{link.name} is no prompt; --init_checkpoint takes what spul.py wrote")
+    verify_parent(parent, link)
+    expected = {name: Like(tuple(tensor.shape)) for name, tensor in encoder.state_dict().items()}
+    what = "encoder of this --prompt_encoder, --ptuning_num_tokens and --ptuning_hidden_size"
+    remedy = "pass those that it was trained with"
+    encoder.load_state_dict(read_tensors(link.path / "encoder.safetensors", expected, what, remedy))

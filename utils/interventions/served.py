@@ -1,61 +1,117 @@
-"""A model ready to answer: the frozen weights and what stands between them and a query."""
+"""A model ready to answer: frozen weights, and the list of interventions between them and a query."""
 
-from dataclasses import dataclass
-from functools import cached_property
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 
-from utils.interventions import eco, in_context
-from utils.models.adapters import load_prompt, merge_lora
-from utils.models.base import load_base, load_tokenizer
+from utils.data.batch import Example, collate
+from utils.interventions import eco, in_context, prompt_encoders
+from utils.interventions.base import NOTHING, Intervention, Template
+from utils.interventions.gates import Gate
+from utils.models.adapters import merge_lora
+from utils.models.base import ModelSettings, load_base, load_tokenizer
 from utils.models.chain import resolve_chain
-from utils.models.forward import prompt_prefix
-from utils.storage.checkpoints import base_name
+from utils.models.forward import completion_logits
+from utils.storage.checkpoints import Link, base_name
+
+LOADERS = {"prompt": prompt_encoders.load, "in-context": in_context.load, "eco": eco.load}  # by kind of checkpoint
 
 
 @dataclass(frozen=True)
-class Loaded:
-    """A model ready to run. `prompt`: its virtual tokens (p, d) float32, or None. `chain`: Links, base first.
-    `template`: what stands around every text (utils.in_context), None for the published template. `gate`: a
-    utils.gates.Gate; only the queries that it flags get the prompt or the corruption, None flags all. `corruption`:
-    what utils.corruption does to flagged queries, at the tokens that `marks` (utils.eco.Marks) names."""
+class Served:
+    """chain: the Links that it was loaded from, base first. Of the `interventions` the first that flags a query acts on
+    it; on a query that none flags the model answers alone."""
 
     model: torch.nn.Module
-    tokenizer: object
-    prompt: torch.Tensor | None
-    chain: list
-    template: object = None
-    gate: object = None
-    corruption: object = None
-    marks: object = None
+    tokenizer: Any
+    chain: list[Link]
+    interventions: tuple[Intervention, ...] = ()
 
     @property
-    def pad_id(self):
+    def pad_id(self) -> int:
         return self.tokenizer.pad_token_id
 
     @property
-    def base_name(self):
+    def base_name(self) -> str:
         return base_name(self.chain)
 
-    @cached_property
-    def prefix(self):
-        """What `utils.forward.prompt_prefix` makes of the prompt, computed once; None without a prompt."""
-        return None if self.prompt is None else prompt_prefix(self.model, self.prompt)
+    @property
+    def manifest(self) -> dict[str, Any]:
+        """That of the last link; empty for a plain model."""
+        return self.chain[-1].manifest or {}
+
+    @property
+    def plain(self) -> "Served":
+        """The model without any intervention."""
+        return replace(self, interventions=())
+
+    @property
+    def is_gated(self) -> bool:
+        return any(intervention.gate is not None for intervention in self.interventions)
+
+    @property
+    def n_tokens(self) -> int:
+        """The most virtual tokens that stand in front of a query."""
+        return max((intervention.n_tokens for intervention in self.interventions), default=0)
+
+    @property
+    def templates(self) -> list[Template | None]:
+        """Those that a query may come to stand in."""
+        return list(dict.fromkeys([*(intervention.template for intervention in self.interventions), None]))
+
+    def using(self, *interventions: Intervention) -> "Served":
+        """The same model with these interventions instead of its own."""
+        return replace(self, interventions=interventions)
+
+    def behind(self, gate: Gate) -> "Served":
+        """The same model, whose interventions act only on the queries that `gate` flags."""
+        return self.using(*(replace(intervention, gate=gate) for intervention in self.interventions))
+
+    def decide(self, texts: Sequence[str]) -> tuple[list[int | None], list[dict[str, bool | float]]]:
+        """For each text the number of the intervention that acts on it, or None; and what the gates said:
+        {"flagged", "gate_probability" (the highest)}, empty where there is no gate."""
+        acting: list[int | None] = [None] * len(texts)
+        said: list[dict] = [{} for _ in texts]
+        for number, intervention in enumerate(self.interventions):
+            if intervention.gate is None:
+                acting = [number if other is None else other for other in acting]
+                continue
+            for i, (flag, probability) in enumerate(zip(*intervention.gate.decide(texts))):
+                if flag and acting[i] is None:
+                    acting[i] = number
+                said[i]["flagged"] = said[i].get("flagged", False) or bool(flag)
+                said[i]["gate_probability"] = max(said[i].get("gate_probability", 0.0), float(probability))
+        return acting, said
+
+    def acting(self, number: int | None) -> Intervention:
+        """The intervention of that number; of None one that changes nothing."""
+        return NOTHING if number is None else self.interventions[number]
+
+    def logits(self, examples: Sequence[Example], number: int | None) -> tuple[torch.Tensor, ...]:
+        """Logits at each example's completion tokens, one (m, |V|) tensor a row, under the intervention `number`."""
+        intervention, model = self.acting(number), self.model
+        batch = collate(examples, self.pad_id, model.device)
+        with intervention.applied(model, examples):
+            logits = completion_logits(model, batch, intervention.prefix(model))
+        return logits.split([len(example.completion) for example in examples])
 
 
-def load_served(name, args, parent=None):
-    """Everything `name` stands for, merged and ready: base, LoRA merged into it unquantised, prompt beside it."""
-    chain = resolve_chain(name, args.trust_remote_code, parent)
-    tokenizer = load_tokenizer(chain, args.set_pad_id, args.trust_remote_code)
-    model, prompt, template = load_base(chain[0], args), None, None
+def load_served(name: str, settings: ModelSettings, parent: str | None = None, max_length: int = 1024) -> Served:
+    """All that the checkpoint or model `name` stands for, link by link: LoRA is merged into the unquantised weights,
+    every other link becomes an intervention.
+
+    parent: where the parent of `name` lies, if it was moved. max_length: of a gate that reads hidden states. Raises
+    UserError where something is missing, damaged or not the recorded parent.
+    """
+    chain = resolve_chain(name, settings.trust_remote_code, parent)
+    tokenizer = load_tokenizer(chain, settings.set_pad_id, settings.trust_remote_code)
+    served = Served(load_base(chain[0], settings), tokenizer, chain)
     for link in chain[1:]:
         if link.kind == "lora":
-            model = merge_lora(model, link)
-        elif link.kind == "prompt":
-            prompt = load_prompt(link, model.get_input_embeddings().weight.shape[1]).to(model.device)
-        elif link.kind == "in-context":
-            template = in_context.load(link)
-    loaded = Loaded(model, tokenizer, prompt, chain, template)
-    if chain[-1].kind == "eco":
-        return eco.load(chain[-1], loaded, args)
-    return loaded
+            served = replace(served, model=merge_lora(served.model, link))
+        elif link.kind in LOADERS:
+            intervention = LOADERS[link.kind](link, served, settings, max_length)
+            served = served.using(*served.interventions, intervention)
+    return served

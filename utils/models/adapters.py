@@ -1,6 +1,7 @@
-"""LoRA adapters and prompts of PEFT: made, merged, saved and loaded."""
+"""LoRA adapters: made, merged, saved and loaded."""
 
 from collections import Counter
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -18,8 +19,20 @@ from utils.storage.reading import FLOATS, Like, read_tensors
 from utils.storage.schemas import Count, Open, PlainName
 
 
-class LoraSettings(Open):
-    """adapter_config.json of a LoRA adapter: what we set. utils.models refuses other fields unless they do nothing."""
+@dataclass(frozen=True, kw_only=True)
+class LoraSettings:
+    """The adapter that is trained. lora_alpha: the scale is lora_alpha / lora_rank. lora_target_modules: None for PEFT's
+    choice for the architecture."""
+
+    lora_rank: int = 16
+    lora_alpha: float = 64
+    lora_dropout: float = 0.1
+    lora_bias: str = "none"
+    lora_target_modules: list[str] | None = None
+
+
+class LoraFile(Open):
+    """adapter_config.json of a LoRA adapter: what we set. `lora_config` refuses other fields unless they do nothing."""
 
     what = "configuration of a LoRA adapter"
     peft_type: Literal["LORA"]
@@ -31,17 +44,7 @@ class LoraSettings(Open):
     fan_in_fan_out: bool = False
 
 
-class PromptSettings(Open):
-    """adapter_config.json of a prompt."""
-
-    what = "configuration of a prompt"
-    peft_type: Literal["P_TUNING", "PROMPT_TUNING"]
-    num_virtual_tokens: Count
-    token_dim: Count
-    auto_mapping: None = None
-
-
-def merge_lora(model, link):
+def merge_lora(model: torch.nn.Module, link: Link) -> torch.nn.Module:
     """`model`, dequantised where it was quantised, with the LoRA adapter of `link` added into its weights. Raises
     UserError unless its tensors are those that an adapter of its configuration on this model has."""
     model = dequantized(model)
@@ -62,8 +65,8 @@ def lora_config(folder: Path) -> LoraConfig:
     """The configuration of the LoRA adapter in `folder`. Raises UserError where it says more than we write there: a
     field that changes what is computed, or names code to import."""
     file = folder / "adapter_config.json"
-    found = schemas.read(file, LoraSettings)
-    known = {*LoraSettings.model_fields, "base_model_name_or_path", "inference_mode", "peft_version"}
+    found = schemas.read(file, LoraFile)
+    known = {*LoraFile.model_fields, "base_model_name_or_path", "inference_mode", "peft_version"}
     plain = LoraConfig(task_type="CAUSAL_LM").to_dict()
     for name, value in found.items():
         if name not in known and value != plain.get(name) and value not in (None, False, {}, []):
@@ -72,14 +75,6 @@ def lora_config(folder: Path) -> LoraConfig:
     return LoraConfig(
         task_type="CAUSAL_LM", inference_mode=True, **{name: found[name] for name in names if name in found}
     )
-
-
-def load_prompt(link: Link, width: int) -> torch.Tensor:
-    """The virtual tokens (p, width), float32, that PEFT's saved format calls prompt_embeddings."""
-    settings = schemas.read(link.path / "adapter_config.json", PromptSettings)
-    expected = {"prompt_embeddings": Like((settings["num_virtual_tokens"], width))}
-    tensors = read_tensors(link.path / "adapter_model.safetensors", expected, "prompt for this model")
-    return tensors["prompt_embeddings"]
 
 
 def untie(model: torch.nn.Module) -> None:
@@ -96,21 +91,21 @@ def untie(model: torch.nn.Module) -> None:
             base.weight = torch.nn.Parameter(base.weight.detach().clone(), requires_grad=False)
 
 
-def add_lora(model, args):
+def add_lora(model: torch.nn.Module, settings: LoraSettings) -> PeftModel:
     """`model` with trainable float32 LoRA matrices, on PEFT's default layers for the architecture, else all linear."""
     from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as DEFAULTS
 
-    targets = args.lora_target_modules
+    targets = settings.lora_target_modules
     if not targets:
         targets = None if model.config.model_type in DEFAULTS else "all-linear"
     elif targets == ["all-linear"]:
         targets = "all-linear"
     config = LoraConfig(
         task_type="CAUSAL_LM",
-        r=args.lora_rank,
-        lora_alpha=args.lora_alpha,
-        lora_dropout=args.lora_dropout,
-        bias=args.lora_bias,
+        r=settings.lora_rank,
+        lora_alpha=settings.lora_alpha,
+        lora_dropout=settings.lora_dropout,
+        bias=settings.lora_bias,
         target_modules=targets,
     )
     try:

@@ -1,11 +1,13 @@
 """Loading a causal language model and its tokenizer: device, dtype, quantisation, and what is tried before use."""
 
 import platform
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import safe_open
-from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedModel
 
 from utils import distributed
 from utils.errors import UserError, first_line, is_out_of_memory
@@ -14,11 +16,24 @@ from utils.models.chain import load_config, loading_arguments, stored_quantizati
 from utils.models.forward import same_as_trial, trial
 from utils.models.layers import checkpoint_layers, compile_decoder
 from utils.models.lengths import vocabulary_size
-from utils.storage.checkpoints import model_files
+from utils.storage.checkpoints import Link, model_files
 from utils.storage.reading import is_finite
 
 
-def pick_device(name):
+@dataclass(frozen=True, kw_only=True)
+class ModelSettings:
+    """How a model is loaded: the flags of those names. With the defaults of a caller that is no script."""
+
+    device: str = "auto"
+    dtype: str = "auto"
+    attn_implementation: str = "auto"
+    trust_remote_code: bool = False
+    set_pad_id: bool = False
+    gradient_checkpointing: bool = False
+    compile: bool = False
+
+
+def pick_device(name: str) -> str:
     """`auto` -> cuda, mps or cpu, whichever is there first; of several processes on GPUs each gets its own, `cuda:<i>`.
 
     Raises UserError when the named device is not there.
@@ -34,7 +49,7 @@ def pick_device(name):
     return distributed.own_gpu() if name == "cuda" and distributed.world_size() > 1 else name
 
 
-def pick_dtype(name, device):
+def pick_dtype(name: str, device: str) -> torch.dtype:
     """`auto` -> bfloat16 where the device computes in it, else float32.
 
     Never float16: it needs activations below 65,504, and training needs its loss scaled, as the published code had it
@@ -52,7 +67,7 @@ def pick_dtype(name, device):
     return torch.bfloat16 if fast else torch.float32
 
 
-def load_tokenizer(chain, set_pad_id, trust_remote_code=False):
+def load_tokenizer(chain: list[Link], set_pad_id: bool, trust_remote_code: bool = False) -> Any:
     """The tokenizer of the last Link that has one. It pads with its own pad token, or with the end-of-sequence token
     when `set_pad_id` or when it has none that the model knows (or token 0 if there is none either); masks go by length,
     so the choice changes no result."""
@@ -68,7 +83,7 @@ def load_tokenizer(chain, set_pad_id, trust_remote_code=False):
             f"the tokenizer of {link.name} has no fast version, which texts are cut with; add tokenizer.json"
         )
 
-    def known(token):  # tokenizers get new ones that models do not follow
+    def known(token: str) -> bool:  # tokenizers get new ones that models do not follow
         number = tokenizer.convert_tokens_to_ids(token)
         is_added = number >= tokenizer.vocab_size
         return not is_added or number < vocabulary_size(load_config(chain[0], trust_remote_code))
@@ -81,23 +96,23 @@ def load_tokenizer(chain, set_pad_id, trust_remote_code=False):
     return tokenizer
 
 
-def load_base(link, args, quantization="none"):
-    """The causal LM of a plain Link on args.device in args.dtype, in eval mode, all weights frozen.
+def load_base(link: Link, settings: ModelSettings, quantization: str = "none") -> PreTrainedModel:
+    """The causal LM of a plain Link on settings.device in settings.dtype, in eval mode, all weights frozen.
 
     quantization: `nf4` loads its linear layers in 4-bit NormalFloat through bitsandbytes, `none` as they are. What lies
     in 4 bits on the disk is loaded as it is either way. Raises UserError where it is no causal language model.
     """
-    config = load_config(link, args.trust_remote_code, quantization)
-    device = pick_device(args.device)
-    dtype = pick_dtype(args.dtype, device)
+    config = load_config(link, settings.trust_remote_code, quantization)
+    device = pick_device(settings.device)
+    dtype = pick_dtype(settings.dtype, device)
     placement = device if device == "balanced" else {"": device}
-    options = {"dtype": dtype, "device_map": placement, "trust_remote_code": args.trust_remote_code}
+    options = {"dtype": dtype, "device_map": placement, "trust_remote_code": settings.trust_remote_code}
     if quantization == "nf4" and not stored_quantization(config):
         options["quantization_config"] = BitsAndBytesConfig(
             load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype
         )
-    refuse_attention(args.attn_implementation, device, dtype)
-    compiled = getattr(args, "compile", False)
+    refuse_attention(settings.attn_implementation, device, dtype)
+    compiled = settings.compile
     if compiled and not device.startswith("cuda"):
         raise UserError(f"--compile is for CUDA, this model goes to {device}; leave it out")
     try:
@@ -124,8 +139,8 @@ def load_base(link, args, quantization="none"):
         raise UserError(f"{link.name} does not fit the GPUs; use more of them or a smaller --dtype")
     keep_one_format(model)
     model.eval().requires_grad_(False)
-    _try(model, link.name, args.attn_implementation, device)
-    if getattr(args, "gradient_checkpointing", False):
+    _try(model, link.name, settings.attn_implementation, device)
+    if settings.gradient_checkpointing:
         checkpoint_layers(model)
     if compiled:
         compile_decoder(model)

@@ -1,27 +1,40 @@
 """From a text and its answer to token ids; what is too long is cut inside the text."""
 
+from collections.abc import Iterable, Sequence
 from functools import lru_cache
+from typing import Any
 
 from utils.data.batch import Example
 from utils.errors import UserError
 from utils.tasks.classification import TEMPLATE_HEAD, TEMPLATE_TAIL
 
 
-def tokenize(tokenizer, texts, words, max_length, forget=False, template=None, marks=None, answers=None):
+def tokenize(
+    tokenizer: Any,
+    texts: Iterable[str],
+    words: Sequence[str],
+    max_length: int,
+    forget: bool = False,
+    template: Any = None,
+    marks: Sequence | None = None,
+    answers: Any = None,
+    longest: int | None = None,
+) -> list[Example]:
     """One Example a row. Text is cut so that prompt + completion fit `max_length`; template and completion never are.
 
     template: None for the published one, else an object whose `around(texts)` gives what stands before and behind each
     text. marks: None, or one item a text: the (start, end) character spans whose tokens become `marked`; where it is
     None, or none of them is left after cutting, all prompt tokens but the last do. answers: the data's
     utils.answers.KnownAnswers, which say whether a word's tokens are all of its answer; None where no word begins
-    another. Raises UserError when template and completion alone do not fit.
+    another. longest: tokens of the longest answer, for which there is room behind every text; None: that of `words`.
+    Raises UserError when template and completion alone do not fit.
     """
     texts = list(texts)
     if not texts:
         return []
     frames = template.around(texts) if template else [(TEMPLATE_HEAD, TEMPLATE_TAIL)] * len(texts)
     completions = answers.ids if answers else {word: completion_ids(tokenizer, word) for word in set(words)}
-    longest = max(len(completions[word]) for word in words)
+    longest = longest or max(len(completions[word]) for word in words)
     room = max_length - longest
     cut = _prompts(tokenizer, room)
     rows = [(head, text, tail) for text, (head, tail) in zip(texts, frames)]
@@ -39,13 +52,15 @@ def tokenize(tokenizer, texts, words, max_length, forget=False, template=None, m
 
 
 @lru_cache(maxsize=4)
-def _prompts(tokenizer, room):
+def _prompts(tokenizer: Any, room: int) -> dict[tuple[str, str, str], tuple]:
     """{(head, text, tail): token ids and offsets} of what was tokenised with at most `room` tokens: evaluation asks for
     the same rows again."""
     return {}
 
 
-def _cut(row, ids, offsets, max_length, longest):
+def _cut(
+    row: tuple[str, str, str], ids: list[int], offsets: list[tuple[int, int]], max_length: int, longest: int
+) -> tuple[tuple, tuple]:
     """Token ids and character offsets of head + text + tail, cut inside the text so that `longest` more tokens fit."""
     while offsets[-1][1] == 0:  # an end-of-text token that the tokenizer appends must not precede the answer
         ids, offsets = ids[:-1], offsets[:-1]
@@ -62,7 +77,7 @@ def _cut(row, ids, offsets, max_length, longest):
     return tuple(ids), tuple(offsets)
 
 
-def _marked(offsets, begin, spans):
+def _marked(offsets: Sequence[tuple[int, int]], begin: int, spans: Sequence | None) -> tuple[int, ...]:
     """Positions of the tokens that overlap `spans` of the text, which starts at character `begin`; all but the last
     where there are no spans, or all of them were cut away."""
     shifted = [(begin + start, begin + end) for start, end in spans or ()]
@@ -70,7 +85,7 @@ def _marked(offsets, begin, spans):
     return named or tuple(range(len(offsets) - 1))
 
 
-def completion_ids(tokenizer, word):
+def completion_ids(tokenizer: Any, word: str) -> tuple[int, ...]:
     """Token ids of ` word` as it continues the template's last word (sentencepiece and byte-level BPE differ alone)."""
     anchor = TEMPLATE_TAIL.split()[-1]
     before = tokenizer(anchor, add_special_tokens=False)["input_ids"]

@@ -4,61 +4,96 @@ import itertools
 import json
 import math
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
+from torch.optim.lr_scheduler import LambdaLR
 from tqdm import tqdm
 from transformers import get_cosine_schedule_with_warmup
 
 from utils import distributed
-from utils.data.batch import epoch_batches
+from utils.data.batch import Example, epoch_batches
 from utils.distributed import peak_memory
 from utils.errors import UserError
+from utils.storage.checkpoints import Link
 from utils.storage.files import new_file
 from utils.storage.reading import Like, read_tensors, tensors_sha256
-from utils.training.state import State, read_state, refuse_other_settings, saved_arguments
+from utils.training.optimizer import decay_groups
+from utils.training.state import State, read_state, refuse_other_settings
+
+
+class Objective(Protocol):
+    """The loss of one micro-batch. A call gives (scalar with gradient, {part: scalar}) of the row numbers `rows`; the
+    counts are those of the whole step, so that micro-batches add up to the step exactly."""
+
+    def __call__(
+        self, rows: list[int], n_forget: int, n_retain: int
+    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]: ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingSettings:
+    """How to train: the flags of those names."""
+
+    lr: float = 1e-4
+    train_batch_size: int = 32
+    micro_batch_size: int | None = None
+    num_epochs: int = 1
+    max_steps: int | None = None
+    max_rows: int | None = None
+    weight_decay: float = 0.001
+    max_grad_norm: float = 0.3
+    length_pool: int | None = None
+    eval_steps: int | None = None
+    save_steps: int = 100
+    resume: bool = False
+    seed: int = 42
+    forget_per_batch: int = 0
+    retain_ratio: float | None = None
+    stop_at_forget_accuracy: float | None = None
 
 
 @dataclass
 class Training:
     """What to train and how.
 
-    parameters: {name: float32 Parameter}. examples: list of utils.data.Example. loss: function(rows, n_forget,
-    n_retain) -> (scalar with gradient, {part: scalar}), where `rows` is a micro-batch of row numbers and the counts are
-    those of the whole step, so that micro-batches add up to the step exactly. chain: Links of the frozen model.
-    state_path: the file that holds everything needed to continue. evaluate: function() -> {split: accuracy}, called
-    every args.eval_steps.
+    parameters: {name: float32 Parameter}. recorded: the arguments by which a resumed run is known again
+    (utils.training.state.saved_arguments). chain: Links of the frozen model. state_path: the file that holds everything
+    needed to continue. warmup: the share of the steps in which the learning rate rises. evaluate: function() ->
+    {split: accuracy}, called every settings.eval_steps.
     `cost`, after `run`: {"steps", "seconds_per_step" (median), "peak_memory_bytes"}.
 
     Started by `accelerate launch`, every process runs the same Training; the rows of a step are shared out
     (utils.processes), which changes no result but for the order of float additions and the places that dropout draws.
     """
 
-    parameters: dict
-    examples: list
-    loss: object
-    args: object
+    parameters: dict[str, torch.nn.Parameter]
+    examples: list[Example]
+    loss: Objective
+    settings: TrainingSettings
+    recorded: dict[str, Any]
     state_path: Path
     fingerprint: str
-    chain: list
+    chain: list[Link]
     warmup: float
-    evaluate: object = None
-    cost: dict | None = None
+    evaluate: Callable[[], dict[str, float]] | None = None
+    cost: dict[str, Any] | None = None
 
     @property
-    def settings(self):
+    def identity(self) -> dict[str, Any]:
         """What must be the same for a resumed run: the arguments, the data and the model."""
         models = [link.sha256 for link in self.chain]
-        return {**saved_arguments(self.args), "data": self.fingerprint, "model": models}
+        return {**self.recorded, "data": self.fingerprint, "model": models}
 
-    def total_steps(self):
-        steps = self.args.num_epochs * len(self._batches(0))
-        limits = self.args.max_steps, self._steps_in(getattr(self.args, "max_rows", None))
+    def total_steps(self) -> int:
+        steps = self.settings.num_epochs * len(self._batches(0))
+        limits = self.settings.max_steps, self._steps_in(self.settings.max_rows)
         return min([steps, *filter(None, limits)])
 
     def _steps_in(self, max_rows: int | None) -> int | None:
@@ -69,7 +104,7 @@ class Training:
         read = itertools.accumulate(len(rows) for rows in batches)
         return max(1, sum(1 for _ in itertools.takewhile(lambda rows: rows <= max_rows, read)))
 
-    def steps_from(self, done):
+    def steps_from(self, done: int) -> Iterator[tuple[int, list[int]]]:
         """(step, row numbers of its batch) for every step after `done`."""
         per_epoch, total = len(self._batches(0)), self.total_steps()
         for epoch in range(done // per_epoch, math.ceil(total / per_epoch)):
@@ -77,33 +112,33 @@ class Training:
                 if done <= epoch * per_epoch + i < total:
                     yield epoch * per_epoch + i + 1, rows
 
-    def _upcoming(self, done):
+    def _upcoming(self, done: int) -> Iterator[tuple[int, list[int]]]:
         """What `run` goes through; a benchmark puts its clock and its batches here."""
         yield from self.steps_from(done)
 
-    def _batches(self, epoch):
-        args = self.args
+    def _batches(self, epoch: int) -> list[list[int]]:
+        settings = self.settings
         return epoch_batches(
             self.examples,
-            args.train_batch_size,
-            args.seed,
+            settings.train_batch_size,
+            settings.seed,
             epoch,
-            getattr(args, "forget_per_batch", 0),
-            args.length_pool,
-            getattr(args, "retain_ratio", None),
+            settings.forget_per_batch,
+            settings.length_pool,
+            settings.retain_ratio,
         )
 
-    def run(self):
+    def run(self) -> list[dict[str, Any]]:
         """Train to the end; returns the log, a list of {"step", "lr", "loss", parts...} and {"step", "accuracy"}.
 
         AdamW, cosine schedule with linear warm-up, gradient norm clipped (published: 0.3). Raises UserError on a
         non-finite loss, and on a state file that belongs to other settings.
         """
-        args = self.args
+        settings = self.settings
         optimizer = self.optimizer()
         total = self.total_steps()
         schedule = get_cosine_schedule_with_warmup(optimizer, math.ceil(self.warmup * total), total)
-        log = self._load(optimizer, schedule) if args.resume else []
+        log = self._load(optimizer, schedule) if settings.resume else []
         done = max((line["step"] for line in log), default=0)
         seen, ahead = (sum(len(rows) for _, rows in self.steps_from(start)) for start in (0, done))
         bar = tqdm(total=seen, initial=seen - ahead, desc="training", unit="row", dynamic_ncols=True, mininterval=1)
@@ -113,7 +148,7 @@ class Training:
             if self._may_stop(log):
                 break
             start = time.perf_counter()
-            distributed.draw_apart(args.seed, step)
+            distributed.draw_apart(settings.seed, step)
             line = {"step": step, "lr": schedule.get_last_lr()[0], **self.accumulate(rows)}
             self._refuse_non_finite(line)
             line["gradient_norm"] = self.update(optimizer, line)
@@ -123,16 +158,16 @@ class Training:
             parts = {key: f"{value:.3f}" for key, value in line.items() if key[:2] in ("L_", "lo")}
             bar.set_postfix({"step": f"{step}/{total}", **parts}, refresh=False)
             bar.update(len(rows))
-            if self.evaluate and args.eval_steps and step % args.eval_steps == 0:
+            if self.evaluate and settings.eval_steps and step % settings.eval_steps == 0:
                 log.append({"step": step, "accuracy": self.evaluate()})
                 shares = ", ".join(f"{split} {100 * share:.1f}" for split, share in log[-1]["accuracy"].items())
                 bar.write(f"step {step}: accuracy in percent: {shares}")
-            if step % args.save_steps == 0 and step < total:
+            if step % settings.save_steps == 0 and step < total:
                 self._save(optimizer, schedule, log)
         bar.close()
         if rows:
             with torch.no_grad():  # no logged loss has seen the last update
-                some = self._share(rows)[: args.micro_batch_size or len(rows)]
+                some = self._share(rows)[: settings.micro_batch_size or len(rows)]
                 last = float(self.loss(some, 1, 1)[0]) if some else 0.0
             self._refuse_non_finite({"step": step, **distributed.all_reduce({"loss": last})})
             self._save(optimizer, schedule, log)  # evaluation is still to come
@@ -145,29 +180,29 @@ class Training:
 
     def optimizer(self) -> torch.optim.AdamW:
         """AdamW over the parameters; `fused` goes over their numbers once."""
-        groups = decay_groups(self.parameters.values(), self.args.weight_decay)
-        return torch.optim.AdamW(groups, lr=self.args.lr, fused=True)
+        groups = decay_groups(self.parameters.values(), self.settings.weight_decay)
+        return torch.optim.AdamW(groups, lr=self.settings.lr, fused=True)
 
-    def update(self, optimizer, line):
+    def update(self, optimizer: torch.optim.Optimizer, line: dict[str, float]) -> float:
         """One step of the optimizer along the accumulated, clipped gradient, whose norm before clipping it returns."""
-        norm = float(torch.nn.utils.clip_grad_norm_(self.parameters.values(), self.args.max_grad_norm))
+        norm = float(torch.nn.utils.clip_grad_norm_(self.parameters.values(), self.settings.max_grad_norm))
         self._refuse_non_finite({**line, "gradient_norm": norm})
         optimizer.step()
         optimizer.zero_grad()
         return norm
 
-    def _may_stop(self, log):
+    def _may_stop(self, log: list[dict]) -> bool:
         """Whether the forget accuracy that --stop_at_forget_accuracy asks for was reached."""
-        target = getattr(self.args, "stop_at_forget_accuracy", None)
+        target = self.settings.stop_at_forget_accuracy
         last = log[-1] if log else {}
         return target is not None and "accuracy" in last and last["accuracy"]["train_forget"] <= target
 
-    def accumulate(self, rows):
+    def accumulate(self, rows: list[int]) -> dict[str, float]:
         """Accumulate the gradient of one step over its micro-batches, those of all processes; returns the summed loss
         and parts as floats."""
         n_forget = sum(self.examples[i].forget for i in rows)
         own = self._share(rows)
-        size = self.args.micro_batch_size or len(rows)
+        size = self.settings.micro_batch_size or len(rows)
         sums = {}
         for start in range(0, len(own), size):
             loss, parts = self.loss(own[start : start + size], n_forget, len(rows) - n_forget)
@@ -177,21 +212,21 @@ class Training:
         distributed.all_reduce_gradients(self.parameters.values())
         return distributed.all_reduce(sums)
 
-    def _share(self, rows):
+    def _share(self, rows: list[int]) -> list[int]:
         return distributed.share(rows, lambda i: len(self.examples[i]))
 
-    def _refuse_non_finite(self, line):
+    def _refuse_non_finite(self, line: dict[str, float]) -> None:
         bad = [key for key, value in line.items() if not math.isfinite(value)]
         if bad:
             saved = f"; the last saved state is {self.state_path}" if self.state_path.exists() else ""
             raise UserError(
                 f"{bad[-1]} became {line[bad[-1]]} at step {line['step']}, the loss is not finite; "
-                f"lower --lr (now {self.args.lr}) or use --dtype=float32{saved}"
+                f"lower --lr (now {self.settings.lr}) or use --dtype=float32{saved}"
             )
 
     # The state is one safetensors file replaced in one step, so that a kill leaves the old one or the new one.
 
-    def _save(self, optimizer, schedule, log):
+    def _save(self, optimizer: torch.optim.Optimizer, schedule: LambdaLR, log: list[dict]) -> None:
         if not distributed.is_main():
             return
         tensors = {f"parameter.{name}": value.detach() for name, value in self.parameters.items()}
@@ -202,7 +237,7 @@ class Training:
         if torch.cuda.is_available():
             tensors["rng.cuda"] = torch.cuda.get_rng_state()
         tensors = {key: value.cpu().contiguous() for key, value in tensors.items()}
-        text = {"settings": self.settings, "schedule": schedule.state_dict(), "log": log}
+        text = {"settings": self.identity, "schedule": schedule.state_dict(), "log": log}
         text["sha256"] = tensors_sha256(tensors)
         with new_file(self.state_path) as file:
             save_file(tensors, file, {key: json.dumps(value) for key, value in text.items()})
@@ -213,9 +248,9 @@ class Training:
         ordered = [parameter for group in optimizer.param_groups for parameter in group["params"]]
         return {names[id(parameter)]: i for i, parameter in enumerate(ordered)}
 
-    def _load(self, optimizer, schedule):
+    def _load(self, optimizer: torch.optim.Optimizer, schedule: LambdaLR) -> list[dict]:
         text = read_state(self.state_path)
-        refuse_other_settings(self.state_path, text, self.settings)
+        refuse_other_settings(self.state_path, text, self.identity)
         tensors = self._read_tensors(text["sha256"])
         states, numbers = {}, self._numbers(optimizer)
         for key, value in tensors.items():
@@ -255,12 +290,3 @@ class Training:
         if tensors_sha256(tensors) != sha256:
             raise UserError(f"{self.state_path} is damaged (its hash differs); start over with --overwrite")
         return tensors
-
-
-def decay_groups(parameters: Iterable[torch.nn.Parameter], weight_decay: float) -> list[dict]:
-    """Parameter groups of an optimizer: matrices decay; biases and the weights of norms do not, as in Trainer, which
-    the published code uses."""
-    kinds = {weight_decay: [], 0.0: []}
-    for parameter in parameters:
-        kinds[weight_decay if parameter.ndim > 1 else 0.0].append(parameter)
-    return [{"params": kind, "weight_decay": decay} for decay, kind in kinds.items()]

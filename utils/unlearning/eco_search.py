@@ -1,61 +1,119 @@
 """ECO's training (arXiv 2406.07933): the gate, its threshold, and the search for how strongly to corrupt."""
 
-import dataclasses
 import math
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from typing import Any
 
 import numpy as np
 import pandas as pd
 from sklearn.model_selection import StratifiedKFold
 
-from utils.data.load import SNIPPETS_FOLDER
-from utils.data.names import read_names
+from utils.data.names import Person
 from utils.data.select import learnt_by, load_rows, sample_rows
 from utils.data.splits import SPLITS, split_rows
 from utils.errors import UserError
+from utils.evaluation.run import Frames
 from utils.evaluation.scores import score_rows, split_scores
 from utils.interventions import gates
 from utils.interventions.corruption import Corruption, has_strength
-from utils.interventions.eco import Marks, Tagger, by_list, found_names
-from utils.interventions.served import load_served
+from utils.interventions.eco import CorruptedEmbeddings, Marks, Tagger, by_list, found_names
+from utils.interventions.served import Served, load_served
+from utils.models.base import ModelSettings
 from utils.models.chain import resolve_chain
+from utils.tasks.classification import label_words
 
 FOLDS = 5  # of the cross-fitting that sets the threshold
 LADDER = (0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0)  # where a search without --eco_start begins to look
 
 
-def learn(args, loaded, frames):
-    """Train the gate, find the strength; returns (loaded with gate and corruption, settings for `save`)."""
-    names = _names(args)
-    loaded = dataclasses.replace(loaded, marks=_marks(args, loaded, names))
-    searched = has_strength(args.eco_corruption) and args.eco_strength is None
-    if args.eco_target == "auto" and searched:
-        _refuse_learnt(args, loaded.chain[-1].manifest)
-    elif args.eco_target != "auto" and not isinstance(args.eco_target, float):
-        resolve_chain(args.eco_target, args.trust_remote_code)  # ends here, not after the training, if it must
-    gate, calibration = train_gate(args, loaded, frames)
+@dataclass(frozen=True, kw_only=True)
+class EcoSettings:
+    """ECO's gate, corruption and search: the flags of those names. eco_target: v_r, a number, `auto`, or the path of a
+    checkpoint that never saw the forget rows."""
+
+    eco_threshold: float | None = None
+    eco_conformal: float | None = None
+    eco_max_fpr: float = 0.01
+    eco_corruption: str = "noise-first"
+    eco_dims: int = 1
+    eco_tokens: str = "all"
+    eco_token_classifier: str | None = None
+    eco_strength: float | None = None
+    eco_metric: str = "accuracy"
+    eco_target: float | str = "auto"
+    eco_samples: int = 200
+    eco_steps: int = 10
+    eco_bisect: int = 4
+    eco_start: float | None = None
+    eco_eps: float = 0.999
+    eco_lr: float = 100.0
+    eco_sigma_min: float = 0.1
+    seed: int = 42
+    max_length: int = 1024
+    eval_batch_size: int = 32
+
+    @property
+    def searched(self) -> bool:
+        """Whether a strength is searched for."""
+        return has_strength(self.eco_corruption) and self.eco_strength is None
+
+    @property
+    def rate(self) -> tuple[float, str]:
+        """The share of retain rows that may be flagged, and the flag that says so."""
+        flag = "eco_max_fpr" if self.eco_conformal is None else "eco_conformal"
+        return getattr(self, flag), flag
+
+    def corruption(self, strength: float) -> Corruption:
+        return Corruption(self.eco_corruption, strength, self.eco_dims, self.seed)
+
+
+def learn(
+    served: Served,
+    frames: Frames,
+    names: Sequence[Person],
+    settings: EcoSettings,
+    classifier: gates.ClassifierSettings,
+    model: ModelSettings,
+) -> tuple[CorruptedEmbeddings, dict[str, Any]]:
+    """Train the gate in front of the plain model `served` and find the strength: (intervention, what eco.json says).
+
+    names: the people whom --eco_tokens=entities corrupts and the evasion test rewrites. model: how a checkpoint that
+    --eco_target names is loaded.
+    """
+    marks = _marks(served, names, settings, model.trust_remote_code)
+    if settings.searched and settings.eco_target != "auto" and not isinstance(settings.eco_target, float):
+        resolve_chain(settings.eco_target, model.trust_remote_code)  # ends here, not after the training, if it must
+    gate, calibration = train_gate(served, frames, settings, classifier)
     report = {"rates": gates.rates(gate, frames), "evasion": evasion_rates(gate, frames, names)}
-    loaded = dataclasses.replace(loaded, gate=gate)
-    strength, target, curve = args.eco_strength or 0.0, None, []
-    if searched:
-        strength, target, curve = search_strength(args, loaded, frames)
-    corruption = Corruption(args.eco_corruption, strength, args.eco_dims, args.seed)
-    settings = {
+
+    def intervention(strength: float) -> CorruptedEmbeddings:
+        return CorruptedEmbeddings(corruption=settings.corruption(strength), marks=marks, gate=gate)
+
+    strength, target, curve = settings.eco_strength or 0.0, None, []
+    if settings.searched:
+        target = _target(served, frames, settings, model)
+        strength, curve = search_strength(served, frames, settings, intervention, target)
+    found = intervention(strength)
+    return found, {
         "classifier": gate.classifier.kind,
         "threshold": gate.threshold,
         "calibration": calibration,
-        "corruption": {"family": corruption.family, "strength": strength, "dims": args.eco_dims, "seed": args.seed},
-        "tokens": args.eco_tokens,
-        "names": [dataclasses.asdict(person) for person in names],
-        "token_classifier": args.eco_token_classifier,
-        "metric": args.eco_metric,
+        "corruption": vars(found.corruption),
+        "tokens": settings.eco_tokens,
+        "names": [asdict(person) for person in names],
+        "token_classifier": settings.eco_token_classifier,
+        "metric": settings.eco_metric,
         "target": target,
         "curve": curve,
         **report,
     }
-    return dataclasses.replace(loaded, corruption=corruption), settings
 
 
-def train_gate(args, loaded, frames):
+def train_gate(
+    served: Served, frames: Frames, settings: EcoSettings, classifier: gates.ClassifierSettings
+) -> tuple[gates.Gate, dict[str, float]]:
     """(Gate, {"retain", "forget": rows that calibrate it, "auc", "false_positives", "false_negatives" on them}) from
     the train splits. A row that had a say in a classifier cannot calibrate it: one that has not seen it must score it.
 
@@ -64,15 +122,13 @@ def train_gate(args, loaded, frames):
     every forget row. For an encoder, and for a conformal threshold, whose guarantee is for the classifier that gave the
     calibration scores, a fifth is held out for good; of the rest an encoder holds out another fifth to pick the epoch.
     """
-    kind = args.eco_classifier if args.eco_classifier in ("tfidf", "features") else "encoder"
-    if kind == "encoder" or args.eco_conformal is not None:
-        gate, retain, forget = _split_fit(args, loaded, frames, kind)
+    splits_off = classifier.kind == "encoder" or settings.eco_conformal is not None
+    fit = partial(gates.CLASSIFIERS[classifier.kind].fit, served=served, settings=classifier)
+    gate, retain, forget = (_split_fit if splits_off else _cross_fit)(frames, settings, classifier, fit)
+    if settings.eco_threshold is not None:
+        gate.threshold = settings.eco_threshold
     else:
-        gate, retain, forget = _cross_fit(args, loaded, frames, kind)
-    if args.eco_threshold is not None:
-        gate.threshold = args.eco_threshold
-    else:
-        gate.threshold = gates.threshold_for_rate(retain, *_rate(args))
+        gate.threshold = gates.threshold_for_rate(retain, *settings.rate)
     truth = np.r_[np.zeros(len(retain)), np.ones(len(forget))]
     calibration = {
         "retain": len(retain),
@@ -84,46 +140,44 @@ def train_gate(args, loaded, frames):
     return gate, calibration
 
 
-def _rate(args) -> tuple[float, str]:
-    """The share of retain rows that may be flagged, and the flag that says so."""
-    flag = "eco_max_fpr" if args.eco_conformal is None else "eco_conformal"
-    return getattr(args, flag), flag
-
-
-def _refuse_few(args, n: int) -> None:
+def _refuse_few(settings: EcoSettings, n: int) -> None:
     """Raise UserError, before a classifier is trained, if the scores of `n` retain rows cannot set the threshold."""
-    if args.eco_threshold is None:
-        gates.threshold_rank(n, *_rate(args))
+    if settings.eco_threshold is None:
+        gates.threshold_rank(n, *settings.rate)
 
 
-def _cross_fit(args, loaded, frames, kind):
+def _cross_fit(
+    frames: Frames, settings: EcoSettings, classifier: gates.ClassifierSettings, fit: Callable
+) -> tuple[gates.Gate, np.ndarray, np.ndarray]:
     """(Gate fitted on all train rows, scores of the retain and of the forget rows by classifiers that had not seen
     them)."""
     texts, labels = _labelled(frames["train_retain"], frames["train_forget"])
     if min(np.bincount(labels)) < FOLDS:
         raise UserError(f"there are too few train rows to calibrate the classifier: {FOLDS} of each kind are needed")
-    _refuse_few(args, len(frames["train_retain"]))
+    _refuse_few(settings, len(frames["train_retain"]))
     texts, scores = np.array(texts, dtype=object), np.empty(len(labels))
-    for fit, held in StratifiedKFold(FOLDS, shuffle=True, random_state=args.seed).split(texts, labels):
-        classifier = gates.CLASSIFIERS[kind].fit(list(texts[fit]), labels[fit], loaded=loaded, args=args)
-        scores[held] = gates.Gate(classifier).probabilities(texts[held])
-    gate = gates.Gate(gates.CLASSIFIERS[kind].fit(list(texts), labels, loaded=loaded, args=args))
+    for seen, held in StratifiedKFold(FOLDS, shuffle=True, random_state=settings.seed).split(texts, labels):
+        fold = gates.Gate(fit(list(texts[seen]), labels[seen]))
+        scores[held] = fold.probabilities(texts[held])
+    gate = gates.Gate(fit(list(texts), labels))
     return gate, scores[labels == 0], scores[labels == 1]
 
 
-def _split_fit(args, loaded, frames, kind):
+def _split_fit(
+    frames: Frames, settings: EcoSettings, classifier: gates.ClassifierSettings, fit: Callable
+) -> tuple[gates.Gate, np.ndarray, np.ndarray]:
     """(Gate fitted on four fifths of the train rows, scores of the retain and of the forget rows held out)."""
-    fit, held = _hold_out(frames["train_retain"], frames["train_forget"], args.seed)
-    _refuse_few(args, len(held[0]))
+    seen, held = _hold_out(frames["train_retain"], frames["train_forget"], settings.seed)
+    _refuse_few(settings, len(held[0]))
     extra = {}
-    if kind == "encoder":
-        fit, validation = _hold_out(*fit, args.seed)
+    if classifier.kind == "encoder":
+        seen, validation = _hold_out(*seen, settings.seed)
         extra = {"validation": _labelled(*validation)}
-    gate = gates.Gate(gates.CLASSIFIERS[kind].fit(*_labelled(*fit), loaded=loaded, args=args, **extra))
+    gate = gates.Gate(fit(*_labelled(*seen), **extra))
     return gate, *(gate.probabilities(frame["text"]) for frame in held)
 
 
-def _hold_out(retain, forget, seed):
+def _hold_out(retain: pd.DataFrame, forget: pd.DataFrame, seed: int) -> list[tuple[pd.DataFrame, pd.DataFrame]]:
     """((retain, forget) for training, (retain, forget) held out: a fifth of each label's rows)."""
     rows = pd.concat([retain.assign(forget=False), forget.assign(forget=True)], ignore_index=True)
     parts = split_rows(rows, 0.2, seed)
@@ -133,45 +187,48 @@ def _hold_out(retain, forget, seed):
     return pairs
 
 
-def search_strength(args, loaded, frames):
-    """(sigma, v_r, curve): the strength whose metric on train_forget comes closest to v_r (section 3.3, equation 5).
+def search_strength(
+    served: Served,
+    frames: Frames,
+    settings: EcoSettings,
+    intervention: Callable[[float], CorruptedEmbeddings],
+    target: float,
+) -> tuple[float, list[dict[str, float]]]:
+    """(sigma, curve): the strength whose metric on train_forget comes closest to v_r (section 3.3, equation 5).
 
-    curve: [{"strength", "metric"}, ...] of everything that was tried. Without --eco_start the zeroth-order search
-    begins at the best of a coarse ladder: at the published start small noise changes no answer, and it would not move.
-    Afterwards the gap between the two tried strengths around v_r is halved a few times: near a step of the metric the
-    gradient's two sides lie far apart, and the search jumps over it.
+    intervention: of a strength. target: v_r. curve: [{"strength", "metric"}, ...] of everything that was tried. Without
+    --eco_start the zeroth-order search begins at the best of a coarse ladder: at the published start small noise changes
+    no answer, and it would not move. Afterwards the gap between the two tried strengths around v_r is halved a few
+    times: near a step of the metric the gradient's two sides lie far apart, and the search jumps over it.
     """
-    from utils.tasks.classification import label_words
+    words, forget = label_words(frames), sample_rows(frames["train_forget"], settings.eco_samples)
+    seen: dict[float, float] = {}
 
-    words, forget = label_words(frames), sample_rows(frames["train_forget"], args.eco_samples)
-    target, seen = _target(args, loaded, frames, words, forget), {}
-
-    def metric(strength):
+    def metric(strength: float) -> float:
         if strength not in seen:
-            corruption = Corruption(args.eco_corruption, strength, args.eco_dims, args.seed)
-            corrupted = dataclasses.replace(loaded, corruption=corruption)
-            seen[strength] = _score(args, corrupted, forget, words)
-            print(f"strength {strength:8.3f}: {args.eco_metric} on train_forget {seen[strength]:.3f}")
+            seen[strength] = _score(settings, served.using(intervention(strength)), forget, words)
+            print(f"strength {strength:8.3f}: {settings.eco_metric} on train_forget {seen[strength]:.3f}")
         return seen[strength]
 
-    def distance(strength):
+    def distance(strength: float) -> float:
         return abs(metric(strength) - target)
 
-    print(f"looking for the strength that gives {args.eco_metric} {target:.3f} on train_forget")
-    minimum = args.eco_sigma_min
-    start = max(minimum, args.eco_start or min((max(s, minimum) for s in LADDER), key=distance))
-    for strength in zeroth_order(distance, start, args.eco_steps, args.eco_eps * start, args.eco_lr, minimum):
+    print(f"looking for the strength that gives {settings.eco_metric} {target:.3f} on train_forget")
+    minimum = settings.eco_sigma_min
+    start = max(minimum, settings.eco_start or min((max(s, minimum) for s in LADDER), key=distance))
+    eps, lr = settings.eco_eps * start, settings.eco_lr
+    for strength in zeroth_order(distance, start, settings.eco_steps, eps, lr, minimum):
         distance(strength)  # the last one has not been tried
-    for _ in range(args.eco_bisect):
+    for _ in range(settings.eco_bisect):
         around = bracket({s: m for s, m in seen.items() if s >= minimum}, target)
         if around is None:
             break
         distance(math.sqrt(around[0] * around[1]))
     best = min((s for s in seen if s >= minimum), key=lambda strength: (distance(strength), strength))
-    return best, target, [{"strength": s, "metric": seen[s]} for s in sorted(seen)]
+    return best, [{"strength": s, "metric": seen[s]} for s in sorted(seen)]
 
 
-def bracket(tried, target):
+def bracket(tried: dict[float, float], target: float) -> tuple[float, float] | None:
     """The neighbouring strengths of `tried` {strength: metric} between which the metric crosses `target`, the pair that
     is closest to it; None where there is none, or one of them hits it."""
     ordered = sorted(tried)
@@ -181,7 +238,9 @@ def bracket(tried, target):
     return min(pairs, key=lambda pair: sum(abs(tried[s] - target) for s in pair), default=None)
 
 
-def zeroth_order(loss, start, steps, eps, lr, minimum):
+def zeroth_order(
+    loss: Callable[[float], float], start: float, steps: int, eps: float, lr: float, minimum: float
+) -> list[float]:
     """Minimise a function of one number: g = (l(s + eps) - l(s - eps)) / (2 eps), s <- max(s - lr g, minimum).
 
     Returns every s visited, the start first (ECO section 3.3). Ends early where the loss is 0 or s stays where it is.
@@ -199,7 +258,7 @@ def zeroth_order(loss, start, steps, eps, lr, minimum):
     return visited
 
 
-def evasion_rates(gate, frames, names):
+def evasion_rates(gate: gates.Gate, frames: Frames, names: Sequence[Person]) -> dict[str, dict[str, float]]:
     """{evasion: {split: share flagged}} on the forget rows that name somebody of `names`, the name rewritten so as to
     slip past the classifier; {} without names. `unchanged` is what to compare with."""
     result = {}
@@ -212,7 +271,7 @@ def evasion_rates(gate, frames, names):
     return result
 
 
-def _typo(name):
+def _typo(name: str) -> str:
     """The first two different neighbours behind the last word's first letter change places (`Scrosese`)."""
     start = name.rfind(" ") + 2
     at = next((i for i in range(start, len(name) - 1) if name[i] != name[i + 1]), None)
@@ -228,52 +287,51 @@ EVASIONS = {
 }
 
 
-def _labelled(retain, forget):
+def _labelled(retain: pd.DataFrame, forget: pd.DataFrame) -> tuple[list[str], np.ndarray]:
     texts = [*retain["text"], *forget["text"]]
     return texts, np.r_[np.zeros(len(retain), dtype=int), np.ones(len(forget), dtype=int)]
 
 
-def _score(args, loaded, frame, words):
-    rows = score_rows(loaded, frame, words, args.max_length, args.eval_batch_size)
-    return split_scores(pd.concat([frame[["label_text"]].reset_index(drop=True), rows], axis=1), words)[args.eco_metric]
+def _score(settings: EcoSettings, served: Served, frame: pd.DataFrame, words: Sequence[str]) -> float:
+    rows = score_rows(served, frame, words, settings.max_length, settings.eval_batch_size)
+    labelled = pd.concat([frame[["label_text"]].reset_index(drop=True), rows], axis=1)
+    return split_scores(labelled, words)[settings.eco_metric]
 
 
-def _target(args, loaded, frames, words, forget):
-    """v_r: a number, the metric of a retrained checkpoint on train_forget, or `auto`: of this model on retain rows that
-    it has not learnt, the validation rows that stand in for test_retain."""
-    plain = dataclasses.replace(loaded, gate=None)
-    if args.eco_target == "auto":
-        return _score(args, plain, sample_rows(frames["test_retain"], args.eco_samples), words)
-    if isinstance(args.eco_target, float):
-        return args.eco_target
-    return _score(args, load_served(args.eco_target, args), forget, words)
+def _target(served: Served, frames: Frames, settings: EcoSettings, model: ModelSettings) -> float:
+    """v_r: a number, the metric of a retain model on train_forget, or `auto`: of this model on retain rows that it has
+    not learnt, the validation rows that stand in for test_retain."""
+    words, n = label_words(frames), settings.eco_samples
+    if settings.eco_target == "auto":
+        return _score(settings, served, sample_rows(frames["test_retain"], n), words)
+    if isinstance(settings.eco_target, float):
+        return settings.eco_target
+    retain_model = load_served(settings.eco_target, model, max_length=settings.max_length)
+    return _score(settings, retain_model, sample_rows(frames["train_forget"], n), words)
 
 
-def _refuse_learnt(args, tuned: dict | None) -> None:
-    """Raise UserError if the model of the manifest `tuned` may have learnt the rows that --validation_share cuts."""
-    if tuned and not learnt_by(tuned, load_rows({**vars(args), "forget_size": 1.0})):
+def refuse_learnt(tuned: dict[str, Any], arguments: dict[str, Any]) -> None:
+    """Raise UserError if the model of the manifest `tuned` may have learnt the rows that --validation_share cuts.
+
+    arguments: those of the command, which say which rows it works on.
+    """
+    if tuned and not learnt_by(tuned, load_rows({**arguments, "forget_size": 1.0})):
         raise UserError(
             "--eco_target=auto needs rows that the model has not learnt; fine-tune it with the --validation_share and "
             "the rows of this command, or give a number or a retrained checkpoint"
         )
 
 
-def _names(args):
-    known = SNIPPETS_FOLDER / "forget_names.txt" if args.dataset == "snippets" else None
-    path = args.eco_names or args.forget_only or known
-    return read_names(path) if path else []
-
-
-def _marks(args, loaded, names):
-    if args.eco_tokens == "all":
+def _marks(served: Served, names: Sequence[Person], settings: EcoSettings, trust_remote_code: bool) -> Marks:
+    if settings.eco_tokens == "all":
         return Marks()
-    if not args.eco_token_classifier:
+    if not settings.eco_token_classifier:
         return Marks(by_list(names))
-    source = resolve_chain(args.eco_token_classifier, args.trust_remote_code)[0].path
-    return Marks(Tagger(args.eco_token_classifier, source, loaded, args))
+    source = resolve_chain(settings.eco_token_classifier, trust_remote_code)[0].path
+    return Marks(Tagger(settings.eco_token_classifier, source, served.model.device, trust_remote_code))
 
 
-def _rewritten(text, found, rewrite):
+def _rewritten(text: str, found: list[tuple[int, int]], rewrite: Callable[[str], str]) -> str:
     for start, end in reversed(found):
         text = text[:start] + rewrite(text[start:end]) + text[end:]
     return text

@@ -6,32 +6,43 @@ whole optimisation step, of which the tensors may be one part (micro-batches the
 """
 
 import torch
+from torch import Tensor
+
+Parts = tuple[Tensor, dict[str, Tensor]]  # a loss and what it is the sum of, all scalars
 
 
-def token_nll(logits, targets):
+def token_nll(logits: Tensor, targets: Tensor) -> Tensor:
     """- log f(y_i | prefix) of each completion token. logits (N, |V|), targets (N,); returns (N,)."""
     return torch.nn.functional.cross_entropy(logits, targets, reduction="none")
 
 
-def token_kl(reference_logits, logits):
+def token_kl(reference_logits: Tensor, logits: Tensor) -> Tensor:
     """KL( reference || model ) of the next-token distributions at each position. Both (N, |V|); returns (N,) nats."""
     reference, model = reference_logits.log_softmax(-1), logits.log_softmax(-1)
     return (reference.exp() * (reference - model)).sum(-1)
 
 
-def mean_over_rows(per_token, n_rows):
+def mean_over_rows(per_token: Tensor, n_rows: int) -> Tensor:
     """(1 / n_rows) x the sum of `per_token` (M,) over the tokens of those rows; 0 where there are none."""
     return per_token.sum() / max(n_rows, 1)
 
 
-def spul_loss(nll, kl, forget, n_forget, n_retain, alpha, beta):
+def spul_loss(
+    nll_forget: Tensor,
+    nll_retain: Tensor,
+    kl: Tensor | None,
+    n_forget: int,
+    n_retain: int,
+    alpha: float,
+    beta: float,
+) -> Parts:
     """L = L_f + alpha L_r + beta L_kl (equation 4), and its parts.
 
-    nll (N,): - log f(y_i | phi, x, y_<i), with the unlearning word as y on forget rows. kl (M,) or None (beta = 0):
-    KL( f(. | x, y_<i) || f(. | phi, x, y_<i) ) at the M tokens of retain rows. forget (N,) bool: the token belongs to a
-    forget row. n_forget, n_retain: rows of each kind in the step. Returns (L, {"L_f", "L_r", "L_kl"}), scalars.
+    nll_forget, nll_retain: - log f(y_i | phi, x, y_<i) of the tokens of forget rows, where y is the unlearning word,
+    and of the M tokens of retain rows. kl (M,) or None (beta = 0): KL( f(. | x, y_<i) || f(. | phi, x, y_<i) ) at these.
+    n_forget, n_retain: rows of each kind in the step. Returns (L, {"L_f", "L_r", "L_kl"}), scalars.
     """
-    parts = {"L_f": mean_over_rows(nll[forget], n_forget), "L_r": mean_over_rows(nll[~forget], n_retain)}
+    parts = {"L_f": mean_over_rows(nll_forget, n_forget), "L_r": mean_over_rows(nll_retain, n_retain)}
     loss = parts["L_f"] + alpha * parts["L_r"]
     if kl is not None:
         parts["L_kl"] = mean_over_rows(kl, n_retain)
@@ -39,22 +50,28 @@ def spul_loss(nll, kl, forget, n_forget, n_retain, alpha, beta):
     return loss, parts
 
 
-# Forget losses of the rivals (baselines.py). Each returns one value per completion token, or per row where its equation
+def with_retain_weight(parts: dict[str, Tensor], weight: float) -> Parts:
+    """(L_f + weight x the retain term, parts)."""
+    retain = sum(value for key, value in parts.items() if key != "L_f")
+    return parts["L_f"] + weight * retain, parts
+
+
+# Forget losses of the baselines. Each returns one value per completion token, or per row where its equation
 # is about whole completions; the caller takes the mean over forget rows. nll = - log f(y_i | x, y_<i) of a token, s =
 # its sum over a row's completion (`row_sums`), *_ref = the same under the model before unlearning, no gradient.
 
 
-def row_sums(per_token, rows, n_rows):
+def row_sums(per_token: Tensor, rows: Tensor, n_rows: int) -> Tensor:
     """s: the sum of `per_token` (N,) over the tokens of each row. rows (N,) int in [0, n_rows); returns (n_rows,)."""
     return per_token.new_zeros(n_rows).index_add(0, rows, per_token)
 
 
-def gradient_ascent(nll):
+def gradient_ascent(nll: Tensor) -> Tensor:
     """GA: - nll (SPUL section 4.2; arXiv 1910.12427). (N,) -> (N,)."""
     return -nll
 
 
-def npo(s, s_ref, beta):
+def npo(s: Tensor, s_ref: Tensor, beta: float) -> Tensor:
     """NPO, arXiv 2404.05868, equation 3: -(2 / beta) log sigma( beta (s - s_ref) ). (B,), (B,) -> (B,).
 
     Its gradient is that of gradient ascent times a weight in (0, 2) that tends to 1 as beta tends to 0.
@@ -62,7 +79,7 @@ def npo(s, s_ref, beta):
     return -2 / beta * torch.nn.functional.logsigmoid(beta * (s - s_ref))
 
 
-def simnpo(s, n_tokens, beta, delta):
+def simnpo(s: Tensor, n_tokens: Tensor, beta: float, delta: float) -> Tensor:
     """SimNPO, arXiv 2410.07163, equation 4: -(2 / beta) log sigma( beta (s / |y| - delta) ). (B,), (B,) -> (B,).
 
     The margin stands inside the factor beta, as in the authors' code; the paper writes gamma = beta delta. Theirs is 0.
@@ -70,7 +87,7 @@ def simnpo(s, n_tokens, beta, delta):
     return -2 / beta * torch.nn.functional.logsigmoid(beta * (s / n_tokens - delta))
 
 
-def dpo(s, s_ref, s_preferred, s_preferred_ref, beta):
+def dpo(s: Tensor, s_ref: Tensor, s_preferred: Tensor, s_preferred_ref: Tensor, beta: float) -> Tensor:
     """DPO (arXiv 2305.18290, equation 7) with y = the true answer as the rejected one and "unknown" as the preferred
     one (TOFU, arXiv 2401.06121): -(1 / beta) log sigma( beta ((s - s_ref) - (s_preferred - s_preferred_ref)) ).
     All (B,) -> (B,). The factor 1 / beta, as in NPO, leaves the gradient's size comparable over beta.
@@ -79,7 +96,7 @@ def dpo(s, s_ref, s_preferred, s_preferred_ref, beta):
     return -1 / beta * torch.nn.functional.logsigmoid(beta * margin)
 
 
-def undial(logits, reference_logits, targets, beta):
+def undial(logits: Tensor, reference_logits: Tensor, targets: Tensor, beta: float) -> Tensor:
     """UNDIAL, arXiv 2402.10052, section 3: cross-entropy to softmax(z_ref - beta 1[true token]).
 
     logits, reference_logits (N, |V|), targets (N,) -> (N,).
@@ -90,29 +107,29 @@ def undial(logits, reference_logits, targets, beta):
     return _cross_entropy(lowered.softmax(-1), logits)
 
 
-def wga(nll, beta):
+def wga(nll: Tensor, beta: float) -> Tensor:
     """WGA, arXiv 2502.19301, section 5: - p^beta nll, p = exp(-nll), the weight not differentiated. (N,) -> (N,)."""
     return -(nll.detach().neg() * beta).exp() * nll
 
 
-def satimp(nll, beta1, beta2):
+def satimp(nll: Tensor, beta1: float, beta2: float) -> Tensor:
     """SatImp, arXiv 2505.11953, section 4: - p^beta1 (1 - p)^beta2 nll, the weight not differentiated. (N,) -> (N,)."""
     p = nll.detach().neg().exp()
     return -(p**beta1) * (1 - p) ** beta2 * nll
 
 
-def ceu(logits, targets):
+def ceu(logits: Tensor, targets: Tensor) -> Tensor:
     """CE-U, arXiv 2503.01224, section 3: cross-entropy to softmax(z, true token at minus infinity), the target not
     differentiated. logits (N, |V|), targets (N,) -> (N,). Minimal, with zero gradient, where p(true token) = 0."""
     return _cross_entropy(logits.detach().scatter(-1, targets[:, None], -torch.inf).softmax(-1), logits)
 
 
-def rmu(activations, target):
+def rmu(activations: Tensor, target: Tensor) -> Tensor:
     """RMU, arXiv 2403.03218, section 4: mean over the d numbers of (activation - target)^2 for each token. Forget rows:
     target = c u, (d,); retain rows: target = the activations before unlearning, (M, d). (M, d) -> (M,)."""
     return (activations.float() - target.float()).square().mean(-1)
 
 
-def _cross_entropy(target, logits):
+def _cross_entropy(target: Tensor, logits: Tensor) -> Tensor:
     """- sum over the vocabulary of target log softmax(logits). Both (N, |V|) -> (N,)."""
     return -(target * logits.log_softmax(-1)).sum(-1)

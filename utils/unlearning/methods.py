@@ -1,33 +1,67 @@
-"""The rivals that fine-tune: which loss each puts on forget rows, with what retain term, and their constants."""
+"""The baselines that fine-tune: which loss each puts on forget rows, with what retain term, and their constants."""
 
 import functools
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any, Literal
 
 import torch
 
 from utils.unlearning import losses
 
 IN_CONTEXT = ("prompting", "icul")
-CONSTANTS = ("method_beta", "method_beta2", "method_delta", "rmu_layer", "rmu_steering")
+CONSTANTS = {  # flag: what it is of the methods that have it among their constants
+    "method_beta": "beta",
+    "method_beta2": "beta2",
+    "method_delta": "margin",
+    "rmu_layer": "layer that is steered (default: 7 of 32)",
+    "rmu_steering": "c",
+}
 
 
 @dataclass(frozen=True)
 class Method:
-    """forget: function(ForgetTokens, *constants) -> values per completion token or per row, (N,) or (B,).
+    """forget: function(ForgetTokens, *constants) -> values per completion token or per row, (N,) or (B,); of a method
+    that looks at activations: function(activations (M, d), target (d,)) -> (M,).
 
     constants: {flag: the authors' value}. retain_loss, retain_weight: the authors' choice. fixed: the retain loss is
-    part of the method. reference: it compares with the model before unlearning. flipped: rows carry y~ of L_f instead
-    of their label. preferred: every row runs a second time, with the answer "unknown".
+    part of the method. What it needs: `reference`, what the model said before unlearning; `refusals`, every forget row a
+    second time with the answer "unknown"; `activations`, those of one layer. flipped: rows carry y~ of L_f instead of
+    their label. reduction: of a row's values, which are then averaged over rows.
     """
 
-    forget: object
-    constants: dict = field(default_factory=dict)
+    forget: Callable[..., torch.Tensor]
+    constants: dict[str, float | None] = field(default_factory=dict)
     retain_loss: str = "ce"
     retain_weight: float = 1.0
     fixed: bool = False
     reference: bool = False
+    refusals: bool = False
+    activations: bool = False
     flipped: bool = False
-    preferred: bool = False
+    reduction: Literal["sum", "mean"] = "sum"
+
+
+@dataclass(frozen=True, kw_only=True)
+class MethodSettings:
+    """What a method is asked to do: the flags of those names."""
+
+    unlearn_method: str
+    retain_loss: str = "none"
+    retain_weight: float = 1.0
+    method_beta: float | None = None
+    method_beta2: float | None = None
+    method_delta: float | None = None
+    rmu_layer: int | None = None
+    rmu_steering: float | None = None
+    seed: int = 42
+    max_length: int = 1024
+    logits_path: str | None = None
+
+    def constants(self, method: Method) -> list[Any]:
+        """The constants of `method`, in its order: the authors' where no other was given."""
+        given = {flag: getattr(self, flag) for flag in method.constants}
+        return [value if given[flag] is None else given[flag] for flag, value in method.constants.items()]
 
 
 METHODS = {
@@ -47,9 +81,17 @@ METHODS = {
         lambda f, beta: losses.dpo(f.s, f.s_ref, f.preferred.s, f.preferred.s_ref, beta),
         {"method_beta": 0.1},
         reference=True,
-        preferred=True,
+        refusals=True,
     ),
-    "rmu": Method(None, {"rmu_layer": None, "rmu_steering": 6.5}, "activations", 1200.0, fixed=True),
+    "rmu": Method(
+        losses.rmu,
+        {"rmu_layer": None, "rmu_steering": 6.5},
+        "activations",
+        1200.0,
+        fixed=True,
+        activations=True,
+        reduction="mean",
+    ),
     "undial": Method(
         lambda f, beta: losses.undial(f.logits, f.reference_logits, f.targets, beta),
         {"method_beta": 10.0},
@@ -79,20 +121,20 @@ class ForgetTokens:
     targets: torch.Tensor
     rows: torch.Tensor
     n_rows: int
-    preferred: object = None
+    preferred: "ForgetTokens | None" = None
 
     @functools.cached_property
-    def nll(self):
+    def nll(self) -> torch.Tensor:
         return losses.token_nll(self.logits, self.targets)
 
     @property
-    def s(self):
+    def s(self) -> torch.Tensor:
         return losses.row_sums(self.nll, self.rows, self.n_rows)
 
     @property
-    def s_ref(self):
+    def s_ref(self) -> torch.Tensor:
         return losses.row_sums(losses.token_nll(self.reference_logits, self.targets), self.rows, self.n_rows)
 
     @property
-    def n_tokens(self):
+    def n_tokens(self) -> torch.Tensor:
         return losses.row_sums(torch.ones_like(self.nll), self.rows, self.n_rows)

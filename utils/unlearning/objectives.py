@@ -1,163 +1,220 @@
-"""From a method to the loss of a training step: its rows, its references, its forward pass."""
+"""From rows to the loss of a training step: fine-tuning, SPUL, and every method that changes the model itself.
+
+An objective is what `utils.training.loop.Training` calls: objective(rows, n_forget, n_retain) -> (loss, parts), where
+`rows` are the numbers of a micro-batch and the counts those of the whole step.
+"""
 
 import copy
 import dataclasses
 import itertools
+from collections.abc import Mapping, Sequence
 from functools import partial
+from typing import Any
 
+import pandas as pd
 import torch
 
-from utils.data.batch import collate
+from utils.data.batch import Example, collate
 from utils.errors import note_once
-from utils.models.forward import completion_logits
-from utils.models.layers import record_activations
+from utils.interventions.served import Served
+from utils.models.forward import completion_logits, prompt_prefix
 from utils.tasks.answers import known_answers
 from utils.tasks.classification import draw_unlearning_labels, label_words
 from utils.tasks.encode import tokenize
-from utils.unlearning import losses, reference
-from utils.unlearning.methods import ForgetTokens
-from utils.unlearning.rmu import _generator, rmu_layers
+from utils.unlearning import losses
+from utils.unlearning.losses import Parts
+from utils.unlearning.methods import ForgetTokens, Method, MethodSettings
+from utils.unlearning.reference import Loader, Reference
+from utils.unlearning.rmu import SteeringObjective
 
 PREFERRED = "unknown"  # the answer that dpo prefers
+
+
+class FineTuning:
+    """Cross-entropy of the labels (`qlora.py`), the mean over rows."""
+
+    def __init__(self, model: torch.nn.Module, examples: Sequence[Example], pad_id: int) -> None:
+        self.model, self.examples, self.pad_id = model, examples, pad_id
+
+    def __call__(self, rows: list[int], n_forget: int, n_retain: int) -> Parts:
+        batch = collate([self.examples[i] for i in rows], self.pad_id, self.model.device)
+        nll = losses.token_nll(completion_logits(self.model, batch), batch.targets)
+        return losses.mean_over_rows(nll, n_forget + n_retain), {}
+
+
+def prompt_rows(tokenizer: Any, frames: Mapping[str, pd.DataFrame], max_length: int, seed: int) -> list[Example]:
+    """What SPUL trains on: the retain rows with their labels, then the forget rows with a word drawn by `seed`."""
+    retain, forget = frames["train_retain"], frames["train_forget"]
+    encode = partial(tokenize, tokenizer, max_length=max_length, answers=known_answers(tokenizer, label_words(frames)))
+    words = draw_unlearning_labels(len(forget), seed)
+    return encode(retain["text"], retain["label_text"]) + encode(forget["text"], words, forget=True)
+
+
+class PromptTuning:
+    """SPUL's loss of the virtual tokens that `encoder` gives (equation 4). reference: what the model says without
+    them, about the retain rows; None without L_kl."""
+
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        encoder: torch.nn.Module,
+        examples: Sequence[Example],
+        pad_id: int,
+        reference: Reference | None,
+        alpha: float,
+        beta: float,
+    ) -> None:
+        self.model, self.encoder, self.examples, self.pad_id = model, encoder, examples, pad_id
+        self.reference, self.alpha, self.beta = reference, alpha, beta
+
+    def __call__(self, rows: list[int], n_forget: int, n_retain: int) -> Parts:
+        batch = collate([self.examples[i] for i in rows], self.pad_id, self.model.device)
+        prefix = prompt_prefix(self.model, self.encoder())
+        if self.reference is None:
+            logits, kl = completion_logits(self.model, batch, prefix), None
+        else:
+            logits, before = completion_logits(self.model, batch, prefix, self.reference.of(rows))
+            kl = losses.token_kl(before, logits[batch.retain_tokens])
+        nll = losses.token_nll(logits, batch.targets)
+        of_forget, of_retain = nll[batch.forget_tokens], nll[batch.retain_tokens]
+        return losses.spul_loss(of_forget, of_retain, kl, n_forget, n_retain, self.alpha, self.beta)
 
 
 class Rows:
     """The training examples of a method. `trained`: retain rows (if it has a retain loss), then forget rows; `all`:
     those, then the forget rows once more with the preferred answer (dpo); `alternative`: {number: number in `all`}."""
 
-    def __init__(self, tokenizer, frames, method, args):
+    def __init__(
+        self, tokenizer: Any, frames: Mapping[str, pd.DataFrame], method: Method, settings: MethodSettings
+    ) -> None:
         retain, forget = frames["train_retain"], frames["train_forget"]
-        labels = draw_unlearning_labels(len(forget), args.seed) if method.flipped else forget["label_text"]
-        kept = retain if args.retain_loss != "none" else retain.head(0)
+        labels = draw_unlearning_labels(len(forget), settings.seed) if method.flipped else forget["label_text"]
+        kept = retain if settings.retain_loss != "none" else retain.head(0)
         known = known_answers(tokenizer, label_words(frames))
-        encode = partial(tokenize, tokenizer, max_length=args.max_length, answers=known)
+        encode = partial(tokenize, tokenizer, max_length=settings.max_length, answers=known)
         self.trained = encode(kept["text"], kept["label_text"])
         self.trained += encode(forget["text"], labels, forget=True)
         self.all, self.alternative = list(self.trained), {}
-        if method.preferred:
+        if method.refusals:
             self.alternative = {i: i + len(forget) for i in range(len(kept), len(self.trained))}
             self.all += encode(forget["text"], [PREFERRED] * len(forget), forget=True)
 
-    def referred(self, method, args):
+    def referred(self, method: Method, retain_loss: str) -> list[int]:
         """Numbers in `all` of the examples whose reference logits the loss needs."""
-        kl = args.retain_loss == "kl"
+        kl = retain_loss == "kl"
         return [i for i, example in enumerate(self.all) if (method.reference if example.forget else kl)]
 
 
-class Objective:
-    """The loss of a method as the training loop calls it: objective(rows, n_forget, n_retain) -> (loss, parts).
+class TokenObjective:
+    """The loss of a method that looks at completion tokens.
 
-    What the model said before unlearning is computed here, once, and kept as hidden states; with a trained head a
+    What the model said before unlearning is computed once, by `load`, and kept as hidden states; with a trained head a
     frozen copy of that head makes logits of them. There is never a second model.
     """
 
-    def __init__(self, method, loaded, rows, frames, args, numerics, load=reference.load_reference):
-        self.method, self.loaded, self.rows, self.args = method, loaded, rows, args
-        given = {flag: getattr(args, flag) for flag in method.constants}
-        self.constants = [method.constants[flag] if given[flag] is None else given[flag] for flag in method.constants]
+    def __init__(
+        self,
+        method: Method,
+        served: Served,
+        rows: Rows,
+        frames: Mapping[str, pd.DataFrame],
+        settings: MethodSettings,
+        numerics: str,
+        load: Loader,
+    ) -> None:
+        """numerics: in what numbers the reference is computed. load: as `utils.unlearning.reference.load_reference`."""
+        self.method, self.served, self.rows, self.settings = method, served, rows, settings
+        self.constants = settings.constants(method)
         self.reference = self.head = None
-        if method.forget is None:
-            self._prepare_rmu(frames, numerics, load)
-        elif referred := rows.referred(method, args):
-            settings = [args.unlearn_method, args.retain_loss, numerics]
-            self.reference = load(loaded, rows.all, referred, frames, args, settings=settings)
-            self.head = frozen_head(loaded.model)
-        if args.logits_path and self.reference is None:
-            note_once(f"{args.unlearn_method} compares with no earlier model, so --logits_path is not used")
+        if referred := rows.referred(method, settings.retain_loss):
+            depends_on = [settings.unlearn_method, settings.retain_loss, numerics]
+            self.reference = load(served, rows.all, referred, frames, depends_on=depends_on)
+            self.head = frozen_head(served.model)
+        elif settings.logits_path:
+            note_once(f"{settings.unlearn_method} compares with no earlier model, so --logits_path is not used")
 
-    def __call__(self, numbers, n_forget, n_retain):
-        if self.method.forget is None:
-            return self._rmu(numbers, n_forget, n_retain)
-        numbers = [*numbers, *(self.rows.alternative[i] for i in numbers if i in self.rows.alternative)]
-        batch = collate([self.rows.all[i] for i in numbers], self.loaded.pad_id, self.loaded.model.device)
-        logits, reference_logits = self._logits(numbers)
-        alternative = torch.tensor([i >= len(self.rows.trained) for i in numbers], device=batch.forget.device)
-        own, retain = batch.forget & ~alternative, ~batch.forget
+    def __call__(self, rows: list[int], n_forget: int, n_retain: int) -> Parts:
+        examples, alternative = self.rows.all, self.rows.alternative
+        numbers = [*rows, *(alternative[i] for i in rows if i in alternative)]
+        logits, before = self._logits(numbers)
+        forget = [i for i in rows if examples[i].forget]
         parts = {"L_f": logits.new_zeros(())}
-        if own.any():
-            tokens = forget_tokens(batch, own, logits, reference_logits)
-            if self.rows.alternative:
-                preferred = forget_tokens(batch, alternative, logits, reference_logits)
+        if forget:
+            tokens = self._tokens(numbers, forget, logits, before)
+            if alternative:
+                preferred = self._tokens(numbers, [alternative[i] for i in forget], logits, before)
                 tokens = dataclasses.replace(tokens, preferred=preferred)
-            parts["L_f"] = losses.mean_over_rows(self.method.forget(tokens, *self.constants), n_forget)
-        retained = retain[batch.rows]
-        if self.args.retain_loss == "ce":
-            nll = losses.token_nll(logits[retained], batch.targets[retained])
-            parts["L_r"] = losses.mean_over_rows(nll, n_retain)
-        elif self.args.retain_loss == "kl":
-            kl = losses.token_kl(reference_logits[retained], logits[retained])
+            values = self.method.forget(tokens, *self.constants)
+            if self.method.reduction == "mean":
+                values = values / tokens.n_tokens[tokens.rows]
+            parts["L_f"] = losses.mean_over_rows(values, n_forget)
+        kept = self._tokens(numbers, [i for i in rows if not examples[i].forget], logits, before)
+        if self.settings.retain_loss == "ce":
+            parts["L_r"] = losses.mean_over_rows(kept.nll, n_retain)
+        elif self.settings.retain_loss == "kl":
+            kl = losses.token_kl(kept.reference_logits, kept.logits)
             parts["L_kl"] = losses.mean_over_rows(kl, n_retain)
-        return self._total(parts)
+        return losses.with_retain_weight(parts, self.settings.retain_weight)
 
-    def _total(self, parts):
-        retain = sum(value for key, value in parts.items() if key != "L_f")
-        return parts["L_f"] + self.args.retain_weight * retain, parts
+    def _tokens(
+        self, numbers: list[int], chosen: list[int], logits: torch.Tensor, before: torch.Tensor | None
+    ) -> ForgetTokens:
+        """What the logits (N, |V|) of the examples `numbers` say about those of them that are `chosen`."""
+        completions = [self.rows.all[i].completion for i in numbers]
+        starts = dict(zip(numbers, itertools.accumulate(map(len, completions), initial=0)))
+        places = [starts[i] + k for i in chosen for k in range(len(self.rows.all[i].completion))]
+        row_of = [row for row, i in enumerate(chosen) for _ in self.rows.all[i].completion]
+        targets = [token for i in chosen for token in self.rows.all[i].completion]
+        places, row_of, targets = (
+            torch.tensor(values, dtype=torch.long, device=logits.device) for values in (places, row_of, targets)
+        )
+        reference = None if before is None else before[places]
+        return ForgetTokens(logits[places], reference, targets, row_of, len(chosen))
 
-    def _logits(self, numbers):
+    def _logits(self, numbers: list[int]) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Logits (N, |V|) of all completion tokens, and those before unlearning at the same places (or None).
 
         Of examples that the model reads alike (dpo's two answers of one token to the same prompt: the last token of an
         answer is predicted, never read) it reads one, and the others take its logits.
         """
-        model, examples = self.loaded.model, self.rows.all
+        model, examples = self.served.model, self.rows.all
         first = {}  # what the model reads: number of the first such example
         alike = [first.setdefault(self._read(i), i) for i in numbers]
         distinct = list(first.values())
         starts = dict(zip(distinct, itertools.accumulate((len(examples[i].completion) for i in distinct), initial=0)))
         tokens = [starts[i] + k for i in alike for k in range(len(examples[i].completion))]
-        batch = collate([examples[i] for i in distinct], self.loaded.pad_id, model.device)
+        batch = collate([examples[i] for i in distinct], self.served.pad_id, model.device)
         if self.reference is None:
             return completion_logits(model, batch)[tokens], None
-        known = torch.tensor([self.reference.has(i) for i in distinct], device=batch.rows.device)[batch.rows]
+        known = [starts[i] + k for i in distinct if self.reference.has(i) for k in range(len(examples[i].completion))]
         logits, before = completion_logits(model, batch, None, self.reference.of(distinct), self.head)
         filled = torch.full_like(logits.detach(), torch.nan)
         filled[known] = before.detach()
         return logits[tokens], filled[tokens]
 
-    def _read(self, number):
+    def _read(self, number: int) -> tuple[tuple, tuple, bool]:
         """What the model reads of an example, and whether its answer is compared with the reference."""
         example = self.rows.all[number]
         return example.prompt, example.completion[:-1], self.reference is not None and self.reference.has(number)
 
-    def _prepare_rmu(self, frames, numerics, load):
-        args, model = self.args, self.loaded.model
-        self.layers, number = rmu_layers(model, args)
-        direction = torch.rand(model.config.get_text_config().hidden_size, generator=_generator(args.seed))
-        self.target = (self.constants[1] * direction / direction.norm()).to(model.device)
-        retain = [i for i, example in enumerate(self.rows.trained) if not example.forget]
-        measure, settings = reference.activations_of(*self.layers), [number, numerics]
-        self.reference = load(
-            self.loaded, self.rows.trained, retain, {"train_retain": frames["train_retain"]}, args, measure, settings
-        )
 
-    def _rmu(self, numbers, n_forget, n_retain):
-        chosen = [self.rows.trained[i] for i in numbers]
-        batch = collate(chosen, self.loaded.pad_id, self.loaded.model.device)
-        with record_activations(*self.layers) as seen:
-            completion_logits(self.loaded.model, batch)
-        real = batch.attention_mask.bool()
-        activations = seen["activations"].to(real.device)  # the layer may be on another one
-        forget = batch.forget[:, None] & real
-        weights = (1 / real.sum(1, keepdim=True)).expand(real.shape)  # the mean over a row's tokens
-        steered = losses.rmu(activations[forget], self.target) * weights[forget]
-        kept = real & ~batch.forget[:, None]
-        held = losses.rmu(activations[kept], self.reference.of(numbers).to(activations.device)) * weights[kept]
-        return self._total(
-            {"L_f": losses.mean_over_rows(steered, n_forget), "L_r": losses.mean_over_rows(held, n_retain)}
-        )
-
-
-def forget_tokens(batch, chosen, logits, reference_logits):
-    """The ForgetTokens of the rows `chosen` (B,) bool of a batch."""
-    mask = chosen[batch.rows]
-    numbering = chosen.cumsum(0) - 1
-    before = None if reference_logits is None else reference_logits[mask]
-    return ForgetTokens(logits[mask], before, batch.targets[mask], numbering[batch.rows[mask]], int(chosen.sum()))
-
-
-def frozen_head(model):
+def frozen_head(model: torch.nn.Module) -> torch.nn.Module | None:
     """A frozen copy of the model's head where the head is trained, None where it stays as it is."""
     head = model.get_output_embeddings()
     if not any(parameter.requires_grad for parameter in head.parameters()):
         return None
     return copy.deepcopy(head).requires_grad_(False).eval()
+
+
+def method_objective(
+    method: Method,
+    served: Served,
+    rows: Rows,
+    frames: Mapping[str, pd.DataFrame],
+    settings: MethodSettings,
+    numerics: str,
+    load: Loader,
+) -> "TokenObjective | SteeringObjective":
+    """The objective of `method`, by what it looks at."""
+    kind = SteeringObjective if method.activations else TokenObjective
+    return kind(method, served, rows, frames, settings, numerics, load)

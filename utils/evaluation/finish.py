@@ -1,0 +1,71 @@
+"""How every script that makes a checkpoint ends: evaluate, record, write the folder, print the table."""
+
+from argparse import Namespace
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+from utils import distributed
+from utils.data.select import fingerprint
+from utils.data.splits import TRAIN_SPLITS
+from utils.evaluation import figures, tables
+from utils.evaluation.record import make_record
+from utils.evaluation.run import EvaluationSettings, Frames, evaluate_splits
+from utils.interventions.served import Served
+from utils.storage import checkpoints
+from utils.storage.outputs import Output
+from utils.tasks.classification import label_words
+
+
+def finish(
+    output: Output,
+    served: Served,
+    frames: Frames,
+    args: Namespace,  # the whole of it, since the manifest records every argument
+    settings: EvaluationSettings,
+    *,
+    method: str,
+    kind: str,
+    write: Callable[[Path], None],
+    before: list[dict] | None = None,
+    trained_on: Sequence[str] = TRAIN_SPLITS,
+    cost: dict[str, Any] | None = None,
+    log: list[dict] | None = None,
+) -> None:
+    """Evaluate `served` under the name `method` and write the Output, a checkpoint of this `kind`.
+
+    write: function(folder) that puts the weights there. before: records that go in front of its own. trained_on: the
+    splits. cost, log: of a utils.training.loop.Training, where there was one. Nothing is evaluated with
+    settings.max_eval_samples = 0.
+    """
+    records, words = before, label_words(frames)
+    if settings.max_eval_samples != 0:
+        start = perf_counter()
+        splits, _ = evaluate_splits(served, frames, words, settings, method)
+        entry = make_record(method, output, served.base_name, settings, splits, perf_counter() - start, cost)
+        records = [*(before or []), entry]
+    if not distributed.is_main():
+        return
+    used = fingerprint({split: frames[split] for split in trained_on})
+    with output.new_folder() as folder:
+        write(folder)
+        checkpoints.write_manifest(folder, output, kind, served.chain, args, used, words, records, cost)
+        if log:
+            figures.write_curves(folder, log)
+    if records:
+        print(tables.table(records))
+    print(f"wrote {output}")
+
+
+def show_merged(served: Served, frames: Frames, settings: EvaluationSettings) -> list[dict]:
+    """Print the accuracy before and after LoRA was merged into the unquantised base; returns the merged model's record,
+    or nothing with settings.max_eval_samples = 0."""
+    if settings.max_eval_samples == 0:
+        return []
+    start, last = perf_counter(), served.chain[-1]
+    splits, _ = evaluate_splits(served, frames, label_words(frames), settings, "before SPUL")
+    method = "merged" if last.kind == "lora" else "base"
+    after = make_record(method, last.path, served.base_name, settings, splits, perf_counter() - start)
+    print(tables.table([*(served.manifest.get("metrics") or []), after]))
+    return [after]

@@ -1,0 +1,57 @@
+"""What stands between a query and the frozen model: virtual tokens, corrupted embeddings, words around the text.
+
+Every kind is an `Intervention`. It acts on the queries that its gate flags; without a gate it acts on all of them.
+"""
+
+import contextlib
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+
+from utils.data.batch import Example
+from utils.interventions.gates import Gate
+
+Spans = Sequence[tuple[int, int]] | None  # character ranges of a text; None: every token of the prompt but the last
+
+
+class Template(Protocol):
+    """What stands around a text."""
+
+    def around(self, texts: Sequence[str]) -> list[tuple[str, str]]:
+        """(what stands before, what stands behind) each text."""
+        ...
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Intervention:
+    """The base of every kind, and itself the one that changes nothing. A kind overrides what it does differently."""
+
+    gate: Gate | None = None
+
+    @property
+    def template(self) -> Template | None:
+        """What stands around the texts; None: the published template."""
+        return None
+
+    @property
+    def n_tokens(self) -> int:
+        """How many virtual tokens stand in front of a query."""
+        return 0
+
+    def prefix(self, model: torch.nn.Module) -> object:
+        """What `utils.models.forward.completion_logits` takes as its prompt."""
+        return None
+
+    def spans(self, texts: Sequence[str]) -> list[Spans] | None:
+        """For each text the characters whose tokens are changed; None where no token is."""
+        return None
+
+    def applied(self, model: torch.nn.Module, examples: Sequence[Example]) -> AbstractContextManager:
+        """While open, `model` computes on `examples` as this intervention wants it."""
+        return contextlib.nullcontext()
+
+
+NOTHING = Intervention()

@@ -1,0 +1,252 @@
+"""The flags of the scripts that unlearn, and which of them go together with which method."""
+
+import argparse
+from collections.abc import Iterable
+
+from utils import cli
+from utils.arguments import add_retain_ratio
+from utils.data.load import SNIPPETS_FOLDER
+from utils.data.names import Person, read_names
+from utils.interventions.corruption import FAMILIES, ORDERS, has_strength
+from utils.unlearning.methods import CONSTANTS, METHODS
+
+ECO_METRICS = ("accuracy", "f1", "precision", "recall", "label_accuracy", "out_of_label")
+NO_TRAINING = (
+    "micro_batch_size", "gradient_checkpointing", "compile", "max_steps", "max_rows", "max_grad_norm", "length_pool",
+    "eval_steps", "curve_samples", "save_steps", "dry_run", "resume", "tune", "retain_loss", "retain_weight",
+    "forget_per_batch", "retain_ratio", "stop_at_forget_accuracy", "logits_path",
+)  # fmt: skip
+ECO_SEARCH = (
+    "eco_metric", "eco_target", "eco_samples", "eco_steps", "eco_start", "eco_eps", "eco_lr", "eco_sigma_min",
+    "eco_bisect",
+)  # fmt: skip
+
+
+def add_spul_arguments(parser: cli.ArgumentParser) -> None:
+    """What spul.py learns: the prompt, its start, and the loss."""
+    group = parser.add_argument_group("SPUL")
+    group.add_argument("--forget_size", type=cli.fraction, default=1.0, help="share of train_forget to unlearn")
+    group.add_argument("--ptuning_num_tokens", type=cli.positive_int, default=30, help="p, virtual tokens")
+    group.add_argument("--ptuning_hidden_size", type=cli.positive_int, default=128, help="h, width of the encoder")
+    group.add_argument("--alpha", type=cli.non_negative_float, default=0.5, help="weight of L_r")
+    group.add_argument("--beta", type=cli.non_negative_float, default=0.5, help="weight of L_kl")
+    group.add_argument(
+        "--prompt_encoder", choices=["mlp", "lstm", "embedding"], default="mlp", help="what produces the virtual tokens"
+    )
+    start = group.add_mutually_exclusive_group()
+    start.add_argument("--init_text", type=cli.text, help="start from the embeddings of this instruction")
+    start.add_argument(
+        "--init_checkpoint", type=cli.path, help="start from the encoder of an earlier spul.py checkpoint"
+    )
+    group.add_argument(
+        "--forget_per_batch",
+        type=cli.non_negative_int,
+        default=0,
+        help="forget rows in every batch (0: all rows mixed, as published)",
+    )
+    add_retain_ratio(group)
+    group.add_argument(
+        "--logits_path", type=cli.path, help="file of reference logits (default: saved_logits/<model>-<dataset>-<key>)"
+    )
+    group.add_argument(
+        "--parent_path", type=cli.path, help="where the base model of --model_checkpoints lies, if it was moved"
+    )
+
+
+def add_unlearning_arguments(parser: cli.ArgumentParser) -> None:
+    """What baselines.py asks for beside the method: its rows, its retain loss, what is trained, when it stops."""
+    group = parser.add_argument_group("unlearning")
+    group.add_argument("--forget_size", type=cli.fraction, default=1.0, help="share of train_forget to unlearn")
+    group.add_argument("--retain_loss", choices=["none", "ce", "kl"], help="on retain rows (default: the method's)")
+    group.add_argument("--retain_weight", type=cli.positive_float, help="of the retain loss (default: the method's)")
+    group.add_argument("--tune", choices=["full", "lora"], default="full", help="all weights, or a new LoRA adapter")
+    group.add_argument(
+        "--forget_per_batch",
+        type=cli.non_negative_int,
+        default=0,
+        help="forget rows in every batch of a method with a retain loss (0: all rows mixed, as published)",
+    )
+    add_retain_ratio(group)
+    group.add_argument(
+        "--stop_at_forget_accuracy", type=cli.share, metavar="A",
+        help="stop once train_forget accuracy, measured every --eval_steps, is at most A (in [0, 1])",
+    )  # fmt: skip
+    group.add_argument(
+        "--logits_path", type=cli.path, help="file of reference quantities (default: saved_logits/<...>)"
+    )
+    group.add_argument(
+        "--parent_path", type=cli.path, help="where the base model of --model_checkpoints lies, if it was moved"
+    )
+
+
+def add_constants(parser: cli.ArgumentParser) -> None:
+    """The constants that the methods declare."""
+    group = parser.add_argument_group("constants of the methods (default: the authors')")
+    kinds = {"rmu_layer": cli.non_negative_int, "method_beta2": cli.non_negative_float}
+    kinds["method_delta"] = cli.non_negative_float
+    for flag, meaning in CONSTANTS.items():
+        owners = ", ".join(name for name, method in METHODS.items() if flag in method.constants)
+        group.add_argument(f"--{flag}", type=kinds.get(flag, cli.positive_float), help=f"{meaning} of {owners}")
+
+
+def add_context_arguments(parser: cli.ArgumentParser) -> None:
+    """What prompting and icul put around a text."""
+    group = parser.add_argument_group("prompting and icul")
+    group.add_argument(
+        "--forget_names",
+        type=cli.path,
+        help="prompting: file with the people to forget (default: --forget_only, or that of snippets)",
+    )
+    group.add_argument(
+        "--instruction", type=cli.text, help="prompting: the instruction itself, instead of one made of the names"
+    )
+    group.add_argument("--icul_flipped", type=cli.positive_int, default=1, help="icul: forget rows, labels flipped")
+    group.add_argument("--icul_correct", type=cli.non_negative_int, default=2, help="icul: retain rows behind them")
+
+
+def add_eco_arguments(parser: cli.ArgumentParser) -> None:
+    """ECO's gate, corruption and search (arXiv 2406.07933); defaults are the authors' where they gave one."""
+    group = parser.add_argument_group("eco")
+    group.add_argument(
+        "--eco_classifier", type=cli.path, default="tfidf", help="tfidf, features, or an encoder (hub id, folder)"
+    )
+    group.add_argument("--eco_classifier_epochs", type=cli.positive_int, default=30, help="of an encoder")
+    group.add_argument("--eco_classifier_lr", type=cli.positive_float, default=2e-5, help="of an encoder")
+    decision = group.add_mutually_exclusive_group()
+    decision.add_argument(
+        "--eco_threshold", type=cli.below_one, help="flag above this probability (default: by --eco_max_fpr)"
+    )
+    decision.add_argument(
+        "--eco_conformal",
+        type=cli.fraction,
+        metavar="A",
+        help="split conformal: flag retain rows with probability at most A",
+    )
+    decision.add_argument(
+        "--eco_max_fpr",
+        type=cli.fraction,
+        default=0.01,
+        help="flag a new retain row with about this probability at most",
+    )
+    group.add_argument(
+        "--eco_corruption", choices=FAMILIES, default="noise-first", metavar="FAMILY", help=", ".join(FAMILIES)
+    )
+    group.add_argument("--eco_dims", type=cli.positive_int, default=1, help="numbers of each embedding to corrupt")
+    group.add_argument(
+        "--eco_tokens", choices=["all", "entities"], default="all", help="all but the last, or names only"
+    )
+    group.add_argument(
+        "--eco_names",
+        type=cli.path,
+        help="list of names (default: --forget_only, or that of snippets): entities, evasion test",
+    )
+    group.add_argument(
+        "--eco_token_classifier", type=cli.path, help="finds names for --eco_tokens=entities (hub id, folder)"
+    )
+    group.add_argument("--eco_strength", type=cli.non_negative_float, help="sigma; given, there is no search")
+    group.add_argument("--eco_metric", choices=ECO_METRICS, default="accuracy", help="what the search compares")
+    group.add_argument(
+        "--eco_target",
+        type=eco_target,
+        default="auto",
+        help="v_r: a number, a retrained checkpoint, or auto: the model's score on retain rows of --validation_share",
+    )
+    group.add_argument("--eco_samples", type=cli.positive_int, default=200, help="rows that the search evaluates")
+    group.add_argument("--eco_steps", type=cli.non_negative_int, default=10, help="zeroth-order steps")
+    group.add_argument("--eco_bisect", type=cli.non_negative_int, default=4, help="halvings of the gap around v_r")
+    group.add_argument(
+        "--eco_start", type=cli.positive_float, help="first sigma (default: the best of a coarse ladder)"
+    )
+    group.add_argument("--eco_eps", type=cli.fraction, default=0.999, help="eps as a share of the first sigma")
+    group.add_argument("--eco_lr", type=cli.positive_float, default=100.0, help="of the zeroth-order search")
+    group.add_argument("--eco_sigma_min", type=cli.positive_float, default=0.1, help="smallest sigma")
+
+
+def eco_target(text: str) -> float | str:
+    """A share of --eco_metric (float), `auto` or the path of a checkpoint, for argparse."""
+    try:
+        float(text)
+    except ValueError:
+        return cli.path(text)
+    return cli.share(text)
+
+
+def refuse_contradictions(parser: cli.ArgumentParser, args: argparse.Namespace) -> None:
+    """Exit 2 on flags that the chosen method would ignore, or that cannot work together (so it sees all `args`). Those of the published command
+    are taken by every method, so that only its name need be changed."""
+    name = args.unlearn_method
+    if args.forget_per_batch >= args.train_batch_size:
+        parser.error("--forget_per_batch must be smaller than --train_batch_size")
+    if args.stop_at_forget_accuracy is not None and not args.eval_steps:
+        parser.error("--stop_at_forget_accuracy needs --eval_steps")
+    if name in METHODS:
+        method = METHODS[name]
+        for flag in CONSTANTS:
+            if getattr(args, flag) is not None and flag not in method.constants:
+                parser.error(f"--{flag} is no constant of {name}")
+        if method.fixed and args.retain_loss:
+            parser.error(f"the retain loss of {name} is part of the method; leave out --retain_loss")
+        args.retain_loss = args.retain_loss or method.retain_loss
+        if args.retain_loss == "none" and args.retain_weight:
+            parser.error("--retain_weight needs a --retain_loss")
+        if args.retain_loss == "none" and args.forget_per_batch:
+            parser.error(f"--forget_per_batch needs retain rows; {name} has none without --retain_loss")
+        if args.retain_loss == "none" and args.retain_ratio:
+            parser.error(f"--retain_ratio needs retain rows; {name} has none without --retain_loss")
+        args.retain_weight = args.retain_weight or method.retain_weight
+    else:
+        if flag := given(parser, args, [*NO_TRAINING, *CONSTANTS]):
+            parser.error(f"{name} trains nothing; leave out --{flag}")
+    lora = [flag for flag in vars(args) if flag.startswith("lora_")]
+    if args.tune != "lora" and (flag := given(parser, args, lora)):
+        parser.error(f"--{flag} goes with --tune=lora")
+    if name != "icul" and (flag := given(parser, args, ["icul_flipped", "icul_correct"])):
+        parser.error(f"--{flag} goes with --unlearn_method=icul")
+    if name == "prompting" and not (
+        args.instruction or args.forget_names or args.forget_only or args.dataset == "snippets"
+    ):
+        parser.error("prompting needs --forget_names, --forget_only or --instruction (only snippets has a list)")
+    if name == "eco":
+        refuse_eco_contradictions(parser, args)
+    elif flag := given(parser, args, [flag for flag in vars(args) if flag.startswith("eco_")]):
+        parser.error(f"--{flag} goes with --unlearn_method=eco")
+    if name != "prompting" and (args.instruction or args.forget_names):
+        parser.error("--instruction and --forget_names go with --unlearn_method=prompting")
+    if args.instruction and args.forget_names:
+        parser.error("--instruction replaces the one made of --forget_names; leave out one of them")
+
+
+def given(parser: cli.ArgumentParser, args: argparse.Namespace, flags: Iterable[str]) -> str | None:
+    """The first of `flags` that `args` does not have at its default, or None."""
+    return next((flag for flag in flags if getattr(args, flag) != parser.get_default(flag)), None)
+
+
+def refuse_eco_contradictions(parser: cli.ArgumentParser, args: argparse.Namespace) -> None:
+    """Exit 2 on flags of ECO that would be ignored (so it sees all `args`)."""
+    family, searched = args.eco_corruption, args.eco_strength is None and has_strength(args.eco_corruption)
+    if not has_strength(family) and args.eco_strength is not None:
+        parser.error(f"--eco_corruption={family} has no strength; leave out --eco_strength")
+    if not searched and (flag := given(parser, args, ECO_SEARCH)):
+        parser.error(f"no strength is searched for; leave out --{flag}")
+    if family in ORDERS and given(parser, args, ["eco_dims"]):
+        parser.error(f"--eco_corruption={family} moves whole embeddings; leave out --eco_dims")
+    no_encoder = args.eco_classifier in ("tfidf", "features")
+    if no_encoder and (flag := given(parser, args, ["eco_classifier_epochs", "eco_classifier_lr"])):
+        parser.error(f"--{flag} goes with an encoder as --eco_classifier")
+    names = args.eco_names or args.forget_only or args.eco_token_classifier or args.dataset == "snippets"
+    if args.eco_tokens == "entities" and not names:
+        parser.error("--eco_tokens=entities needs --eco_names or --eco_token_classifier")
+    if args.eco_tokens == "all" and args.eco_token_classifier:
+        parser.error("--eco_token_classifier goes with --eco_tokens=entities")
+    if searched and args.eco_target == "auto" and (args.final or not args.validation_share):
+        parser.error(
+            "--eco_target=auto looks at retain rows that --validation_share keeps from model and test; give that flag, "
+            "without --final, here and to qlora.py, or give a number or a retrained checkpoint"
+        )
+
+
+def listed_people(dataset: str, *paths: str | None) -> list[Person]:
+    """The people of the first list that is given, or else of the embedded data set; nobody without one."""
+    embedded = SNIPPETS_FOLDER / "forget_names.txt" if dataset == "snippets" else None
+    chosen = next(filter(None, paths), embedded)
+    return read_names(chosen) if chosen else []

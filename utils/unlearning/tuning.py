@@ -1,0 +1,42 @@
+"""Which weights of a model a method changes."""
+
+import contextlib
+from contextlib import AbstractContextManager
+
+import torch
+from peft import PeftModel
+
+from utils.models.adapters import LoraSettings, add_lora
+from utils.models.base import dequantized
+from utils.unlearning.methods import Method, MethodSettings
+from utils.unlearning.rmu import train_three_layers
+
+
+def trainable(
+    model: torch.nn.Module, lora: LoraSettings | None, method: Method, settings: MethodSettings
+) -> torch.nn.Module:
+    """`model` ready to train: frozen with a new float32 adapter, or with lora=None float32 weights that all learn; of
+    RMU only those of its three layers. No dropout, since the reference is computed first."""
+    if lora:
+        model = add_lora(model, lora)
+    else:
+        model = dequantized(model).float().requires_grad_(True)
+    if method.activations:
+        train_three_layers(model, settings.rmu_layer)
+    return model.eval()
+
+
+def only_adapter_dropout(model: torch.nn.Module) -> None:
+    """Switch on the dropout in front of a new adapter, and no other: with the model's own (GPT-2, OPT) a comparison
+    with the reference, which is computed without, would not start at 0."""
+    model.eval()
+    for name, module in model.named_modules():
+        if "lora_dropout" in name:
+            module.train()
+
+
+def computing_in(model: torch.nn.Module, dtype: torch.dtype) -> AbstractContextManager:
+    """While open, float32 weights are multiplied in `dtype`, the one that they came in; frozen ones have it anyway."""
+    if isinstance(model, PeftModel) or dtype == torch.float32:
+        return contextlib.nullcontext()
+    return torch.autocast("cpu" if model.device.type == "meta" else model.device.type, dtype)
