@@ -47,6 +47,14 @@ OF_THE_RULE = (  # flags of the scripts that the rule above decides
 )  # fmt: skip
 
 
+class SearchScores(RootModel[dict[str, Scores] | None]):
+    """What a run of utils.compare's search is remembered by: None where its loss was not finite."""
+
+    model_config = ConfigDict(strict=True)
+    what: ClassVar[str] = "result of a search"
+    remedy: ClassVar[str] = "delete it and start again"
+
+
 def parse_args():
     parser = cli.ArgumentParser(__doc__)
     parser.add_argument("--model_name", type=cli.path, required=True, help="hub id, model folder or .gguf file")
@@ -314,27 +322,13 @@ def _resume(path):
     return ["--overwrite", *(["--resume"] if state_path(path).exists() else [])]
 
 
-if __name__ == "__main__":
-    cli.run(parse_args, main)
-
-
-# APPENDED from schemas
-
-
-class SearchScores(RootModel[dict[str, Scores] | None]):
-    """What a run of utils.compare's search is remembered by: None where its loss was not finite."""
-
-    model_config = ConfigDict(strict=True)
-    what: ClassVar[str] = "result of a search"
-    remedy: ClassVar[str] = "delete it and start again"
-
-
-# APPENDED from report
-
-
 def write_comparison(folder, records):
     """table.md, metrics.json and tradeoff.png of `utils.compare`: one record per method and seed."""
     write_json(Path(folder) / "metrics.json", records)
     with new_file(Path(folder) / "table.md") as file:
         file.write_text(comparison_table(records) + "\n", encoding="utf-8")
     draw_tradeoff(records, path=Path(folder) / "tradeoff.png")
+
+
+if __name__ == "__main__":
+    cli.run(parse_args, main)

@@ -194,9 +194,6 @@ def draw_apart(seed, step):
         torch.manual_seed(int(np.random.SeedSequence([seed, step, index]).generate_state(1)[0]))
 
 
-# APPENDED from metrics
-
-
 def peak_memory():
     """The most memory this process has held so far, in bytes: on the GPUs that it used, else resident."""
     if on_gpus := sum(torch.cuda.max_memory_allocated(i) for i in range(torch.cuda.device_count())):

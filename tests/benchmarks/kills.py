@@ -151,6 +151,8 @@ def _run(command, folder, said):
 if __name__ == "__main__":
     for module in ("qlora", "spul", "baselines", "inference_spul"):
         __import__(module)
-    pass  # REMOVED IMPORT
+    from utils import compare, plan  # noqa: F401
+    from utils.evaluation import figures, tables  # noqa: F401
+    from utils.unlearning import eco_search  # noqa: F401
 
     cli.run(parse_args, main)

@@ -16,6 +16,7 @@ from utils.storage.files import new_file
 from utils.storage.formats import SPLITS
 from utils.storage.reading import regular_file
 
+TRAIN_SPLITS = SPLITS[:2]
 UNLEARNING_LABELS = ("neutral", "unknown")  # y~ of L_f, section 3.2 of the paper; no class may be called so
 PREFIX = 4  # words by which `nested` looks up a text
 
@@ -177,9 +178,3 @@ def describe(frames):
         balance = ", ".join(f"{word} {share:.1%}" for word, share in shares.items())
         lines.append(f"{split:13s}{len(frames[split]):8,d} rows: {balance}")
     return "\n".join(lines)
-
-
-# APPENDED from data
-
-
-TRAIN_SPLITS = SPLITS[:2]

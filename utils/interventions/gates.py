@@ -59,6 +59,20 @@ class Classifier(Protocol):
     def save(self, folder: Path) -> None: ...
 
 
+class Vocabularies(RootModel[list[list[Text]]]):
+    """vocabulary.json: the terms of the words and of the characters, each once, in the order of their columns."""
+
+    model_config = ConfigDict(strict=True)
+    what: ClassVar[str] = "vocabulary of a gate"
+    remedy: ClassVar[str] = Schema.remedy
+
+    @model_validator(mode="after")
+    def _has_every_term_once(self) -> "Vocabularies":
+        if len(self.root) != 2 or not all(terms and len(set(terms)) == len(terms) for terms in self.root):
+            raise ValueError("it is not two lists of terms, each once")
+        return self
+
+
 class Gate:
     """A classifier with its threshold: a query is flagged if its probability is above `threshold`.
 
@@ -417,20 +431,3 @@ def _pooled(served: Any, texts: Sequence[str], max_length: int) -> np.ndarray:
     if not np.isfinite(result).all():
         raise UserError("the model's hidden states are not finite; use --dtype=float32 or another --eco_classifier")
     return result
-
-
-# APPENDED from schemas
-
-
-class Vocabularies(RootModel[list[list[Text]]]):
-    """vocabulary.json: the terms of the words and of the characters, each once, in the order of their columns."""
-
-    model_config = ConfigDict(strict=True)
-    what: ClassVar[str] = "vocabulary of a gate"
-    remedy: ClassVar[str] = Schema.remedy
-
-    @model_validator(mode="after")
-    def _has_every_term_once(self) -> "Vocabularies":
-        if len(self.root) != 2 or not all(terms and len(set(terms)) == len(terms) for terms in self.root):
-            raise ValueError("it is not two lists of terms, each once")
-        return self
