@@ -90,6 +90,8 @@ def test_no_function_takes_all_arguments_without_saying_why():
     """Only the scripts read a command's `args`. Elsewhere the docstring, or a comment beside it, gives the reason."""
     silent = []
     for path in SOURCES:
+        if path.stem == "compare":  # a script, too: python -m utils.compare
+            continue
         text = path.read_text(encoding="utf-8")
         for node in ast.walk(ast.parse(text)):
             if isinstance(node, ast.FunctionDef) and any(a.arg == "args" and is_namespace(a) for a in node.args.args):

@@ -8,8 +8,8 @@ import os
 import signal
 import sys
 import warnings
-from collections.abc import Callable, Iterator
-from typing import TypeVar
+from collections.abc import Callable, Iterator, Sequence
+from typing import NoReturn, TypeVar
 
 from utils.errors import UserError, resource_message
 
@@ -19,7 +19,7 @@ T = TypeVar("T")
 class _Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
     """Docstrings as they stand, and every flag's default behind its help."""
 
-    def _get_help_string(self, action):
+    def _get_help_string(self, action: argparse.Action) -> str | None:
         """No `(default: None)`: where a flag has no default its help says what happens without it."""
         absent = action.default is None or action.default is False
         return action.help if absent else super()._get_help_string(action)
@@ -28,17 +28,20 @@ class _Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescription
 class ArgumentParser(argparse.ArgumentParser):
     """An `argparse.ArgumentParser` whose errors are one sentence and that names the closest flag on a typo."""
 
-    def __init__(self, doc):
+    def __init__(self, doc: str) -> None:
         super().__init__(
             description=doc,
             formatter_class=_Formatter,
             allow_abbrev=False,
         )
 
-    def error(self, message):
+    def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: error: {message} (see --help)\n")
 
-    def parse_args(self, args=None, namespace=None):
+    def parse_args(
+        self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None
+    ) -> argparse.Namespace:
+        """As argparse does it, with `args` the words of the command line."""
         words = self._with_texts(sys.argv[1:] if args is None else args)
         flags = [word.split("=")[0] for word in words if word.startswith("--") and word != "--"]
         # Before anything else, since what is mistyped may be required.
@@ -47,7 +50,7 @@ class ArgumentParser(argparse.ArgumentParser):
         self._refuse_unknown(unknown)
         return parsed
 
-    def _with_texts(self, words):
+    def _with_texts(self, words: Sequence[str]) -> list[str]:
         """`words` with `--flag X` as `--flag=X` where the flag takes a `text`: that may begin with a dash, as long as
         it is no flag of ours (whose value was forgotten)."""
         joined = []
@@ -59,7 +62,7 @@ class ArgumentParser(argparse.ArgumentParser):
                 joined.append(word)
         return joined
 
-    def _refuse_unknown(self, words):
+    def _refuse_unknown(self, words: Sequence[str]) -> None:
         if words:
             flag = words[0].split("=")[0]
             close = difflib.get_close_matches(flag, self._option_string_actions, n=1)
@@ -86,47 +89,47 @@ def text(value: str) -> str:
     return value
 
 
-def positive_int(text):
+def positive_int(text: str) -> int:
     """An int of at least 1, for argparse."""
     return _number(int, text, lambda v: v >= 1, "a whole number of at least 1")
 
 
-def non_negative_int(text):
+def non_negative_int(text: str) -> int:
     """An int of at least 0, for argparse."""
     return _number(int, text, lambda v: v >= 0, "a whole number of at least 0")
 
 
-def seed(text):
+def seed(text: str) -> int:
     """An int that every library takes as a seed, for argparse."""
     return _number(int, text, lambda v: 0 <= v < 2**32, "a whole number from 0 to 4294967295")
 
 
-def positive_float(text):
+def positive_float(text: str) -> float:
     """A finite float above 0, for argparse."""
     return _number(float, text, lambda v: 0 < v < float("inf"), "a number above 0")
 
 
-def non_negative_float(text):
+def non_negative_float(text: str) -> float:
     """A finite float of at least 0, for argparse."""
     return _number(float, text, lambda v: 0 <= v < float("inf"), "a number of at least 0")
 
 
-def fraction(text):
+def fraction(text: str) -> float:
     """A float in (0, 1], for argparse."""
     return _number(float, text, lambda v: 0 < v <= 1, "a number above 0 and at most 1")
 
 
-def share(text):
+def share(text: str) -> float:
     """A float in [0, 1], for argparse."""
     return _number(float, text, lambda v: 0 <= v <= 1, "a number from 0 to 1")
 
 
-def below_one(text):
+def below_one(text: str) -> float:
     """A float in [0, 1), for argparse."""
     return _number(float, text, lambda v: 0 <= v < 1, "a number of at least 0 and below 1")
 
 
-def _number(kind, text, accept, description):
+def _number(kind: Callable, text: str, accept: Callable[[float], bool], description: str) -> int | float:
     try:
         value = kind(text)
     except ValueError:
@@ -231,7 +234,7 @@ def importing() -> Iterator[None]:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
-def _quiet_libraries():
+def _quiet_libraries() -> None:
     """Keep the libraries' own notices and progress bars out of what a script prints; errors still come through."""
     warnings.simplefilter("ignore")
     from transformers.utils import logging as transformers_logging

@@ -5,12 +5,12 @@ python -m utils.compare --model_name=data/models/smollm2 --dataset=snippets --se
     --spul_grid 1.5e-3 5e-3
 
 The rule, for each seed. A share of the train rows is put aside (--validation_share). A model is fine-tuned on the
-others, and one on those of them that are to be kept: the target. SPUL and every rival that trains then get the same
+others, and one on those of them that are to be kept: the target. SPUL and every baseline that trains then get the same
 budget: so many learning rates each, and for each one run of --budget_rows rows in steps of --batch_size, whichever rows
-the method takes. The run that scores best on the rows put aside goes into the table. ECO and the two rivals in the
+the method takes. The run that scores best on the rows put aside goes into the table. ECO and the two baselines in the
 context train no weights and have no learning rate; ECO's gate and strength come from train rows, its target from the
 rows put aside. Test rows are read once, when all choices have been made. What is not searched for, the weights of the
-losses say, is the authors' for the rivals, and for SPUL what --spul says.
+losses say, is the authors' for the baselines, and for SPUL what --spul says.
 
 How far each is from the target is said of forget rows and of retain rows apart: what does nothing is close to it on
 retain rows, and on forget rows as far as the fine-tuned model, with which to compare.
@@ -26,49 +26,40 @@ import shlex
 import shutil
 import subprocess
 import sys
+from argparse import Namespace
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import ClassVar
-
-from pydantic import ConfigDict, RootModel
+from typing import TYPE_CHECKING
 
 from utils import cli
 from utils.errors import UserError
-from utils.evaluation.figures import draw_tradeoff
-from utils.evaluation.tables import comparison_table
-from utils.storage.files import new_file, write_json
-from utils.storage.formats import Scores
-from utils.unlearning.methods import IN_CONTEXT, METHODS
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 ROOT = Path(__file__).resolve().parents[1]
-TRAINED = ("spul", *METHODS)
 OF_THE_RULE = (  # flags of the scripts that the rule above decides
     "--lr", "--train_batch_size", "--max_rows", "--max_steps", "--num_epochs", "--stop_at_forget_accuracy",
     "--max_eval_samples", "--validation_share", "--final", "--seed", "--forget_size", "--output_path",
 )  # fmt: skip
 
 
-class SearchScores(RootModel[dict[str, Scores] | None]):
-    """What a run of utils.compare's search is remembered by: None where its loss was not finite."""
+def parse_args() -> Namespace:
+    from utils.unlearning.methods import IN_CONTEXT
 
-    model_config = ConfigDict(strict=True)
-    what: ClassVar[str] = "result of a search"
-    remedy: ClassVar[str] = "delete it and start again"
-
-
-def parse_args():
     parser = cli.ArgumentParser(__doc__)
     parser.add_argument("--model_name", type=cli.path, required=True, help="hub id, model folder or .gguf file")
     parser.add_argument("--dataset", type=cli.path, default="snippets", help="as for the scripts")
     parser.add_argument("--seeds", type=cli.seed, nargs="+", default=[42], help="one comparison for each")
-    known = [*TRAINED, *IN_CONTEXT, "eco"]
+    known = [*trained(), *IN_CONTEXT, "eco"]
     parser.add_argument("--methods", nargs="+", choices=known, default=known, metavar="NAME", help="what to compare")
     parser.add_argument("--max_eval_samples", type=cli.positive_int, help="rows a split in the final evaluation")
     parser.add_argument("--output_path", type=cli.path, help="folder (default: results/compare-<dataset>-<model>)")
-    group = parser.add_argument_group("the budget of SPUL and of every rival that trains")
+    group = parser.add_argument_group("the budget of SPUL and of every baseline that trains")
     group.add_argument("--budget_rows", type=cli.positive_int, default=1600, metavar="N", help="rows that a run reads")
     group.add_argument("--batch_size", type=cli.positive_int, default=16, help="of them in a step")
     group.add_argument(
-        "--grid", type=cli.positive_float, nargs="+", default=[3e-5, 1e-4], help="learning rates of every rival"
+        "--grid", type=cli.positive_float, nargs="+", default=[3e-5, 1e-4], help="learning rates of every baseline"
     )
     group.add_argument(
         "--spul_grid",
@@ -83,10 +74,10 @@ def parse_args():
     group = parser.add_argument_group("further flags of the scripts, as one text each")
     group.add_argument("--rows", type=shlex.split, default=[], help="of all: which rows, how long")
     group.add_argument("--fine_tune", type=shlex.split, default=[], help="of qlora.py")
-    group.add_argument("--training", type=shlex.split, default=[], help="of SPUL and every rival that trains")
+    group.add_argument("--training", type=shlex.split, default=[], help="of SPUL and every baseline that trains")
     group.add_argument("--with_retain", type=shlex.split, default=[], help="... of those with a retain loss, SPUL too")
     group.add_argument("--spul", type=shlex.split, default=[], help="... of SPUL alone")
-    group.add_argument("--rivals", type=shlex.split, default=[], help="... of every rival that trains")
+    group.add_argument("--baselines", type=shlex.split, default=[], help="... of every baseline that trains")
     group.add_argument("--in_context", type=shlex.split, default=[], help="of prompting and icul, and their evaluation")
     group.add_argument("--prompting", type=shlex.split, default=[], help="of prompting alone")
     group.add_argument("--eco", type=shlex.split, default=[], help="of eco")
@@ -95,7 +86,14 @@ def parse_args():
     return args
 
 
-def refuse_unequal(parser: cli.ArgumentParser, args) -> None:
+def trained() -> list[str]:
+    """The methods that train, in the order of the table."""
+    from utils.unlearning.methods import METHODS
+
+    return ["spul", *METHODS]
+
+
+def refuse_unequal(parser: cli.ArgumentParser, args: Namespace) -> None:
     """Exit 2 on what would give one method another budget than the others."""
     if len(args.grid) != len(args.spul_grid):
         parser.error(
@@ -103,13 +101,13 @@ def refuse_unequal(parser: cli.ArgumentParser, args) -> None:
         )
     if args.budget_rows < args.batch_size:
         parser.error(f"--budget_rows={args.budget_rows} is less than one step; use at least --batch_size")
-    for name in ("rows", "training", "with_retain", "spul", "rivals", "in_context", "prompting", "eco"):
+    for name in ("rows", "training", "with_retain", "spul", "baselines", "in_context", "prompting", "eco"):
         given = [word.split("=")[0] for word in getattr(args, name)]
         if flag := next((flag for flag in given if flag in OF_THE_RULE), None):
             parser.error(f"--{name} holds {flag}, which is the same for every method; leave it out")
 
 
-def main(args):
+def main(args: Namespace) -> None:
     from utils.data.load import dataset_name
     from utils.evaluation import tables
     from utils.models.chain import short_name
@@ -126,7 +124,7 @@ def main(args):
     print(f"wrote {folder}")
 
 
-def refuse_foreign(folder):
+def refuse_foreign(folder: Path) -> None:
     """Raise UserError where `folder` holds files of the names that a comparison writes and that are none of its own."""
     from utils.storage import outputs
 
@@ -135,7 +133,7 @@ def refuse_foreign(folder):
         raise UserError(f"{folder / there[0]} was written by no comparison; choose another --output_path")
 
 
-def compare(work, args, seed):
+def compare(work: "Workplace", args: Namespace, seed: int) -> list[dict]:
     """One record per method for this seed, distances to the retrained model included."""
     from utils.evaluation.record import with_distances
 
@@ -144,8 +142,8 @@ def compare(work, args, seed):
     retrained = work.run("qlora", f"retrained-{seed}", [], [*own, "--exclude_forget"])
     checkpoints, searches = {"base": args.model_name, "fine-tuned": tuned, "retrained": retrained}, {}
     checkpoints |= dict.fromkeys(args.methods)  # the order of the table
-    for method in sorted(args.methods, key=lambda method: method in TRAINED):  # what takes long comes last
-        if method in TRAINED:
+    for method in sorted(args.methods, key=lambda method: method in trained()):  # what takes long comes last
+        if method in trained():
             checkpoints[method], searches[method] = search(work, args, method, tuned, seed)
         else:
             flags = [f"--unlearn_method={method}", *own]
@@ -163,7 +161,7 @@ def compare(work, args, seed):
     return with_distances(records, [predictions for _, predictions in evaluated.values()])
 
 
-def search(work, args, method: str, tuned: str, seed: int) -> tuple[str, dict]:
+def search(work: "Workplace", args: Namespace, method: str, tuned: str, seed: int) -> tuple[str, dict]:
     """(the checkpoint, {"grid": {lr: score}, "lr": the best, "rows": read by each run}) of a method that trains.
 
     score = accuracy on retain rows put aside - mean accuracy on the forget rows trained on and put aside; None where
@@ -190,7 +188,7 @@ def _score(splits: dict | None) -> float | None:
 class Workplace:
     """Runs the scripts, each once: a run is recognised by the hash of its command, its data and its parents."""
 
-    def __init__(self, folder, args):
+    def __init__(self, folder: Path, args: Namespace) -> None:
         from utils.data.load import load_splits
         from utils.data.select import fingerprint
 
@@ -198,7 +196,7 @@ class Workplace:
         frames = load_splits(args.dataset)
         self._data = [fingerprint(frames), *_marks(frames), *_contents(args)]
 
-    def run(self, script, name, parents, flags):
+    def run(self, script: str, name: str, parents: list[str], flags: list[str]) -> str:
         """The folder of a finished run of `script`, trained first if it is not there yet."""
         settings = self.args.fine_tune if script == "qlora" else self._untrained(flags)
         command = [*self._command(script, parents), *settings, *flags]
@@ -206,10 +204,12 @@ class Workplace:
 
     def budgeted(self, method: str, tuned: str, seed: int, lr: float) -> tuple[Path, list[str]]:
         """(folder, command) of one run of a method that trains, by the rule of this module."""
+        from utils.unlearning.methods import METHODS
+
         args, script = self.args, "spul" if method == "spul" else "baselines"
         with_retain = method == "spul" or METHODS[method].retain_loss != "none"
         command = [*self._command(script, [tuned]), *args.training, *(args.with_retain if with_retain else [])]
-        command += args.spul if method == "spul" else [f"--unlearn_method={method}", *args.rivals]
+        command += args.spul if method == "spul" else [f"--unlearn_method={method}", *args.baselines]
         command += [f"--seed={seed}", f"--lr={lr}", f"--train_batch_size={args.batch_size}", "--max_eval_samples=100"]
         command += [f"--max_rows={args.budget_rows}", f"--num_epochs={args.budget_rows}"]  # an epoch has a row or more
         return self._place("runs", f"{method}-{seed}", command), command
@@ -224,6 +224,7 @@ class Workplace:
         """Scores {split: ...} of a budgeted run, or None if its loss was not finite; they outlive its folder."""
         from utils.storage import schemas
         from utils.storage.files import write_json
+        from utils.storage.formats import SearchScores
 
         file = path.with_suffix(".json")
         if not file.exists():
@@ -232,9 +233,11 @@ class Workplace:
             write_json(file, _last(path)["splits"] if finite else None)
         return schemas.read(file, SearchScores)
 
-    def evaluate(self, name, checkpoint, seed, flags=()):
+    def evaluate(self, name: str, checkpoint: str, seed: int, flags: Sequence[str] = ()) -> "tuple[dict, pd.DataFrame]":
         """(record, predictions) of one checkpoint on the four splits; the predictions as a DataFrame."""
         import pandas as pd
+
+        from utils.unlearning.methods import IN_CONTEXT
 
         command = [*self._command("inference_spul", [checkpoint]), "--final", f"--seed={seed}", *flags]
         if name in IN_CONTEXT:
@@ -256,17 +259,17 @@ class Workplace:
         return [f"{script}.py", model, *rows]
 
     def _untrained(self, flags: list[str]) -> list[str]:
-        """The flags that the user gave for a rival that trains no weights."""
+        """The flags that the user gave for a baseline that trains no weights."""
         method = flags[0].split("=")[1]
         if method == "eco":
             return self.args.eco
         return [*self.args.in_context, *(self.args.prompting if method == "prompting" else [])]
 
-    def _place(self, room, name, command):
+    def _place(self, room: str, name: str, command: list[str]) -> Path:
         digest = hashlib.sha256(json.dumps([command, self._data]).encode()).hexdigest()[:8]
         return self.folder / room / f"{name}-{digest}"
 
-    def _call(self, command, or_not_finite=False):
+    def _call(self, command: list[str], or_not_finite: bool = False) -> bool:
         """Run a script; True if it ended well. A loss that was not finite gives False if that is allowed, and anything
         else raises UserError."""
         print("$ python", shlex.join(command), flush=True)
@@ -277,7 +280,7 @@ class Workplace:
             raise UserError(f"{command[0]} ended with exit code {code}; finished runs are kept, start again")
         return True
 
-    def _run(self, command):
+    def _run(self, command: list[str]) -> tuple[int, str]:
         """(exit code, the end of what it said on stderr) of a script in a process of its own."""
         started = [sys.executable, str(ROOT / command[0]), *command[1:]]
         with subprocess.Popen(started, stderr=subprocess.PIPE) as process:
@@ -297,33 +300,37 @@ def _last(folder: Path) -> dict:
     return schemas.read(folder / "metrics.json", Records)[-1]
 
 
-def _marks(frames):
+def _marks(frames: "Mapping[str, pd.DataFrame]") -> list[list]:
     """The columns beside text and label that scores depend on, which the fingerprint leaves out."""
     marks = "names_other", "nested"
     return [frame[column].tolist() for frame in frames.values() for column in marks if column in frame]
 
 
-def _contents(args):
+def _contents(args: Namespace) -> list[str]:
     """Hashes of the base model and of the files that flags name: a path alone does not say what lies there."""
     from utils.data.load import SNIPPETS_FOLDER
     from utils.storage import checkpoints
 
-    texts = "rows", "fine_tune", "training", "with_retain", "spul", "rivals", "in_context", "prompting", "eco"
+    texts = "rows", "fine_tune", "training", "with_retain", "spul", "baselines", "in_context", "prompting", "eco"
     flags = [flag for text in texts for flag in getattr(args, text)]
     paths = [args.model_name, SNIPPETS_FOLDER / "forget_names.txt", *(flag.split("=", 1)[-1] for flag in flags)]
     found = [Path(path) for path in paths if os.path.exists(path)]  # a text longer than a file name does not
     return [checkpoints.weights_sha256(p) if p.is_dir() else checkpoints.file_sha256(p) for p in found]
 
 
-def _resume(path):
+def _resume(path: Path) -> list[str]:
     """How to start a run that may have been interrupted: go on from its state, else replace what is left of it."""
     from utils.storage.outputs import state_path
 
     return ["--overwrite", *(["--resume"] if state_path(path).exists() else [])]
 
 
-def write_comparison(folder, records):
-    """table.md, metrics.json and tradeoff.png of `utils.compare`: one record per method and seed."""
+def write_comparison(folder: Path, records: list[dict]) -> None:
+    """table.md, metrics.json and tradeoff.png: one record per method and seed."""
+    from utils.evaluation.figures import draw_tradeoff
+    from utils.evaluation.tables import comparison_table
+    from utils.storage.files import new_file, write_json
+
     write_json(Path(folder) / "metrics.json", records)
     with new_file(Path(folder) / "table.md") as file:
         file.write_text(comparison_table(records) + "\n", encoding="utf-8")

@@ -91,3 +91,11 @@ class Index(Open):
 
     what, remedy = "index of weights", "restore it"
     weight_map: dict[Text, Text]
+
+
+class SearchScores(RootModel[dict[str, Scores] | None]):
+    """What a run of the search of `utils.compare` is remembered by: None where its loss was not finite."""
+
+    model_config = ConfigDict(strict=True)
+    what: ClassVar[str] = "result of a search"
+    remedy: ClassVar[str] = "delete it and start again"
