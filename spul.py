@@ -59,7 +59,8 @@ def learn_prompt(args, output):
     from utils.unlearning import reference
     from utils.unlearning.objectives import PromptTuning, prompt_rows
 
-    p, settings = args.ptuning_num_tokens, job.settings_of(args)
+    asked, settings = cli.take(prompt_encoders.EncoderSettings, args), job.settings_of(args)
+    p = asked.ptuning_num_tokens
     if args.beta:
         reference.try_place(args.logits_path)
     elif args.logits_path:
@@ -72,11 +73,7 @@ def learn_prompt(args, output):
         check_length(served.model.config, max(map(len, examples)), p)
         compared = load(served, examples, range(len(retain)), {"train_retain": retain}) if args.beta else None
         torch.manual_seed(args.seed)
-        embeddings, start = served.model.get_input_embeddings(), None
-        if args.init_text is not None:
-            start = prompt_encoders.start_from_text(served.tokenizer, embeddings, args.init_text, p)
-        sizes = p, embeddings.weight.shape[1], args.ptuning_hidden_size
-        encoder = prompt_encoders.VirtualTokens(args.prompt_encoder, *sizes, start).to(served.model.device)
+        encoder = prompt_encoders.build_encoder(served, asked).to(served.model.device)
         objective = PromptTuning(served.model, encoder, examples, served.pad_id, compared, args.alpha, args.beta)
         return plan.Prepared(served=served, learner=encoder, objective=objective, examples=examples)
 

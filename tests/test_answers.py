@@ -4,7 +4,6 @@ import importlib
 import json
 import math
 import re
-from argparse import Namespace
 from unittest import mock
 
 import numpy as np
@@ -16,7 +15,6 @@ from scripts import call, done, refused
 from test_metrics import BAD, FILM, WELL, score, scripted
 
 import inference_spul
-from utils import plan
 from utils.data.load import load_splits
 from utils.data.splits import SPLITS, TRAIN_SPLITS
 from utils.errors import UserError, note_once
@@ -27,7 +25,7 @@ from utils.evaluation.scores import split_scores
 from utils.tasks.answers import known_answers
 from utils.tasks.encode import completion_ids, tokenize
 from utils.unlearning import objectives
-from utils.unlearning.methods import METHODS
+from utils.unlearning.methods import METHODS, MethodSettings
 
 STARS = ["1", "3", "10"]  # the tokens of 1 begin those of 10
 TWO = ("--max_eval_samples=2", "--output_path=out")
@@ -133,7 +131,7 @@ def test_every_script_trains_on_whole_answers(tiny_model, stars, tmp_path, metho
     def capture(**arguments):
         raise Captured(arguments["examples"])
 
-    with mock.patch("utils.training.loop.Training", capture), pytest.raises(Captured) as caught:
+    with mock.patch("utils.job.Training", capture), pytest.raises(Captured) as caught:
         if method in ("qlora", "spul"):
             getattr(scripts, method)(tmp_path, tiny_model, stars, "--max_eval_samples=0")
         else:
@@ -143,12 +141,12 @@ def test_every_script_trains_on_whole_answers(tiny_model, stars, tmp_path, metho
     assert len(caught.value.args[0]) >= 8
 
 
-def test_plans_and_rivals_count_whole_answers(tokenizer, stars):
+def test_what_unlearns_counts_whole_answers(tokenizer, stars):
     frames = load_splits(str(stars))
-    args = Namespace(max_length=96, seed=42, retain_loss="ce")
-    rows = objectives.Rows(tokenizer, {split: frames[split] for split in TRAIN_SPLITS}, METHODS["dpo"], args)
-    planned = plan.training_rows("prompt", args, tokenizer, frames)
-    assert all(example.completion[-1] == tokenizer.eos_token_id for example in [*rows.all, *planned])
+    asked = MethodSettings(unlearn_method="dpo", max_length=96, retain_loss="ce")
+    rows = objectives.Rows(tokenizer, {split: frames[split] for split in TRAIN_SPLITS}, METHODS["dpo"], asked)
+    of_spul = objectives.prompt_rows(tokenizer, frames, 96, 42)
+    assert all(example.completion[-1] == tokenizer.eos_token_id for example in [*rows.all, *of_spul])
 
 
 def test_labels_that_begin_one_another_through_the_scripts(rated, stars, tmp_path):

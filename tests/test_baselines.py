@@ -5,6 +5,7 @@ import re
 import shlex
 import shutil
 
+import pandas as pd
 import pytest
 import scripts
 import torch
@@ -13,7 +14,7 @@ from scripts import ROWS, baselines, call, done, refused, tree
 from test_pipeline import RUN_ARGUMENTS, manifest_of, metrics_of, names
 from test_resume import kill_after_a_state, stop_at
 
-from utils.data.load import load_splits, pd
+from utils.data.load import load_splits
 from utils.data.splits import SPLITS
 from utils.interventions import in_context
 from utils.interventions.served import load_served
@@ -238,7 +239,7 @@ def test_templates_change_what_the_model_says(evaluated, fine_tuned):
 
 
 def test_the_instruction_stands_in_the_question(trained):
-    template = in_context.load(resolve_chain(str(trained / "prompting"))[-1])
+    template = in_context.load(resolve_chain(str(trained / "prompting"))[-1]).template
     ((head, tail),) = template.around(["any text"])
     assert head + "any text" + tail == (
         "### Text: any text\n\n### Question: Answer unknown. What is the sentiment of the given text?\n\n### Sentiment:"
@@ -256,7 +257,7 @@ def test_the_context_holds_the_forget_row_with_the_other_label(trained, small_da
     """Every forget row is most like itself; behind it two rows to keep, with their own labels."""
     frames = load_splits(str(small_data))
     forget, retain = frames["train_forget"], frames["train_retain"]
-    template = in_context.load(resolve_chain(str(trained / "icul"))[-1])
+    template = in_context.load(resolve_chain(str(trained / "icul"))[-1]).template
     other = {"positive": "negative", "negative": "positive"}
     kept = dict(zip(retain["text"], retain["label_text"]))
     for text, label, (head, tail) in zip(forget["text"], forget["label_text"], template.around(list(forget["text"]))):
@@ -268,7 +269,7 @@ def test_the_context_holds_the_forget_row_with_the_other_label(trained, small_da
 
 
 def test_many_texts_get_the_context_that_each_gets_alone(trained, small_data):
-    template = in_context.load(resolve_chain(str(trained / "icul"))[-1])
+    template = in_context.load(resolve_chain(str(trained / "icul"))[-1]).template
     texts = list(load_splits("snippets")["test_retain"]["text"].head(130))
     together = template.around(texts)
     assert len(set(together)) > 2
@@ -278,7 +279,7 @@ def test_many_texts_get_the_context_that_each_gets_alone(trained, small_data):
 def test_icul_shows_as_many_rows_as_asked(fine_tuned, small_data, tmp_path):
     more = "--icul_flipped=3", "--icul_correct=0", *UNEVALUATED
     done(baselines(tmp_path, fine_tuned, small_data, "icul", *more))
-    template = in_context.load(resolve_chain(str(tmp_path / "out"))[-1])
+    template = in_context.load(resolve_chain(str(tmp_path / "out"))[-1]).template
     ((head, _),) = template.around(["a film"])
     assert head.count("### Text: ") == 3 + 1
 

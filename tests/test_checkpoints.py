@@ -92,7 +92,8 @@ def test_a_moved_tree_still_loads(forest, prompt):
     """Parents are recorded relative to the checkpoint; nothing points back to where the tree was."""
     loaded = load_served(str(forest / "prompt"), ARGUMENTS)
     assert all(forest in link.path.parents for link in loaded.chain)
-    assert torch.equal(loaded.prompt, load_served(str(prompt), ARGUMENTS).prompt)
+    (moved,), (original,) = loaded.interventions, load_served(str(prompt), ARGUMENTS).interventions
+    assert torch.equal(moved.vectors, original.vectors)
 
 
 def test_a_checkpoint_is_read_through_a_link(forest):

@@ -1,6 +1,5 @@
 """ECO: corruption, gate and search against hand-computed values; checkpoints and the router by the command line."""
 
-import argparse
 import dataclasses
 import functools
 import json
@@ -33,7 +32,7 @@ from utils.evaluation.answering import answer_texts
 from utils.evaluation.scores import score_rows
 from utils.interventions import eco, gates
 from utils.interventions.corruption import CHANGES, DIMENSIONS, FAMILIES, ORDERS, Corruption, corrupt, has_strength
-from utils.interventions.served import Loaded
+from utils.interventions.served import Served
 from utils.models.forward import completion_logits
 from utils.models.layers import record_activations
 from utils.storage.checkpoints import file_sha256
@@ -120,7 +119,7 @@ def llama(tokenizer):
     model = tiny.build_model("llama", seed=3)
     model.get_output_embeddings().weight.data.mul_(20)
     corruption = Corruption("noise-first", 5.0, 999, seed=7)
-    return Loaded(model, tokenizer, None, [], corruption=corruption, marks=eco.Marks())
+    return Served(model, tokenizer, [], (eco.CorruptedEmbeddings(corruption=corruption, marks=eco.Marks()),))
 
 
 class Word:
@@ -181,7 +180,7 @@ def test_corrupted_are_all_prompt_tokens_but_the_last_and_no_completion(llama):
 
 def test_corrupted_are_the_names_alone_where_there_are_any(llama):
     marks = eco.Marks(lambda texts: [[match.span() for match in re.finditer("good", text)] for text in texts])
-    loaded = dataclasses.replace(llama, marks=marks)
+    loaded = llama.using(dataclasses.replace(llama.interventions[0], marks=marks))
     texts = ["a good film", "the story is long , much longer than that"]
     passes = embeddings_seen(loaded, lambda: answer_texts(loaded, texts, WORDS, 200, 2))
     for ids, embedded in passes:
@@ -203,7 +202,10 @@ def test_hooks_are_gone_after_an_exception(llama):
     example = tokenize(llama.tokenizer, ["a film"], ["positive"], 200, marks=[None])[0]
     batch = collate([example], 0, "cpu")
     plain = completion_logits(llama.model, batch)
-    with pytest.raises(RuntimeError, match="on the way"), llama.corruption.applied(llama.model, [example]):
+    with (
+        pytest.raises(RuntimeError, match="on the way"),
+        llama.interventions[0].corruption.applied(llama.model, [example]),
+    ):
         assert not torch.equal(completion_logits(llama.model, batch), plain)
         raise RuntimeError("on the way")
     assert torch.equal(completion_logits(llama.model, batch), plain)
@@ -212,7 +214,7 @@ def test_hooks_are_gone_after_an_exception(llama):
 
 def test_the_noise_belongs_to_the_query_and_the_seed(llama):
     rows = [Example((5, 6, 7), (1,), marked=(0, 1)), Example((5, 6, 8), (1,), marked=(0, 1)), Example((9, 6, 7), (1,))]
-    draws = [torch.randn(4, generator=llama.corruption._generator(row)) for row in rows]
+    draws = [torch.randn(4, generator=llama.interventions[0].corruption._generator(row)) for row in rows]
     assert torch.equal(draws[0], draws[1])  # the marked tokens are the same
     assert not torch.equal(draws[0], draws[2])
     other = Corruption("noise-first", 5.0, 999, seed=8)
@@ -226,7 +228,7 @@ def same_rows(found, wanted):
 
 
 def test_batches_order_and_neighbours_change_nothing(llama):
-    loaded = dataclasses.replace(llama, gate=gates.Gate(Word("good"), 0.5))
+    loaded = llama.behind(gates.Gate(Word("good"), 0.5))
     frame = sentences()
     expected = score_rows(loaded, frame, WORDS, 30, 32)
     assert 3 < expected["flagged"].sum() < 11 and expected["prediction"].nunique() > 2
@@ -239,15 +241,15 @@ def test_batches_order_and_neighbours_change_nothing(llama):
 
 
 def test_rows_that_are_not_flagged_are_those_of_the_plain_model_bit_for_bit(llama):
-    loaded = dataclasses.replace(llama, gate=gates.Gate(Word("good"), 0.5))
+    loaded = llama.behind(gates.Gate(Word("good"), 0.5))
     frame = sentences()
     scored = score_rows(loaded, frame, WORDS, 200, 4)
     flags = scored["flagged"].to_numpy()
-    plain = Loaded(llama.model, llama.tokenizer, None, [])
+    plain = Served(llama.model, llama.tokenizer, [])
     alone = score_rows(plain, frame[~flags].reset_index(drop=True), WORDS, 200, 4)
     assert list(scored["loss"][~flags]) == list(alone["loss"])
     assert list(scored["label_probabilities"][~flags]) == list(alone["label_probabilities"])
-    everywhere = score_rows(dataclasses.replace(llama, gate=None), frame, WORDS, 200, 4)
+    everywhere = score_rows(llama, frame, WORDS, 200, 4)
     assert list(scored["loss"][flags]) == pytest.approx(list(everywhere["loss"][flags]), rel=1e-4)
     assert (scored["loss"] - score_rows(plain, frame, WORDS, 200, 4)["loss"]).abs()[flags].min() > 1e-3
 
@@ -285,16 +287,14 @@ def test_the_threshold_comes_from_rows_that_the_classifier_had_not_seen(monkeypa
         split: pd.DataFrame({"text": [f"{split} {i}" for i in range(n)], "label": [0, 1] * (n // 2)})
         for split, n in (("train_retain", 40), ("train_forget", 20))
     }
-    args = argparse.Namespace(
-        eco_classifier="tfidf", eco_conformal=conformal, eco_threshold=None, eco_max_fpr=0.1, seed=42
-    )
-    gate, calibration = eco_search.train_gate(args, None, frames)
+    settings = eco_search.EcoSettings(eco_conformal=conformal, eco_max_fpr=0.1), gates.ClassifierSettings()
+    gate, calibration = eco_search.train_gate(None, frames, *settings)
     assert calibration["auc"] == 0.5 and calibration["false_negatives"] == 1  # a row seen in training would score 1
     assert (calibration["retain"], calibration["forget"]) == ((40, 20) if conformal is None else (8, 4))
     flags = gate.decide(frames["train_forget"]["text"])[0]
     assert flags.sum() == (20 if conformal is None else 16)
     with pytest.raises(UserError, match="too few train rows"):
-        eco_search.train_gate(args, None, frames | {"train_forget": frames["train_forget"][:2]})
+        eco_search.train_gate(None, frames | {"train_forget": frames["train_forget"][:2]}, *settings)
 
 
 @pytest.mark.parametrize(("rate", "flagged"), [(0.1, 0), (0.19, 1), (0.2, 1), (0.3, 2), (0.4, 3), (0.5, 3), (1, 9)])
@@ -352,9 +352,9 @@ class Guesses(gates.Encoder):
 def test_the_epoch_with_the_fewest_forget_errors_is_kept(epochs, kept):
     encoder = Guesses(epochs)
     encoder.states = []
-    args = argparse.Namespace(seed=0, eco_classifier_epochs=len(epochs), eco_classifier_lr=0.1)
+    settings = gates.ClassifierSettings(seed=0, eco_classifier_epochs=len(epochs), eco_classifier_lr=0.1)
     texts, labels = list("abcdef"), np.array([0, 0, 0, 1, 1, 1])
-    encoder._train(texts, labels, args, (list("wxyz"), np.array([0, 0, 1, 1])))
+    encoder._train(texts, labels, settings, (list("wxyz"), np.array([0, 0, 1, 1])))
     assert torch.equal(encoder._model.weight, encoder.states[kept])
     assert not torch.equal(encoder.states[0], encoder.states[1])
 
@@ -418,17 +418,19 @@ def test_the_search_stops_where_nothing_is_left_to_gain():
 )
 def test_the_strength_comes_closest_to_the_target_and_is_none_below_the_minimum(monkeypatch, flags, found, tried):
     """With a metric that is 1 - s/50 down to 0: a target of .4 means 30."""
-    monkeypatch.setattr(eco_search, "_score", lambda args, loaded, *_: max(0.0, 1 - loaded.corruption.strength / 50))
-    settings = {
-        "eco_corruption": "noise-first", "eco_dims": 1, "eco_metric": "accuracy", "eco_target": 0.4, "eco_samples": 5,
-        "eco_start": None, "eco_steps": 5, "eco_eps": 0.999, "eco_lr": 100.0, "eco_sigma_min": 0.1, "seed": 0,
-        "eco_bisect": 0,
-    }  # fmt: skip
+    monkeypatch.setattr(
+        eco_search, "_score", lambda _, served, *__: max(0.0, 1 - served.interventions[0].corruption.strength / 50)
+    )
+    settings = eco_search.EcoSettings(**{"eco_target": 0.4, "eco_samples": 5, "eco_steps": 5, "eco_bisect": 0} | flags)
     frames = {split: sentences(4).assign(label=[0, 1, 0, 1], label_text=[*WORDS, *WORDS]) for split in SPLITS}
-    loaded = Loaded(None, None, None, [])
-    best, target, curve = eco_search.search_strength(argparse.Namespace(**settings | flags), loaded, frames)
+    loaded = Served(None, None, [])
+
+    def intervention(strength):
+        return eco.CorruptedEmbeddings(corruption=settings.corruption(strength), marks=eco.Marks())
+
+    best, curve = eco_search.search_strength(loaded, frames, settings, intervention, settings.eco_target)
     strengths = [round(point["strength"], 9) for point in curve]
-    assert (best, target) == (pytest.approx(found), (settings | flags)["eco_target"])
+    assert best == pytest.approx(found)
     assert strengths == sorted(set(strengths)) and tried <= set(strengths)
 
 
@@ -454,11 +456,10 @@ def test_evasion_rates_by_a_gate_that_knows_one_spelling(tmp_path):
 
 @pytest.mark.parametrize("architecture", ["llama", "opt", "gpt2", "gemma2"])
 def test_features_are_the_mean_state_of_the_prompt_alone_however_rows_are_batched(architecture, tokenizer):
-    loaded = Loaded(tiny.build_model(architecture), tokenizer, None, [])
-    args = argparse.Namespace(max_length=200, eval_batch_size=4)
+    loaded = Served(tiny.build_model(architecture), tokenizer, [])
     texts = list(sentences(4)["text"])
-    together = gates._pooled(loaded, texts, args)
-    assert np.array_equal(together[[2]], gates._pooled(loaded, texts[2:3], args))
+    together = gates._pooled(loaded, texts, 200)
+    assert np.array_equal(together[[2]], gates._pooled(loaded, texts[2:3], 200))
     prompt = tokenize(tokenizer, texts[2:3], ["positive"], 200)[0].prompt
     with torch.no_grad(), record_activations(loaded.model.get_decoder()) as seen:
         loaded.model(input_ids=torch.tensor([prompt]))

@@ -12,7 +12,7 @@ from scripts import ROOT
 from utils import cli
 from utils.interventions.gates import Tfidf
 
-SOURCES = [*ROOT.glob("*.py"), *(ROOT / "utils").glob("*.py"), *(ROOT / "data").rglob("*.py")]
+SOURCES = [*ROOT.glob("*.py"), *(ROOT / "utils").rglob("*.py"), *(ROOT / "data").rglob("*.py")]
 OPENERS = {"open", "fdopen", "read_text", "write_text", "NamedTemporaryFile", "run", "Popen"}
 
 

@@ -2,7 +2,6 @@
 
 import importlib
 import sys
-from argparse import Namespace
 from unittest import mock
 
 import numpy as np
@@ -17,7 +16,7 @@ from transformers.trainer_pt_utils import get_length_grouped_indices
 from utils.data.batch import Example, epoch_batches
 from utils.errors import UserError, note_once
 from utils.interventions.prompt_encoders import VirtualTokens
-from utils.training.loop import Training
+from utils.training.loop import Training, TrainingSettings
 
 COMMON = {"output_path": None}
 TRAINING = COMMON | {
@@ -90,7 +89,9 @@ def test_what_decays_is_what_trainer_lets_decay(learner, tmp_path):
     model = LEARNERS[learner]()
     learnt = {name: p for name, p in model.named_parameters() if p.requires_grad}
     wanted = Trainer(model, TrainingArguments(tmp_path, use_cpu=True)).get_decay_parameter_names(model)
-    optimizer = Training(learnt, [], None, Namespace(lr=1.0, weight_decay=0.1), None, "", [], 0.0).optimizer()
+    optimizer = Training(
+        learnt, [], None, TrainingSettings(lr=1.0, weight_decay=0.1), {}, None, "", [], 0.0
+    ).optimizer()
     decays = {id(p): group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
     assert {name: decays[id(p)] for name, p in learnt.items()} == {
         name: 0.1 if name in wanted else 0.0 for name in learnt
@@ -99,8 +100,8 @@ def test_what_decays_is_what_trainer_lets_decay(learner, tmp_path):
 
 def test_weight_decay_leaves_a_bias_where_it_is():
     learnt = {name: torch.nn.Parameter(torch.ones(shape)) for name, shape in (("a", 3), ("b", (3, 3)))}
-    args = Namespace(lr=1.0, weight_decay=0.1)
-    optimizer = Training(learnt, [], None, args, None, "", [], 0.0).optimizer()
+    settings = TrainingSettings(lr=1.0, weight_decay=0.1)
+    optimizer = Training(learnt, [], None, settings, {}, None, "", [], 0.0).optimizer()
     for parameter in learnt.values():
         parameter.grad = torch.zeros_like(parameter)
     optimizer.step()

@@ -15,8 +15,8 @@ from transformers import AutoModelForCausalLM, MambaConfig, OpenAIGPTConfig, Rwk
 from utils.data.batch import Example, collate
 from utils.data.load import load_splits
 from utils.errors import note_once
-from utils.interventions.prompt_encoders import VirtualTokens
-from utils.interventions.served import Loaded
+from utils.interventions.prompt_encoders import Prompt, VirtualTokens
+from utils.interventions.served import Served
 from utils.models import forward
 from utils.models.attention import GROUPED, GROUPED_UP_TO, set_attention
 from utils.models.forward import _gather_before_head, _run, completion_hidden, completion_logits, prompt_prefix
@@ -127,8 +127,8 @@ def test_the_prompt_is_computed_once(model):
     prefix = prompt_prefix(model, virtual_tokens(model))
     assert len(prefix) == tiny.SIZES["num_hidden_layers"]
     assert all(keys.shape[2] == values.shape[2] == TOKENS for keys, values in prefix)
-    loaded = Loaded(model, None, virtual_tokens(model), [])
-    assert loaded.prefix is loaded.prefix  # in inference once for all splits
+    prompt = Prompt(vectors=virtual_tokens(model))
+    assert prompt.prefix(model) is prompt.prefix(model)  # in inference once for all splits
 
 
 @pytest.mark.parametrize(
@@ -230,9 +230,9 @@ def economical_loss(model, encoder, examples):
 def encoder_gradient(encoder, examples, logits, reference):
     """The loss, its parts and the gradient of every parameter of the encoder, by name."""
     batch = collate(examples, 1, "cpu")
-    forget = batch.forget[batch.rows]
-    kl = losses.token_kl(reference[~forget], logits[~forget])
-    loss, parts = losses.spul_loss(losses.token_nll(logits, batch.targets), kl, forget, 2, 2, 0.5, 0.5)
+    nll, kept = losses.token_nll(logits, batch.targets), batch.retain_tokens
+    kl = losses.token_kl(reference[kept], logits[kept])
+    loss, parts = losses.spul_loss(nll[batch.forget_tokens], nll[kept], kl, 2, 2, 0.5, 0.5)
     encoder.zero_grad()
     loss.backward()
     assert all(value > 0 for value in parts.values())
@@ -318,9 +318,10 @@ def test_the_reference_is_what_the_model_says_without_the_prompt(model):
 def test_the_reference_file_is_mapped_and_small(tmp_path, small_data):
     model, path = tiny.build_model("llama"), tmp_path / "reference.safetensors"
     frames, examples = load_splits(small_data), rows()
-    loaded = Loaded(model, SimpleNamespace(pad_token_id=1), None, [SimpleNamespace(sha256="0", path=tmp_path)])
-    args = SimpleNamespace(logits_path=path, dataset="none", max_length=64, eval_batch_size=2)
-    found = reference.load_reference(loaded, examples, range(len(examples)), frames, args)
+    link = SimpleNamespace(sha256="0", path=tmp_path)
+    served = Served(model, SimpleNamespace(pad_token_id=1), [link])
+    settings = reference.ReferenceSettings(logits_path=path, dataset="none", max_length=64, eval_batch_size=2)
+    found = reference.load_reference(served, examples, range(len(examples)), frames, settings=settings)
     assert str(path) in Path("/proc/self/maps").read_text(encoding="utf-8")
     expected = completion_hidden(model, collate(examples, 1, "cpu"))
     assert torch.allclose(found.of(range(len(examples))), expected, atol=1e-5)

@@ -30,7 +30,7 @@ def spul(rows, forget_rows, alpha=0.5, beta=2.0):
     retain = [i for i, row in enumerate(rows) if row not in forget_rows]
     kl = token_kl(logits([UNPROMPTED[i] for i in retain]), logits([PROMPTED[i] for i in retain])) if retain else None
     kl = torch.zeros(0) if kl is None else kl
-    loss, parts = spul_loss(nll, kl, forget, len(forget_rows), n_rows - len(forget_rows), alpha, beta)
+    loss, parts = spul_loss(nll[forget], nll[~forget], kl, len(forget_rows), n_rows - len(forget_rows), alpha, beta)
     return loss.item(), {key: value.item() for key, value in parts.items()}
 
 
@@ -106,7 +106,7 @@ def test_a_batch_without_retain_rows():
 
 def test_without_kl_there_is_no_third_part():
     nll = torch.tensor([1.0, 3.0])
-    loss, parts = spul_loss(nll, None, torch.tensor([True, False]), 1, 1, alpha=0.25, beta=0.5)
+    loss, parts = spul_loss(nll[:1], nll[1:], None, 1, 1, alpha=0.25, beta=0.5)
     assert {key: value.item() for key, value in parts.items()} == {"L_f": 1, "L_r": 3}
     assert loss.item() == 1.75
 
@@ -114,9 +114,9 @@ def test_without_kl_there_is_no_third_part():
 def test_micro_batches_add_up_to_the_step():
     """Terms are divided by the rows of the whole step, so the parts of a step add up whatever they hold."""
     nll, kl = torch.tensor([1.0, 2.0, 4.0, 8.0]), torch.tensor([0.5, 0.25])
-    forget = torch.tensor([True, False, True, False])
-    whole, _ = spul_loss(nll, kl, forget, 2, 2, 0.5, 2.0)
-    halves = [spul_loss(nll[i : i + 2], kl[i // 2 : i // 2 + 1], forget[i : i + 2], 2, 2, 0.5, 2.0)[0] for i in (0, 2)]
+    forget, retain = nll[::2], nll[1::2]
+    whole, _ = spul_loss(forget, retain, kl, 2, 2, 0.5, 2.0)
+    halves = [spul_loss(*(part[i : i + 1] for part in (forget, retain, kl)), 2, 2, 0.5, 2.0)[0] for i in (0, 1)]
     assert whole.item() == pytest.approx((1 + 4) / 2 + 0.5 * (2 + 8) / 2 + 2.0 * 0.75 / 2)
     assert sum(halves).item() == pytest.approx(whole.item())
 

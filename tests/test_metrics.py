@@ -20,7 +20,8 @@ from utils.evaluation.answering import answer_texts
 from utils.evaluation.record import js_divergence
 from utils.evaluation.run import accuracies, check_rows, evaluate_splits, match_lengths
 from utils.evaluation.scores import score_rows, split_scores
-from utils.interventions.served import Loaded
+from utils.interventions.prompt_encoders import Prompt
+from utils.interventions.served import Served
 from utils.models.forward import completion_logits
 from utils.tasks.encode import completion_ids, tokenize
 
@@ -72,7 +73,7 @@ def chain(ids, value=30.0):
 
 
 def scripted(tokenizer, after, seen):
-    return Loaded(Scripted(tokenizer, after, seen), tokenizer, None, [])
+    return Served(Scripted(tokenizer, after, seen), tokenizer, [])
 
 
 def score(loaded, texts, labels, words, batch_size=32):
@@ -82,7 +83,6 @@ def score(loaded, texts, labels, words, batch_size=32):
 def test_rows_must_fit_with_every_label_word(tokenizer, neutral):
     """Of labels with several tokens the longest counts, and the unlearning words, which are looked for then too."""
     model = SimpleNamespace(config=LlamaConfig(max_position_embeddings=20))
-    args = SimpleNamespace(max_length=200)
     text = " film" * 5
     length = len(tokenize(tokenizer, [text], ["positive"], 200)[0])
     unlearning = max(len(neutral), len(completion_ids(tokenizer, "unknown")))
@@ -98,10 +98,10 @@ def test_rows_must_fit_with_every_label_word(tokenizer, neutral):
         frames = {split: pd.DataFrame({"text": [text] * 2, "label": [0, 1], "label_text": words}) for split in SPLITS}
         needed = length + longest - 1  # the last token is predicted, never read
         model.config.max_position_embeddings = needed
-        check_rows(model.config, tokenizer, frames, args)
+        check_rows(model.config, tokenizer, frames, 200)
         model.config.max_position_embeddings = needed - 1
         with pytest.raises(UserError, match=f"the longest row has {needed} tokens"):
-            check_rows(model.config, tokenizer, frames, args)
+            check_rows(model.config, tokenizer, frames, 200)
 
 
 WORDS = ["negative", "positive"]
@@ -244,7 +244,7 @@ def llama(tokenizer):
     difference -= (difference @ mean) / (mean @ mean) * mean  # so that neither label is the better one on average
     head = model.get_output_embeddings().weight.data.mul_(20)
     head[one(tokenizer, " negative")] = head[one(tokenizer, " positive")] + difference
-    return Loaded(model, tokenizer, prompt, [])
+    return Served(model, tokenizer, [], (Prompt(vectors=prompt),))
 
 
 def sentences(n):
@@ -286,7 +286,7 @@ def test_evaluation_depends_neither_on_order_nor_on_batch_size(llama):
 
 def test_evaluation_uses_the_prompt(llama):
     frame = sentences(8)
-    without = score_rows(Loaded(llama.model, llama.tokenizer, None, []), frame, WORDS, 200, 8)
+    without = score_rows(Served(llama.model, llama.tokenizer, []), frame, WORDS, 200, 8)
     assert (score_rows(llama, frame, WORDS, 200, 8)["loss"] - without["loss"]).abs().min() > 1e-3
 
 

@@ -19,12 +19,12 @@ from peft import PeftConfig
 from safetensors.torch import load_file, safe_open, save_file
 from scripts import call, done, refused, start, tree
 
-import spul
 from utils.data.load import load_splits
 from utils.data.select import fingerprint, select_rows
 from utils.data.splits import SPLITS, TRAIN_SPLITS
 from utils.errors import note_once
-from utils.interventions import served
+from utils.interventions import prompt_encoders, served
+from utils.interventions.prompt_encoders import EncoderSettings, build_encoder
 from utils.interventions.served import load_served
 from utils.models.base import load_base
 from utils.models.chain import resolve_chain
@@ -323,7 +323,7 @@ def prompt_after(cwd, parent, dataset, name, *arguments):
 
 
 def test_only_the_encoder_changes_and_all_of_it(fine_tuned, small_data, tmp_path):
-    load, build, seen = load_served, spul.build_encoder, {}
+    load, build, seen = load_served, prompt_encoders.build_encoder, {}
 
     def watched_load(*arguments):
         seen["loaded"] = load(*arguments)
@@ -338,7 +338,7 @@ def test_only_the_encoder_changes_and_all_of_it(fine_tuned, small_data, tmp_path
     before = tree(fine_tuned)
     with (
         mock.patch.object(served, "load_served", watched_load),
-        mock.patch.object(spul, "build_encoder", watched_build),
+        mock.patch.object(prompt_encoders, "build_encoder", watched_build),
     ):
         prompt_after(tmp_path, fine_tuned, small_data, "out")
     after = load_file(tmp_path / "out" / "encoder.safetensors")
@@ -424,17 +424,14 @@ def test_init_text_starts_at_the_embeddings_of_the_text(fine_tuned, encoder):
     loaded = load_served(str(fine_tuned), RUN_ARGUMENTS)
     ids = loaded.tokenizer("forget the film")["input_ids"]
     wanted = [*ids, *ids, *ids, *ids][: len(ids) + 2]
-    arguments = Namespace(
-        init_text="forget the film",
-        init_checkpoint=None,
-        prompt_encoder=encoder,
-        ptuning_num_tokens=len(wanted),
-        ptuning_hidden_size=16,
-    )
-    vectors = spul.build_encoder(arguments, loaded)()
+    settings = {"init_text": "forget the film", "prompt_encoder": encoder, "ptuning_hidden_size": 16}
+
+    def build(n):
+        return build_encoder(loaded, EncoderSettings(**settings, ptuning_num_tokens=n))
+
+    vectors = build(len(wanted))()
     assert torch.equal(vectors, loaded.model.get_input_embeddings().weight[wanted])
-    arguments.ptuning_num_tokens = 2
-    assert torch.equal(spul.build_encoder(arguments, loaded)(), loaded.model.get_input_embeddings().weight[ids[:2]])
+    assert torch.equal(build(2)(), loaded.model.get_input_embeddings().weight[ids[:2]])
 
 
 @pytest.mark.parametrize("encoder", ["mlp", "lstm", "embedding"])
@@ -488,7 +485,7 @@ def test_spul_on_a_plain_model(tiny_model, small_data, tmp_path):
     assert [record["method"] for record in metrics_of(tmp_path / "out")] == ["base", "SPUL"]
     manifest = manifest_of(tmp_path / "out")
     assert (tmp_path / "out" / manifest["parent"]["path"]).resolve() == tiny_model.resolve()
-    assert load_served(str(tmp_path / "out"), RUN_ARGUMENTS).prompt.shape == (4, 128)
+    assert load_served(str(tmp_path / "out"), RUN_ARGUMENTS).interventions[0].vectors.shape == (4, 128)
 
 
 def test_the_reference_is_computed_once(fine_tuned, small_data, tmp_path):

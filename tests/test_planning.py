@@ -1,7 +1,9 @@
 """--dry_run: what it counts is what the run does, its memory is what the equation says, and it leaves no trace."""
 
+import dataclasses
 import re
-from argparse import Namespace
+from functools import partial
+from types import SimpleNamespace
 from unittest import mock
 
 import pytest
@@ -12,30 +14,61 @@ from scripts import done, refused, tree
 
 from utils import distributed, plan
 from utils.data.batch import Example
-from utils.unlearning.methods import METHODS
+from utils.evaluation.run import EvaluationSettings
+from utils.interventions.prompt_encoders import EncoderSettings, build_encoder
+from utils.models.adapters import LoraSettings, add_lora
+from utils.models.base import ModelSettings
+from utils.training.loop import TrainingSettings
+from utils.unlearning.methods import METHODS, MethodSettings
+from utils.unlearning.objectives import FineTuning, PromptTuning, method_objective
+from utils.unlearning.tuning import trainable
 
-ARGUMENTS = Namespace(
-    device="cpu",
-    dtype="float32",
-    trust_remote_code=False,
-    attn_implementation="auto",
-    gradient_checkpointing=False,
-    quantization="none",
-    prompt_encoder="mlp",
-    ptuning_num_tokens=4,
-    ptuning_hidden_size=16,
-    beta=0.5,
-    lora_rank=4,
-    lora_alpha=8,
-    lora_dropout=0.0,
-    lora_bias="none",
-    lora_target_modules=["q_proj"],
-)
-SHAPES = (8, 40, 1), (8, 40, 1)  # rows, tokens, completion tokens
+ROWS = (*[Example((5,) * 40, (7,))] * 6, *[Example((6,) * 40, (7,), forget=True)] * 2)
 
 
-def sizes(kind, config=tiny.CONFIGS["llama"], shapes=SHAPES, **changes):
-    return plan.memory(config, kind, Namespace(**vars(ARGUMENTS) | changes), *shapes)
+def of_prompt(served, load, beta=0.5, rows=ROWS):
+    """What spul.py prepares: 4 virtual tokens by an encoder of width 16."""
+    settings = EncoderSettings(ptuning_num_tokens=4, ptuning_hidden_size=16)
+    encoder = build_encoder(served, settings)
+    compared = load(served, rows, range(6), {}) if beta else None
+    objective = PromptTuning(served.model, encoder, rows, 1, compared, 0.5, beta)
+    return plan.Prepared(served=served, learner=encoder, objective=objective, examples=list(rows))
+
+
+def of_lora(served, _, rows=ROWS):
+    """What qlora.py prepares: r = 4 on q."""
+    model = add_lora(served.model, LoraSettings(lora_rank=4, lora_dropout=0.0, lora_target_modules=["q_proj"])).train()
+    adapted = dataclasses.replace(served, model=model)
+    objective = FineTuning(model, rows, 1)
+    return plan.Prepared(served=adapted, learner=model, objective=objective, examples=list(rows))
+
+
+def of_method(name, layer=None):
+    """What baselines.py prepares, all weights trained."""
+
+    def prepare(served, load):
+        method, asked = METHODS[name], MethodSettings(unlearn_method=name, rmu_layer=layer, retain_loss="none")
+        model = trainable(served.model, None, method, asked)
+        rows = SimpleNamespace(trained=list(ROWS), all=list(ROWS), alternative={}, referred=lambda *_: [])
+        adapted, frames = dataclasses.replace(served, model=model), {"train_retain": None}
+        objective = method_objective(method, adapted, rows, frames, asked, "", load)
+        return plan.Prepared(served=adapted, learner=model, objective=objective, examples=list(ROWS))
+
+    return prepare
+
+
+def sizes(prepare, config=tiny.CONFIGS["llama"], full=False, quantization="none", **changes):
+    """The bytes of one step of 8 rows of 40 tokens, and of an evaluation of as many."""
+    model = ModelSettings(**{"device": "cpu", "dtype": "float32"} | changes)
+    parts = plan.Run(
+        name="tiny", prepare=prepare, model=model, training=TrainingSettings(), evaluation=EvaluationSettings(),
+        full=full, quantization=quantization,
+    )  # fmt: skip
+    tokenizer, link = SimpleNamespace(pad_token_id=1), SimpleNamespace(kind="model", sha256="0")
+    found, prepared = plan._on_meta(parts, config, tokenizer, [link])
+    n = len(prepared.examples)
+    length = max(map(len, prepared.examples))
+    return found | plan._alive(prepared, list(range(n)), (8, length, 1), found["unpacked"])
 
 
 def numbers(text, line):
@@ -56,20 +89,20 @@ def test_a_dry_run_leaves_no_trace(run, kind, depth, tiny_model, small_data, tmp
 
 
 @pytest.mark.parametrize(
-    ("method", "tokens"),
+    ("method", "vectors"),
     [("undial", 8), ("npo --retain_loss=none", 8), ("dpo", 16), ("gradient_ascent_kl", 16), ("wga", 0), ("rmu", None)],
 )
-def test_the_reference_of_a_rival(method, tokens, tiny_model, small_data, tmp_path):
+def test_the_reference_of_a_method(method, vectors, tiny_model, small_data, tmp_path):
     """One token a label: of 8 forget rows (dpo: twice), of 16 retain rows; rmu: at every token of those."""
     command = f"--model_checkpoints={tiny_model}", f"--dataset={small_data}", *scripts.BASELINES, "--dry_run=probe"
     said = done(scripts.call(tmp_path, "baselines", *command, *f"--unlearn_method={method}".split())).stdout
-    assert ("reference" in said.split("after loading")[1]) == (tokens != 0)
-    name, *more = method.split()
-    args = Namespace(unlearn_method=name, retain_loss=METHODS[name].retain_loss)
-    if more:
-        args.retain_loss = "none"
-    examples = [Example((1,) * 5, (2,), forget=i < 8) for i in range(24)]
-    assert plan.reference_tokens("full", args, examples) == (16 * 5 if tokens is None else tokens)
+    assert ("reference" in said.split("after loading")[1]) == (vectors != 0)
+    if vectors == 0:
+        assert "of reference" not in said
+    elif vectors:
+        assert f"{vectors * 128 * 4 / 2**20:.1f} MiB of reference" in said
+    else:
+        assert float(re.search(r"([\d.]+) MiB of reference", said)[1]) > 16 * 20 * 128 * 4 / 2**20
 
 
 def test_retain_ratio_shortens_the_epochs(tiny_model, small_data, tmp_path):
@@ -127,21 +160,24 @@ def test_weights_and_trained_parameters_by_hand():
     """d = 128, 4 layers; k and v have half the width. LoRA on q: r (d + d) a layer."""
     layer = 2 * 128 * 128 + 2 * 128 * 64 + 3 * 128 * 256 + 2 * 128
     every = 2 * 2000 * 128 + 4 * layer + 128
-    prompt, lora, full = (sizes(kind) for kind in ("prompt", "lora", "full"))
+    every_weight = of_method("gradient_ascent")
+    prompt, lora, full = sizes(of_prompt), sizes(of_lora), sizes(every_weight, full=True)
     assert prompt["all parameters"] == lora["all parameters"] == full["all parameters"] == every
     assert prompt["weights"] == lora["weights"] == 4 * every and full["weights"] == 0
     assert prompt["parameters"] == 4 * 128 + (128 * 16 + 16) + (16 * 16 + 16) + (16 * 128 + 128)
     assert lora["parameters"] == 4 * 4 * 256 and full["parameters"] == every
     assert full["trained"] == 12 * every  # parameter and two moments; the gradient is in the step
     assert full["step"] > 4 * every
-    assert sizes("prompt", dtype="bfloat16")["weights"] == 2 * every
-    rmu = sizes("full", unlearn_method="rmu", rmu_layer=1)
+    assert sizes(of_prompt, dtype="bfloat16")["weights"] == 2 * every
+    rmu = sizes(of_method("rmu", 1), full=True)
     assert prompt["output"] == 4 * prompt["parameters"] and full["output"] == rmu["output"] == 4 * every
-    assert sizes("full", dtype="bfloat16")["output"] == 2 * every  # learnt in float32, written as it came
+    assert (
+        sizes(every_weight, full=True, dtype="bfloat16")["output"] == 2 * every
+    )  # learnt in float32, written as it came
     assert rmu["trained"] == 12 * 2 * layer and rmu["weights"] == 4 * (every - 2 * layer)
     assert rmu["step"] < full["step"] / 2  # two of four layers, and no head
     linear = 4 * (layer - 2 * 128)
-    assert sizes("lora", quantization="nf4")["weights"] == int(linear * (0.5 + 1 / 16)) + 4 * (every - linear)
+    assert sizes(of_lora, quantization="nf4")["weights"] == int(linear * (0.5 + 1 / 16)) + 4 * (every - linear)
 
 
 def test_the_step_is_what_a_real_step_allocates():
@@ -161,18 +197,29 @@ def test_the_step_is_what_a_real_step_allocates():
         torch.nn.functional.cross_entropy(logits, batch.targets, reduction="sum").backward()
 
     counted = plan._alive_at_most(step)
-    estimated = sizes("prompt", beta=0, attn_implementation="eager")["step"]
+    alike = partial(of_prompt, beta=0, rows=[Example(tuple(range(2, 42)), (5,))] * 8)
+    estimated = sizes(alike, attn_implementation="eager")["step"]
     assert estimated == pytest.approx(counted, rel=0.05)
 
 
 def test_what_makes_a_step_larger_or_smaller():
-    step = sizes("prompt")["step"]
-    assert sizes("prompt", shapes=((16, 40, 1), SHAPES[1]))["step"] == pytest.approx(2 * step, rel=0.1)
-    assert sizes("prompt", gradient_checkpointing=True)["step"] < step / 2
-    assert sizes("lora")["step"] > 0
-    long = ((8, 400, 1), SHAPES[1])
-    eager = sizes("prompt", shapes=long, attn_implementation="eager")["step"]
-    assert sizes("prompt", shapes=long, attn_implementation="sdpa")["step"] < 0.7 * eager
+    step = sizes(of_prompt)["step"]
+    assert sizes(partial(of_prompt, rows=ROWS * 2))["step"] == pytest.approx(2 * step, rel=0.1)
+    assert sizes(of_prompt, gradient_checkpointing=True)["step"] < step / 2
+    assert sizes(of_lora)["step"] > 0
+    long = partial(of_prompt, rows=[dataclasses.replace(row, prompt=row.prompt * 10) for row in ROWS])
+    eager = sizes(long, attn_implementation="eager")["step"]
+    assert sizes(long, attn_implementation="sdpa")["step"] < 0.7 * eager
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_is_planned_by_its_own_objective(method, tiny_model, small_data, tmp_path):
+    """Nothing in it depends on numbers that fake tensors do not have, so that the step of every method is known."""
+    for tune in ("full", "lora"):
+        flags = f"--unlearn_method={method}", f"--tune={tune}", "--dry_run"
+        command = f"--model_checkpoints={tiny_model}", f"--dataset={small_data}", *scripts.BASELINES, *flags
+        said = done(scripts.call(tmp_path, "baselines", *command)).stdout
+        assert float(re.search(r"step ([\d.]+) MiB", said)[1]) > 1
 
 
 def test_the_peak_is_the_sum_of_its_parts():

@@ -6,22 +6,26 @@ import sys
 from types import SimpleNamespace
 from unittest import mock
 
+import pandas as pd
 import pytest
 import tiny
 import torch
 from transformers import AutoTokenizer
 
 import baselines
+from utils import cli
 from utils.data.batch import collate
-from utils.data.load import load_splits, pd
+from utils.data.load import load_splits
 from utils.data.splits import TRAIN_SPLITS
-from utils.interventions.served import Loaded
+from utils.interventions.served import Served
+from utils.models.adapters import LoraSettings
 from utils.models.forward import completion_logits
 from utils.models.layers import checkpoint_layers, decoder_layers
 from utils.tasks.classification import draw_unlearning_labels
 from utils.tasks.encode import completion_ids, tokenize
-from utils.unlearning import losses, objectives, rmu
-from utils.unlearning.methods import METHODS, ForgetTokens
+from utils.unlearning import losses, objectives, reference, rmu
+from utils.unlearning.methods import METHODS, ForgetTokens, MethodSettings
+from utils.unlearning.tuning import only_adapter_dropout, trainable
 
 # Three completion tokens over a vocabulary of four: two of row 0, one of row 1. The preferred answers: one, then two.
 NOW = [(0.5, 0.2, 0.2, 0.1), (0.1, 0.6, 0.1, 0.2), (0.25, 0.25, 0.4, 0.1)]
@@ -212,11 +216,15 @@ def build(tokenizer, frames, tmp_path):
         base = tiny.build_model(architecture).requires_grad_(False)
         change(base)
         link = SimpleNamespace(sha256=f"{architecture} {change}", path=tmp_path)
-        loaded = Loaded(baselines.prepare(base, args), tokenizer, None, [link])
-        rows = objectives.Rows(tokenizer, chosen, METHODS[method], args)
-        objective = objectives.Objective(METHODS[method], loaded, rows, chosen, args, "as it is")
-        baselines.only_adapter_dropout(loaded.model)
-        return loaded.model, objective
+        asked = cli.take(MethodSettings, args)
+        lora = cli.take(LoraSettings, args) if args.tune == "lora" else None
+        torch.manual_seed(args.seed)
+        served = Served(trainable(base, lora, METHODS[method], asked), tokenizer, [link])
+        rows = objectives.Rows(tokenizer, chosen, METHODS[method], asked)
+        load = reference.loader(cli.take(reference.ReferenceSettings, args))
+        objective = objectives.method_objective(METHODS[method], served, rows, chosen, asked, "as it is", load)
+        only_adapter_dropout(served.model)
+        return served.model, objective
 
     return build
 
@@ -429,7 +437,7 @@ def test_a_prompt_with_two_answers_of_one_token_is_read_once(build, tokenizer, m
 
     monkeypatch.setattr(objectives, "completion_logits", noted)
     once, gradient_once = run()
-    monkeypatch.setattr(objectives.Objective, "_read", lambda self, number: number)
+    monkeypatch.setattr(objectives.TokenObjective, "_read", lambda self, number: number)
     twice, gradient_twice = run()
     assert read == [N_RETAIN + N_FORGET, N_RETAIN + 2 * N_FORGET]
     assert once == pytest.approx(twice, rel=1e-5) and twice["L_kl"] > 1e-6
@@ -511,8 +519,7 @@ def test_rmu_trains_its_layer_and_the_two_before(build, layer, trained, tune):
 
 
 def test_the_default_layer_of_rmu_is_as_deep_as_the_authors():
-    args = SimpleNamespace(rmu_layer=None)
-    assert [rmu.rmu_layer(args, n) for n in (32, 30, LAYERS)] == [7, 7, 1]
+    assert [rmu.layer_number(None, n) for n in (32, 30, LAYERS)] == [7, 7, 1]
 
 
 # What is trained

@@ -8,6 +8,7 @@ rivals that the paper does not have, a second model in place of those.
 
 import contextlib
 import copy
+import dataclasses
 import functools
 import importlib
 import os
@@ -22,21 +23,22 @@ from safetensors.torch import save_file
 from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments
 
-from utils import distributed  # noqa: F401  (once, before the forks)
-from utils.data.batch import collate  # noqa: F401  (once, before the forks)
-from utils.data.load import load_splits  # noqa: F401  (once, before the forks)
-from utils.evaluation.scores import score_rows  # noqa: F401  (once, before the forks)
-from utils.interventions.served import Loaded, load_served  # noqa: F401  (once, before the forks)
-from utils.models.base import load_tokenizer, pick_device  # noqa: F401  (once, before the forks)
-from utils.models.chain import resolve_chain  # noqa: F401  (once, before the forks)
+from utils import cli, distributed
+from utils.data.batch import collate
+from utils.data.load import load_splits
+from utils.evaluation.scores import score_rows
+from utils.interventions.prompt_encoders import Prompt
+from utils.interventions.served import Served, load_served
+from utils.models.base import load_tokenizer, pick_device
+from utils.models.chain import resolve_chain
 from utils.models.forward import completion_logits
 from utils.models.layers import record_activations
-from utils.tasks.classification import draw_unlearning_labels, label_words  # noqa: F401  (once, before the forks)
-from utils.tasks.encode import tokenize  # noqa: F401  (once, before the forks)
+from utils.tasks.classification import draw_unlearning_labels, label_words
+from utils.tasks.encode import tokenize
 from utils.training.loop import Training
-from utils.unlearning import objectives, reference, rmu  # noqa: F401  (once, before the forks)
+from utils.unlearning import objectives, reference, rmu
 from utils.unlearning.losses import token_kl
-from utils.unlearning.methods import METHODS
+from utils.unlearning.methods import METHODS, MethodSettings
 
 
 def work(spec, connection):
@@ -102,12 +104,12 @@ def our_reference(spec, clock):
     """The reference pass of spul.py over its retain rows, to a new file each time, written and read back."""
     load = reference.load_reference
 
-    def repeated(*inputs):
-        args = inputs[-1]
+    def repeated(*inputs, settings, **more):
         for i in range(len(spec["sizes"])):
-            args.logits_path = f"{spec['work']}/reference-{i}.safetensors"
+            own = dataclasses.replace(settings, logits_path=f"{spec['work']}/reference-{i}.safetensors")
             with clock.timed():
-                load(*inputs)
+                found = load(*inputs, settings=own, **more)
+        return found
 
     reference.load_reference = repeated
     _run_script(spec)
@@ -209,14 +211,16 @@ def _unpublished(spec):
     examples, tokenizer = examples_of(spec)
     model = _plain_model(spec)
     before = copy.deepcopy(model)
+    method, frames, asked = METHODS[args.unlearn_method], load_splits(spec["data"]), cli.take(MethodSettings, args)
     model.requires_grad_(True)
-    if args.unlearn_method == "rmu":
-        rmu.restrict_to_rmu_layers(model, args)
-    method, frames = METHODS[args.unlearn_method], load_splits(spec["data"])
-    rows = objectives.Rows(tokenizer, frames, method, args)
-    loaded = Loaded(model, tokenizer, None, [])
-    objectives.completion_logits = _with_logits_of_every_position
-    objective = PlainObjective(method, loaded, rows, frames, args, None, functools.partial(SecondModel, before))
+    if method.activations:
+        rmu.train_three_layers(model, asked.rmu_layer)
+    rows = objectives.Rows(tokenizer, frames, method, asked)
+    served = Served(model, tokenizer, [])
+    objectives.completion_logits = rmu.completion_logits = _with_logits_of_every_position
+    kind = PlainSteering if method.activations else PlainObjective
+    load = functools.partial(SecondModel, before, asked.rmu_layer)
+    objective = kind(method, served, rows, frames, asked, "", load)
 
     def loss(_, inputs):
         numbers = inputs["numbers"]
@@ -226,23 +230,27 @@ def _unpublished(spec):
     return model, [{"numbers": numbers} for numbers in spec["batches"]], loss
 
 
-class PlainObjective(objectives.Objective):
-    """An Objective that reads both answers of dpo, and runs the layers behind the one that rmu steers."""
+class PlainObjective(objectives.TokenObjective):
+    """A TokenObjective that reads both answers of dpo."""
 
     def _read(self, number):
         return number
 
-    def _prepare_rmu(self, *inputs):
-        super()._prepare_rmu(*inputs)
+
+class PlainSteering(rmu.SteeringObjective):
+    """A SteeringObjective that runs the layers behind the one that it steers."""
+
+    def __init__(self, *inputs):
+        super().__init__(*inputs)
         self.layers = self.layers[0], None
 
 
 class SecondModel:
     """In place of a cached Reference: the model `before` unlearning, which runs in every step."""
 
-    def __init__(self, before, loaded, examples, chosen, frames, args, measure=None, settings=None):
-        self.before, self.examples, self.chosen, self.pad_id = before, examples, set(chosen), loaded.pad_id
-        self.layer = measure and rmu.rmu_layers(before, args)[0][0]
+    def __init__(self, before, layer, served, examples, chosen, frames, measure=None, depends_on=None):
+        self.before, self.examples, self.chosen, self.pad_id = before, examples, set(chosen), served.pad_id
+        self.layer = measure and rmu.steered_layers(before, layer)[0][0]
 
     def has(self, number):
         return number in self.chosen
@@ -259,7 +267,7 @@ class SecondModel:
 
 
 def _with_logits_of_every_position(model, batch, prompt=None, reference=None, head=None):
-    """Stands in for utils.forward.completion_logits; `reference` holds logits already."""
+    """Stands in for utils.models.forward.completion_logits; `reference` holds logits already."""
     output = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False)
     logits = _at_completions(output.logits, vars(batch))
     return logits if reference is None else (logits, reference)
@@ -349,7 +357,7 @@ def our_inference(spec, clock):
         torch.manual_seed(spec["seed"])
         embeddings = loaded.model.get_input_embeddings().weight
         prompt = torch.randn(spec["p"], embeddings.shape[1], device=embeddings.device) * embeddings.std().float()
-        loaded = type(loaded)(loaded.model, loaded.tokenizer, prompt, loaded.chain)
+        loaded = loaded.using(Prompt(vectors=prompt))
     for n in spec["sizes"]:
         with clock.timed():
             score_rows(loaded, frames["train_retain"].head(n), words, args.max_length, args.eval_batch_size)

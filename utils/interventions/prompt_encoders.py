@@ -66,6 +66,25 @@ def start_from_text(tokenizer: Any, embeddings: torch.nn.Module, text: str, n_to
         return embeddings(torch.tensor(ids, device=embeddings.weight.device)).float()
 
 
+@dataclass(frozen=True, kw_only=True)
+class EncoderSettings:
+    """The encoder of a new prompt: the flags of those names."""
+
+    prompt_encoder: str = "mlp"
+    ptuning_num_tokens: int = 30
+    ptuning_hidden_size: int = 128
+    init_text: str | None = None
+
+
+def build_encoder(served: Any, settings: EncoderSettings) -> VirtualTokens:
+    """A new encoder for the model of `served`, started from settings.init_text if there is one."""
+    embeddings, n_tokens, start = served.model.get_input_embeddings(), settings.ptuning_num_tokens, None
+    if settings.init_text is not None:
+        start = start_from_text(served.tokenizer, embeddings, settings.init_text, n_tokens)
+    width = embeddings.weight.shape[1]
+    return VirtualTokens(settings.prompt_encoder, n_tokens, width, settings.ptuning_hidden_size, start)
+
+
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Prompt(Intervention):
     """Virtual tokens in front of every query. vectors: (p, d) float32."""
