@@ -12,7 +12,9 @@ import contextlib
 import os
 import resource
 import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from datetime import timedelta
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -24,10 +26,11 @@ from utils.errors import UserError, note_once
 
 PATIENCE = timedelta(hours=6)  # a process may wait while the main one writes; the launcher ends it where that one fails
 ARRIVAL = timedelta(minutes=10)  # processes of a launch start together
+T = TypeVar("T")
 LAUNCHER = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
-def start():
+def start() -> None:
     """Join the other processes of an `accelerate launch`; does nothing in a plain run. Call it before anything else."""
     launched, cuda = _launched(), torch.cuda.is_available()
     both = "cuda:nccl,cpu:gloo"  # objects and CPU tensors go by gloo beside NCCL
@@ -68,13 +71,13 @@ def _join(backend: str) -> None:
     dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=PATIENCE)
 
 
-def finish():
+def finish() -> None:
     """Wait for the others, so that a failure of one is one of all, and leave them."""
     all_gather(None)
     PartialState().destroy_process_group()
 
 
-def failed_first():
+def failed_first() -> bool:
     """Whether this process is the first that ends in an error. The others fail after it, and have nothing to say."""
     if not PartialState._shared_state or world_size() == 1:  # not even started, or alone
         return True
@@ -85,7 +88,7 @@ def failed_first():
 
 
 @contextlib.contextmanager
-def only_main_speaks():
+def only_main_speaks() -> Iterator[None]:
     """While open, what the other processes print, progress bars and notices included, goes nowhere."""
     if is_main():
         yield
@@ -98,32 +101,32 @@ def only_main_speaks():
         yield
 
 
-def world_size():
+def world_size() -> int:
     """The number of processes."""
     return PartialState().num_processes
 
 
-def own_gpu():
+def own_gpu() -> str:
     """The name of this process's GPU, `cuda:<i>`."""
     return str(PartialState().device)
 
 
-def is_main():
+def is_main() -> bool:
     """Whether this is the process that prints and writes files."""
     return PartialState().is_main_process
 
 
-def all_gather(value):
+def all_gather(value: T) -> list[T]:
     """The `value` of every process, in the order of the processes. All must call it."""
     return gather_object([value])
 
 
-def broadcast(value):
+def broadcast(value: T) -> T:
     """The `value` of the main process. All must call it."""
     return all_gather(value)[0]
 
 
-def on_main(function):
+def on_main(function: Callable[[], T]) -> T:
     """What `function()` returns in the main process, in every process; a UserError of it is raised in every one."""
     value = error = None
     if is_main():
@@ -137,7 +140,7 @@ def on_main(function):
     return value
 
 
-def shares(rows, size):
+def shares(rows: list[T], size: Callable[[T], int]) -> list[list[T]]:
     """The part of `rows` of every process: as many of each length as the others have. size: function(row) -> its
     length."""
     if world_size() == 1:
@@ -146,12 +149,12 @@ def shares(rows, size):
     return [ordered[i :: world_size()] for i in range(world_size())]
 
 
-def share(rows, size):
+def share(rows: list[T], size: Callable[[T], int]) -> list[T]:
     """This process's part of `rows`."""
     return shares(rows, size)[PartialState().process_index]
 
 
-def deal(batches):
+def deal(batches: Sequence[list[T]]) -> Iterator[tuple[list[T], int]]:
     """Yields (a batch of this process, number of rows that all processes do meanwhile) until all `batches` are done.
 
     Every process gets as many turns, so that they can `gather` in each; in the last the batch may be empty.
@@ -163,7 +166,7 @@ def deal(batches):
         yield own, sum(map(len, turn))
 
 
-def all_reduce(values):
+def all_reduce(values: Mapping[str, float]) -> dict[str, float]:
     """{name: sum over the processes} of the floats `values` {name: float}, of which a process may lack some."""
     sums = {}
     for part in all_gather(values):
@@ -172,7 +175,7 @@ def all_reduce(values):
     return sums
 
 
-def all_reduce_gradients(parameters):
+def all_reduce_gradients(parameters: Iterable[torch.nn.Parameter]) -> None:
     """Replace every gradient by its sum over the processes; where no process has one it stays None."""
     if world_size() == 1:
         return
@@ -184,7 +187,7 @@ def all_reduce_gradients(parameters):
         dist.all_reduce(parameter.grad)
 
 
-def draw_apart(seed, step):
+def draw_apart(seed: int, step: int) -> None:
     """Give each process its own random numbers for this step (dropout), or all would drop the same places.
 
     The main process goes on with the state it has, so that a resumable state need hold no other.
@@ -194,7 +197,7 @@ def draw_apart(seed, step):
         torch.manual_seed(int(np.random.SeedSequence([seed, step, index]).generate_state(1)[0]))
 
 
-def peak_memory():
+def peak_memory() -> int:
     """The most memory this process has held so far, in bytes: on the GPUs that it used, else resident."""
     if on_gpus := sum(torch.cuda.max_memory_allocated(i) for i in range(torch.cuda.device_count())):
         return on_gpus

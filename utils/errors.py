@@ -9,13 +9,13 @@ class UserError(Exception):
     """Bad input. The message is one sentence that says what is wrong and what to do."""
 
 
-def first_line(error):
+def first_line(error: BaseException) -> str:
     """What a library's error says first, for a sentence of one line."""
     return str(error).strip().split("\n")[0] or type(error).__name__
 
 
 @functools.cache
-def note_once(sentence):
+def note_once(sentence: str) -> None:
     """Print `note: <sentence>` on stderr (stdout may be JSON), once a process."""
     print(f"note: {sentence}", file=sys.stderr)
 
@@ -36,7 +36,7 @@ def is_out_of_memory(error: BaseException) -> bool:
     )
 
 
-def resource_message(error):
+def resource_message(error: BaseException) -> str | None:
     """The sentence for a lack of disk, rights or GPU memory, else None (safetensors has its own error type)."""
     if is_out_of_memory(error):
         where = "GPU" if type(error).__name__ == "OutOfMemoryError" else "machine"

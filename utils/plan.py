@@ -37,7 +37,7 @@ import torch
 from torch._subclasses import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from utils import distributed
 from utils.data.batch import Batch, Example, collate
@@ -169,7 +169,7 @@ def evaluation_shape(
     return min(settings.eval_batch_size, max(len(examples), len(others))), widest, completion
 
 
-def _on_meta(run: Run, config: Any, tokenizer: Any, chain: list[Link]) -> tuple[dict[str, Any], Prepared]:
+def _on_meta(run: Run, config: PreTrainedConfig, tokenizer: Any, chain: list[Link]) -> tuple[dict[str, Any], Prepared]:
     """(bytes by the names of the module's equation but for step and evaluation, the prepared run), on a model without
     numbers.
 
@@ -242,7 +242,7 @@ def peak(sizes: dict[str, Any]) -> float | None:
     return fixed + sizes["heap"] * max(sizes["step"], sizes["evaluation"])
 
 
-def _frozen_as(run: Run, config: Any, merged: bool) -> str:
+def _frozen_as(run: Run, config: PreTrainedConfig, merged: bool) -> str:
     """`nf4` where the frozen linear layers have 4 bits, else `none`: a LoRA is merged into plain weights."""
     if run.full or merged:
         return "none"

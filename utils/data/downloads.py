@@ -8,7 +8,7 @@ from pathlib import Path
 from utils.errors import UserError
 
 
-def pip_download(requirement, sha256, folder, *options):
+def pip_download(requirement: str, sha256: str, folder: str | Path, *options: str) -> Path:
     """The path of the one file that `pip download` puts into the empty `folder`; dependencies are left out.
 
     sha256: of that file, which pip compares before it runs anything of it. Raises UserError where pip cannot fetch it.

@@ -1,17 +1,24 @@
 """Loading the four splits: from the hub, from what is embedded, or from a folder (SPUL, section 4.1)."""
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pandas as pd
 
 from utils.data.splits import READERS, SPLITS, TRAIN_SPLITS, UNLEARNING_LABELS, is_text, read_table, whole_number
 from utils.errors import UserError, first_line
 from utils.storage.reading import refuse_special, regular_file
 
+if TYPE_CHECKING:  # it takes seconds to import, and a folder of tables needs none of it
+    from datasets import DatasetDict
+
 HUB_DATASETS = {"sst2": "karuna-bhaila/Unlearning_SST2", "yelp": "karuna-bhaila/Unlearning_Yelp_Polarity"}
 SNIPPETS_FOLDER = Path(__file__).resolve().parents[2] / "data" / "snippets"
 
 
-def load_splits(dataset):
+def load_splits(dataset: str) -> dict[str, pd.DataFrame]:
     """The four splits of `dataset` as {split: DataFrame with columns text, label, label_text, ...}.
 
     `dataset` is `sst2`, `yelp` (hub ids above), `snippets` (embedded) or a folder: four CSV, JSONL or Parquet files,
@@ -33,7 +40,7 @@ def load_splits(dataset):
     return frames
 
 
-def read_texts(path):
+def read_texts(path: str | Path) -> list[str]:
     """The texts of a .txt (one a line), .csv, .jsonl or .parquet file (column `text`); UserError on bad input."""
     path = Path(path)
     if not path.exists():
@@ -57,12 +64,12 @@ def read_texts(path):
     return texts
 
 
-def dataset_name(dataset):
+def dataset_name(dataset: str) -> str:
     """The short name that output folders carry: `sst2` for `sst2`, the last part of a folder's path."""
     return Path(dataset).resolve().name if os.path.isdir(dataset) else dataset
 
 
-def _from_hub(hub_id):
+def _from_hub(hub_id: str) -> dict[str, pd.DataFrame]:
     from datasets import load_dataset
 
     try:
@@ -72,7 +79,7 @@ def _from_hub(hub_id):
     return _frames_of(loaded, hub_id)
 
 
-def _from_disk(folder):
+def _from_disk(folder: Path) -> dict[str, pd.DataFrame]:
     from datasets import load_from_disk
 
     for inner in (folder, *(path for path in folder.iterdir() if path.is_dir())):
@@ -84,14 +91,14 @@ def _from_disk(folder):
     return _frames_of(loaded, folder)
 
 
-def _frames_of(dataset_dict, source):
+def _frames_of(dataset_dict: "DatasetDict", source: str | Path) -> dict[str, pd.DataFrame]:
     missing = [split for split in SPLITS if split not in dataset_dict]
     if missing:
         raise UserError(f"{source} has no split {missing[0]!r}; the four splits are {', '.join(SPLITS)}")
     return {split: dataset_dict[split].to_pandas() for split in SPLITS}
 
 
-def _from_files(folder):
+def _from_files(folder: Path) -> dict[str, pd.DataFrame]:
     frames = {}
     for split in SPLITS:
         paths = [folder / f"{split}{suffix}" for suffix in READERS if (folder / f"{split}{suffix}").is_file()]
@@ -103,7 +110,7 @@ def _from_files(folder):
     return frames
 
 
-def _checked(split, frame, source):
+def _checked(split: str, frame: pd.DataFrame, source: str) -> pd.DataFrame:
     for column in ("text", "label", "label_text"):
         if column not in frame.columns:
             raise UserError(f"{split} of {source} has no column {column!r}; it needs text, label, label_text")
@@ -128,7 +135,7 @@ def _checked(split, frame, source):
     return frame.assign(label=labels, label_text=words).reset_index(drop=True)
 
 
-def _check_labels(frames):
+def _check_labels(frames: Mapping[str, pd.DataFrame]) -> None:
     """Every label has one word, every word one label, and the test splits use no label that train lacks."""
     words = {}
     for split in SPLITS:

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from collections.abc import Mapping
 
 import numpy as np
 import pandas as pd
@@ -128,7 +129,7 @@ def learnt_by(manifest: dict, frames: dict[str, pd.DataFrame]) -> bool:
     return manifest["data_fingerprint"] == fingerprint({split: frames[split] for split in splits})
 
 
-def fingerprint(frames):
+def fingerprint(frames: Mapping[str, pd.DataFrame]) -> str:
     """SHA-256 over text and label of the given splits' rows, in order: the same for the same data in any format."""
     digest = hashlib.sha256()
     for split, frame in sorted(frames.items()):

@@ -4,7 +4,7 @@ import contextlib
 import json
 import re
 import unicodedata
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from decimal import Decimal
 from pathlib import Path
 
@@ -73,7 +73,7 @@ def whole_number(cell: object) -> int | None:
     return int(cell) if -(2**63) <= cell < 2**63 else None
 
 
-def drop_repeats(frame):
+def drop_repeats(frame: pd.DataFrame) -> tuple[pd.DataFrame, int, int]:
     """One row per text (letters and digits decide, case does not), so no text can straddle two splits.
 
     `frame` has columns text, label and forget (bool). The first row of a text stays, as forget if any of its repeats
@@ -147,7 +147,7 @@ def _runs(needles: Sequence[tuple], haystacks: Sequence[tuple]) -> Iterator[set[
         yield found
 
 
-def split_rows(frame, test_fraction, seed):
+def split_rows(frame: pd.DataFrame, test_fraction: float, seed: int) -> dict[str, pd.DataFrame]:
     """The four splits of `frame` (columns label and forget, bool) as {split: frame}, row order kept.
 
     Every combination of forget and label gives round(test_fraction * n) of its n rows to test, drawn by `seed`.
@@ -162,7 +162,7 @@ def split_rows(frame, test_fraction, seed):
     return {split: frame[mask].drop(columns="forget").reset_index(drop=True) for split, mask in zip(SPLITS, masks)}
 
 
-def write_splits(frames, folder):
+def write_splits(frames: Mapping[str, pd.DataFrame], folder: str | Path) -> None:
     """Write `{split}.csv` into the existing `folder`; the files appear whole, all at once, or not at all."""
     with contextlib.ExitStack() as stack:
         for split in SPLITS:
@@ -170,7 +170,7 @@ def write_splits(frames, folder):
             frames[split].to_csv(file, index=False, lineterminator="\n", encoding="utf-8")
 
 
-def describe(frames):
+def describe(frames: Mapping[str, pd.DataFrame]) -> str:
     """One line per split: rows and the share of every label word."""
     lines = []
     for split in SPLITS:

@@ -20,7 +20,7 @@ matplotlib.use("Agg")
 def picture(draw: Callable[..., pyplot.Figure]) -> Callable[..., None]:
     """Makes function(...) -> figure one of (..., path) that saves it. It is decoration: a failure is only a note."""
 
-    def drawn(*arguments, path: Path) -> None:
+    def drawn(*arguments: object, path: Path) -> None:
         try:
             with new_file(path) as file:
                 draw(*arguments).savefig(file, dpi=150, format="png")
@@ -38,7 +38,7 @@ def _plain(name: str) -> str:
 
 
 @picture
-def draw_tradeoff(records):
+def draw_tradeoff(records: list[dict]) -> pyplot.Figure:
     """Forget accuracy against retain accuracy, train and test: a small mark per seed, a large one for the mean. Every
     method has its own shape, so that it reads without colour and no label can overlap."""
     shapes = "osD^v<>phHdX*P8" + "x+1234|_"
@@ -86,7 +86,7 @@ def draw_strength(settings: dict[str, Any]) -> pyplot.Figure:
 
 
 @picture
-def draw_comparison(records):
+def draw_comparison(records: list[dict]) -> pyplot.Figure:
     """Bars of accuracy (percent) per split and method; hatched, so that it reads without colour."""
     figure, axes = pyplot.subplots(figsize=(8, 3.6))
     width = 0.8 / len(records)
@@ -104,14 +104,14 @@ def draw_comparison(records):
     return figure
 
 
-def write_curves(folder, log):
+def write_curves(folder: str | Path, log: list[dict]) -> None:
     """training.jsonl and training.png in `folder`: every logged loss, and the accuracies, against the step."""
     (Path(folder) / "training.jsonl").write_text("".join(json.dumps(line) + "\n" for line in log), encoding="utf-8")
     _draw_curves(log, path=Path(folder) / "training.png")
 
 
 @picture
-def _draw_curves(log):
+def _draw_curves(log: list[dict]) -> pyplot.Figure:
     losses = [line for line in log if "loss" in line]
     accuracies = [line for line in log if "accuracy" in line]
     figure, axes = pyplot.subplots(1, 1 + bool(accuracies), figsize=(5 + 5 * bool(accuracies), 3.6), squeeze=False)

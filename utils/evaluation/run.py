@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 from tqdm import tqdm
+from transformers import PreTrainedConfig
 
 from utils.data.select import learnt_by, sample_rows
 from utils.data.splits import SPLITS, UNLEARNING_LABELS
@@ -70,7 +71,12 @@ def evaluate_splits(
 
 
 def check_rows(
-    config: Any, tokenizer: Any, frames: Frames, max_length: int, p: int = 0, template: Template | None = None
+    config: PreTrainedConfig,
+    tokenizer: Any,
+    frames: Frames,
+    max_length: int,
+    p: int = 0,
+    template: Template | None = None,
 ) -> None:
     """Raise UserError if a row to evaluate, behind `p` virtual tokens, does not fit a model with this configuration: it
     is too long, or holds a token that the model does not know. Asked before training."""

@@ -1,6 +1,10 @@
 """What a person reads at the end of a run: the table, the sentences that say what it means, examples."""
 
+from collections.abc import Sequence
+from typing import Any
+
 import numpy as np
+import pandas as pd
 
 from utils.data.splits import SPLITS
 
@@ -12,7 +16,7 @@ FORGET_SHARES = {  # score: what its column is called
 DISTANCES = ["accuracy gap to retrained, points (forget/retain)", "JS to retrained, bits (train/test forget)"]
 
 
-def table(records):
+def table(records: list[dict]) -> str:
     """The records as text: accuracy / weighted F1 in percent for the four splits and their numbers of rows; then how
     many forget answers are no label, and how many forget rows have their label as the most probable label word."""
     header = ["method", *(f"{split} (acc/F1)" for split in SPLITS), *FORGET_SHARES.values()]
@@ -38,14 +42,14 @@ def _with_counts(header: list[str], records: list[dict]) -> list[str]:
     return named
 
 
-def _aligned(lines):
+def _aligned(lines: list[list[str]]) -> str:
     """Rows of cells, the header first, as a Markdown table."""
     widths = [max(map(len, column)) for column in zip(*lines)]
     lines = [lines[0], ["-" * width for width in widths], *lines[1:]]
     return "\n".join("| " + " | ".join(c.ljust(w) for c, w in zip(line, widths)) + " |" for line in lines)
 
 
-def _distance_cells(entries):
+def _distance_cells(entries: list[dict]) -> list[str]:
     """Mean accuracy gaps in points, of forget and of retain rows, then the two Jensen-Shannon divergences in bits."""
     rows = [entry["distance_to_retrained"] for entry in entries]
     gaps = [_mean_and_spread([100 * row[f"accuracy_{side}"] for row in rows], 1) for side in ("forget", "retain")]
@@ -53,13 +57,13 @@ def _distance_cells(entries):
     return [" / ".join(gaps), " / ".join(js)]
 
 
-def _mean_and_spread(values, digits):
+def _mean_and_spread(values: Sequence[float], digits: int) -> str:
     """The mean, with the standard deviation (n - 1) behind it where there are several values."""
     mean = f"{np.mean(values):.{digits}f}"
     return mean if len(values) == 1 else f"{mean} ± {np.std(values, ddof=1):.{digits}f}"
 
 
-def comparison_table(records):
+def comparison_table(records: list[dict]) -> str:
     """One line per method, in the order of first appearance: accuracy in percent (mean and standard deviation over
     seeds), distance to the retrained model, cost of a training step."""
     header = ["method", *SPLITS, *FORGET_SHARES.values(), *DISTANCES, "learning rate", "s/step", "GiB"]
@@ -83,7 +87,7 @@ def comparison_table(records):
     return _aligned(lines)
 
 
-def gate_table(settings):
+def gate_table(settings: dict[str, Any]) -> str:
     """What ECO's classifier does on the four splits, and when names are rewritten, as text."""
     rates, held = settings["rates"], settings["calibration"]
     lines = [["split", "flagged, %", "wrong, %"]]
@@ -107,7 +111,7 @@ def gate_table(settings):
     return "\n".join(text)
 
 
-def meaning(records):
+def meaning(records: list[dict]) -> str | None:
     """What the last record changed against the fine-tuned one, in two sentences; None where there is no such pair."""
     before = next((entry for entry in records if entry["method"] in ("fine-tuned", "merged")), None)
     after = records[-1]
@@ -126,7 +130,7 @@ def meaning(records):
     )
 
 
-def examples(predictions, n):
+def examples(predictions: pd.DataFrame, n: int) -> str:
     """The answers of every method to the first `n` sentences of train_forget and `n` of test_retain, as text.
 
     predictions: DataFrame with columns method, split, text, label_text, prediction. Chosen are sentences that the

@@ -13,6 +13,7 @@ import torch
 
 from utils.data.batch import Example
 from utils.interventions.gates import Gate
+from utils.models.forward import Prefix
 
 Spans = Sequence[tuple[int, int]] | None  # character ranges of a text; None: every token of the prompt but the last
 
@@ -41,7 +42,7 @@ class Intervention:
         """How many virtual tokens stand in front of a query."""
         return 0
 
-    def prefix(self, model: torch.nn.Module) -> object:
+    def prefix(self, model: torch.nn.Module) -> Prefix | None:
         """What `utils.models.forward.completion_logits` takes as its prompt."""
         return None
 

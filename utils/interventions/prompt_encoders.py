@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 
 from utils.errors import UserError
 from utils.interventions.base import Intervention
-from utils.models.forward import prompt_prefix
+from utils.models.forward import Prefix, prompt_prefix
 from utils.storage import schemas
 from utils.storage.checkpoints import Link, verify_parent
 from utils.storage.reading import Like, read_tensors
@@ -90,13 +90,13 @@ class Prompt(Intervention):
     """Virtual tokens in front of every query. vectors: (p, d) float32."""
 
     vectors: torch.Tensor
-    _kept: dict[torch.nn.Module, object] = field(default_factory=dict, init=False, repr=False)
+    _kept: dict[torch.nn.Module, Prefix] = field(default_factory=dict, init=False, repr=False)
 
     @property
     def n_tokens(self) -> int:
         return len(self.vectors)
 
-    def prefix(self, model: torch.nn.Module) -> object:
+    def prefix(self, model: torch.nn.Module) -> Prefix:
         """What `prompt_prefix` makes of the vectors, computed once."""
         if model not in self._kept:
             self._kept[model] = prompt_prefix(model, self.vectors)

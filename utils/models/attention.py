@@ -5,7 +5,8 @@ copy of K and V for each of them.
 """
 
 import torch
-from transformers import AttentionInterface, AttentionMaskInterface
+from torch.utils.hooks import RemovableHandle
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import eager_mask
 from transformers.utils import is_flash_attn_2_available
@@ -17,7 +18,16 @@ SOFTMAX_LANES = 32  # torch's bfloat16 softmax on a CPU takes up to 5 times as l
 GROUPED = "grouped"  # the name of grouped_attention among transformers' attention implementations
 
 
-def grouped_attention(module, query, key, value, attention_mask, dropout=0.0, scaling=None, **kwargs):
+def grouped_attention(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    **kwargs: object,
+) -> tuple[torch.Tensor, None]:
     """Attention for short rows on a CPU: (B, T, heads, width) and None, as transformers' interface has it.
 
     query: (B, heads, T, width); key, value: (B, groups, S, width); attention_mask: (B, 1, T, S), added to the scores.
@@ -49,7 +59,7 @@ AttentionMaskInterface.register(GROUPED, eager_mask)
 GROUPED_UP_TO = 256  # tokens, virtual ones included; README, "Speed and memory"
 
 
-def refuse_attention(choice, device, dtype):
+def refuse_attention(choice: str, device: str, dtype: torch.dtype) -> None:
     """Raise UserError where `--attn_implementation` cannot work, before anything is loaded."""
     if choice != "flash_attention_2":
         return
@@ -60,7 +70,7 @@ def refuse_attention(choice, device, dtype):
         )
 
 
-def set_attention(model, choice, device):
+def set_attention(model: PreTrainedModel, choice: str, device: str) -> RemovableHandle | None:
     """Let `model` compute attention by `choice` (--attn_implementation).
 
     auto: SDPA where the architecture has it; on a CPU utils.forward.grouped_attention for short batches, which is
@@ -79,7 +89,7 @@ def set_attention(model, choice, device):
         raise UserError(f"{model.config.model_type} has no {choice} attention ({first_line(error)}); use auto")
 
 
-def _attention_by_width(decoder, args, kwargs):
+def _attention_by_width(decoder: PreTrainedModel, args: tuple, kwargs: dict[str, object]) -> None:
     tokens = next(t for t in (*args, kwargs.get("input_ids"), kwargs.get("inputs_embeds")) if t is not None)
     width = tokens.shape[1] + kept_positions(*args, *kwargs.values())
     decoder.set_attn_implementation(GROUPED if width <= GROUPED_UP_TO else "sdpa")

@@ -1,9 +1,11 @@
 """From a name to the models it stands for: base, LoRA, prompt, each verified by hash before anything is loaded."""
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
-from transformers import AutoConfig
+from transformers import AutoConfig, PreTrainedConfig
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_QUESTION_ANSWERING_MAPPING_NAMES,
     MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
@@ -39,7 +41,13 @@ OTHER_HEADS = {
 HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
 
 
-def resolve_chain(name, trust_remote_code=False, parent=None, weights=True, children=()):
+def resolve_chain(
+    name: str | Path,
+    trust_remote_code: bool = False,
+    parent: str | None = None,
+    weights: bool = True,
+    children: tuple[Path, ...] = (),
+) -> list[Link]:
     """The Links from the base model to `name`, base first, every parent verified by hash.
 
     `name`: a checkpoint folder, a model folder, a .gguf file or a hub id. `parent`: where the parent of `name` lies,
@@ -79,7 +87,7 @@ def refuse_fetching(path: Path) -> None:
             raise UserError(f"{path}/config.json wants the {key} {value!r}, which is not in the folder; remove it")
 
 
-def _entries(value):
+def _entries(value: Any) -> list[tuple[str, Any]]:
     """Every (key, value) of nested JSON objects."""
     parts = value if isinstance(value, list) else value.values() if isinstance(value, dict) else ()
     return [*(value.items() if isinstance(value, dict) else ()), *(entry for part in parts for entry in _entries(part))]
@@ -93,7 +101,7 @@ def short_name(name: str) -> str:
     return own.lower()
 
 
-def _local_path(name, trust_remote_code, weights):
+def _local_path(name: str | Path, trust_remote_code: bool, weights: bool) -> Path:
     recover(name)
     path = Path(name)
     if path.is_dir() or (path.is_file() and path.suffix == ".gguf"):
@@ -106,7 +114,7 @@ def _local_path(name, trust_remote_code, weights):
     return _from_hub(str(name), trust_remote_code, weights)
 
 
-def _from_hub(name, trust_remote_code, weights):
+def _from_hub(name: str, trust_remote_code: bool, weights: bool) -> Path:
     from huggingface_hub import snapshot_download
 
     patterns = HUB_FILES + ["*.py"] * trust_remote_code
@@ -122,7 +130,7 @@ def _from_hub(name, trust_remote_code, weights):
     return folder
 
 
-def load_config(link: Link, trust_remote_code: bool, quantization: str = "none") -> object:
+def load_config(link: Link, trust_remote_code: bool, quantization: str = "none") -> PreTrainedConfig:
     """The configuration of a plain model; of a GGUF file from its metadata. Raises UserError if there is none, or if it
     is that of no causal language model or cannot be loaded with this quantization (see `load_base`)."""
     if link.path.is_file() and quantization != "none":
@@ -141,7 +149,7 @@ def load_config(link: Link, trust_remote_code: bool, quantization: str = "none")
     return config
 
 
-def stored_quantization(config: object) -> str | None:
+def stored_quantization(config: PreTrainedConfig) -> str | None:
     """How the weights of a model with this configuration lie on the disk: None as plain numbers, `4-bit` as those of
     bitsandbytes, else the name of another method."""
     stored = getattr(config, "quantization_config", None)
@@ -151,13 +159,13 @@ def stored_quantization(config: object) -> str | None:
     return "4-bit" if stored.get("load_in_4bit") else stored.get("quant_method", "quantised")
 
 
-def refuse_prompted(chain):
+def refuse_prompted(chain: Sequence[Link]) -> None:
     """Raise UserError if the last Link is a prompt: what trains or instructs a model takes the model itself."""
     if chain[-1].kind in PROMPTED:
         raise UserError(f"{chain[-1].path} already is a prompt; --model_checkpoints takes what it was made on")
 
 
-def loading_arguments(path):
+def loading_arguments(path: Path) -> dict[str, str | bool]:
     """The arguments by which `from_pretrained` finds a folder or a GGUF file; nothing is fetched for either."""
     if path.is_file():
         return {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name, "local_files_only": True}

@@ -10,11 +10,13 @@ layer are kept, so that the mask decides as it does without a cache.
 
 import inspect
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
 from torch._subclasses import FakeTensor
+from torch.autograd.function import FunctionCtx
+from transformers import PreTrainedConfig
 from transformers.cache_utils import Cache, DynamicLayer
 
 from utils.data.batch import Batch, Example, collate
@@ -22,11 +24,20 @@ from utils.errors import UserError, first_line, is_out_of_memory, note_once
 from utils.models.attention import GROUPED, SOFTMAX_LANES
 from utils.models.layers import decoder_of
 
+# Virtual tokens (p, d), or what `prompt_prefix` made of them: keys and values of every layer, (1, heads, p, width).
+Prefix = torch.Tensor | list[tuple[torch.Tensor, torch.Tensor]]
+Seen = dict[str, int | torch.Tensor]  # what `_gather_before_head` notes down
 HEAD_ROWS = 16384  # words of the head that are converted to float32 at a time
 _OBSTACLES = weakref.WeakKeyDictionary()  # {model: why its prompt cannot be shared by the rows of a batch, or None}
 
 
-def completion_logits(model, batch, prompt=None, reference=None, reference_head=None):
+def completion_logits(
+    model: torch.nn.Module,
+    batch: Batch,
+    prompt: Prefix | None = None,
+    reference: torch.Tensor | None = None,
+    reference_head: torch.nn.Module | None = None,
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """Logits at the positions that predict a completion token, float32, (N, |V|); a pair if `reference` is given.
 
     model: causal LM. batch: utils.data.Batch. prompt: None, virtual tokens (p, d) to stand in front of every row, or
@@ -40,14 +51,14 @@ def completion_logits(model, batch, prompt=None, reference=None, reference_head=
 
 
 @torch.no_grad()
-def completion_hidden(model, batch):
+def completion_hidden(model: torch.nn.Module, batch: Batch) -> torch.Tensor:
     """The head's inputs at the positions that predict a completion token, (N, d), in the model's dtype."""
     with _gather_before_head(model, batch) as seen:
         _run(model, batch, None, seen)
     return seen["hidden"]
 
 
-def prompt_prefix(model, prompt):
+def prompt_prefix(model: torch.nn.Module, prompt: torch.Tensor) -> Prefix:
     """Keys and values of the virtual tokens `prompt` (p, d) per layer, for reuse over batches; `prompt` where a layer
     cannot keep them (chunked attention, recurrent state) or a trial shows other numbers, with a note that says so once.
     Raises UserError where the model computes something else from embeddings than from tokens."""
@@ -62,7 +73,7 @@ def prompt_prefix(model, prompt):
     return _kept(model, prompt)
 
 
-def _kept(model: torch.nn.Module, prompt: torch.Tensor) -> list | torch.Tensor:
+def _kept(model: torch.nn.Module, prompt: torch.Tensor) -> Prefix:
     """Keys and values of every layer for `prompt` (p, d); `prompt` where the model fills no cache."""
     cache = Cache(layer_class_to_replicate=_KeptLayer)
     kept = {_cache_argument(model): cache}
@@ -71,7 +82,7 @@ def _kept(model: torch.nn.Module, prompt: torch.Tensor) -> list | torch.Tensor:
     return [(layer.keys, layer.values) for layer in cache.layers] or prompt
 
 
-def _obstacle(model):
+def _obstacle(model: torch.nn.Module) -> str | None:
     """Why a layer's cache is not just keys and values of all positions; None where every layer's is."""
     config, text_config = model.config, model.config.get_text_config()
     kinds = getattr(text_config, "layer_types", None) or []
@@ -109,7 +120,7 @@ def trial(model: torch.nn.Module, name: str) -> torch.Tensor:
 
 
 @torch.no_grad()
-def same_logits(model: torch.nn.Module, batch: Batch, expected: torch.Tensor, prompt: object = None) -> bool:
+def same_logits(model: torch.nn.Module, batch: Batch, expected: torch.Tensor, prompt: Prefix | None = None) -> bool:
     """Whether `completion_logits` gives `expected` (N, |V|) up to rounding; False also where it raises."""
     logits = _attempt(lambda: completion_logits(model, batch, prompt))
     if logits is None or logits.shape != expected.shape:
@@ -164,7 +175,9 @@ class _KeptLayer(DynamicLayer):
     """One layer's keys and values of the pass that it is given to, all of them (a configuration's own cache drops those
     that have left the sliding window)."""
 
-    def update(self, keys, values, *args, **kwargs):
+    def update(
+        self, keys: torch.Tensor, values: torch.Tensor, *args: object, **kwargs: object
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         self.keys, self.values, self.is_initialized = keys, values, True
         return keys, values
 
@@ -173,15 +186,17 @@ class _PrefixLayer(DynamicLayer):
     """One layer's keys and values of the virtual tokens, (1, heads, p, width), in front of every row of a batch; for
     grouped_attention also what that needs behind them, which saves it a copy."""
 
-    def __init__(self, keys, values, config):
+    def __init__(self, keys: torch.Tensor, values: torch.Tensor, config: PreTrainedConfig) -> None:
         super().__init__()
         self.keys, self.values, self.is_initialized = keys, values, True
         self.dtype, self.device, self.config = keys.dtype, keys.device, config
 
-    def update(self, keys, values, *args, **kwargs):
+    def update(
+        self, keys: torch.Tensor, values: torch.Tensor, *args: object, **kwargs: object
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         return tuple(self._around(*pair) for pair in ((self.keys, keys), (self.values, values)))
 
-    def _around(self, kept, new):
+    def _around(self, kept: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
         size, heads, length, width = new.shape
         parts = [kept.expand(size, -1, -1, -1), new]
         if self.config._attn_implementation == GROUPED:
@@ -189,7 +204,7 @@ class _PrefixLayer(DynamicLayer):
         return torch.cat(parts, dim=-2)
 
 
-def _run(model, batch, prompt, seen):
+def _run(model: torch.nn.Module, batch: Batch, prompt: Prefix | None, seen: Seen) -> torch.Tensor:
     if prompt is None:
         return model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False).logits
     size = len(batch.input_ids)
@@ -211,12 +226,17 @@ def _cache_argument(model: torch.nn.Module) -> str:
     return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
 
 
-def _cast(model, prompt):
+def _cast(model: torch.nn.Module, prompt: torch.Tensor) -> torch.Tensor:
     return prompt.to(model.get_input_embeddings().weight.dtype)
 
 
 @contextmanager
-def _gather_before_head(model, batch, reference=None, reference_head=None):
+def _gather_before_head(
+    model: torch.nn.Module,
+    batch: Batch,
+    reference: torch.Tensor | None = None,
+    reference_head: torch.nn.Module | None = None,
+) -> Iterator[Seen]:
     """While open, the head sees only hidden states that predict completion tokens, then the rows of `reference`.
 
     Hooks on the head rather than a second call of it, so that whatever the architecture does after the head (soft
@@ -228,7 +248,7 @@ def _gather_before_head(model, batch, reference=None, reference_head=None):
     head = model.get_output_embeddings()
     in_float32 = _rounds(head)
 
-    def gather(_, inputs):
+    def gather(_: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor]:
         hidden = inputs[0]  # the head may be on another device than the batch
         rows, positions = batch.rows.to(hidden.device), batch.positions.to(hidden.device)
         seen["hidden"] = hidden[rows, positions + seen["offset"]]
@@ -237,7 +257,7 @@ def _gather_before_head(model, batch, reference=None, reference_head=None):
             seen["read"] = torch.cat([seen["hidden"], reference.to(hidden)])
         return (seen["read"][:0] if in_float32 else seen["read"],)
 
-    def multiply(_, inputs, output):
+    def multiply(_: torch.nn.Module, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> torch.Tensor:
         logits = _float32_product(head, seen["read"]) if in_float32 else output
         if reference_head is None:
             return logits
@@ -275,12 +295,12 @@ class _FrozenProduct(torch.autograd.Function):
     by piece, and again in the backward pass: a float32 copy of it would be larger than all else in a step."""
 
     @staticmethod
-    def forward(ctx, hidden, weight):
+    def forward(ctx: FunctionCtx, hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         ctx.save_for_backward(weight)
         return torch.cat([hidden @ part.float().T for part in weight.split(HEAD_ROWS)], dim=-1)
 
     @staticmethod
-    def backward(ctx, gradient):
+    def backward(ctx: FunctionCtx, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
         (weight,) = ctx.saved_tensors
         pairs = zip(gradient.split(HEAD_ROWS, dim=-1), weight.split(HEAD_ROWS))
         return sum(part_gradient @ part.float() for part_gradient, part in pairs), None

@@ -1,11 +1,13 @@
 """The layers of a causal language model: finding them, watching them, checkpointing and compiling them."""
 
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
+from typing import NoReturn
 
 import torch
 from torch.utils.checkpoint import checkpoint
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import Cache
 from transformers.modeling_layers import GradientCheckpointingLayer
 
@@ -30,7 +32,9 @@ class _Enough(Exception):
 
 
 @contextmanager
-def record_activations(layer, until=None):
+def record_activations(
+    layer: torch.nn.Module, until: torch.nn.Module | None = None
+) -> Iterator[dict[str, torch.Tensor]]:
     """While open, every pass leaves the output (B, T, d) of module `layer` in the yielded dict under `activations`.
 
     until: None, or the module that the pass reaches next; there it ends, and with it this context: what would follow
@@ -38,10 +42,10 @@ def record_activations(layer, until=None):
     """
     seen = {}
 
-    def keep(_, inputs, output):
+    def keep(_: torch.nn.Module, inputs: tuple, output: torch.Tensor | tuple) -> None:
         seen["activations"] = output if isinstance(output, torch.Tensor) else output[0]
 
-    def stop(*_):
+    def stop(*_: object) -> NoReturn:
         raise _Enough
 
     handles = [layer.register_forward_hook(keep)]
@@ -56,7 +60,7 @@ def record_activations(layer, until=None):
             handle.remove()
 
 
-def checkpoint_layers(model):
+def checkpoint_layers(model: torch.nn.Module) -> None:
     """Gradient checkpointing: every decoder layer of `model` keeps its inputs only and computes the rest again when the
     gradient comes by (same numbers, random state included). Raises UserError where the architecture does not say which
     its layers are.
@@ -73,7 +77,7 @@ def checkpoint_layers(model):
             layer.forward = partial(_checkpointed, layer.forward, model.config)
 
 
-def compile_decoder(model, backend="inductor"):
+def compile_decoder(model: torch.nn.Module, backend: str | Callable = "inductor") -> None:
     """`--compile`: the layers of `model` become fused kernels when they first run, for all batch sizes and lengths at
     once (adapters that are put into them before that included). Parameters, their names and what is saved stay.
 
@@ -83,12 +87,12 @@ def compile_decoder(model, backend="inductor"):
     decoder_of(model).compile(backend=backend, dynamic=True)
 
 
-def _checkpointed(forward, config, *args, **kwargs):
+def _checkpointed(forward: Callable, config: PreTrainedConfig, *args: object, **kwargs: object) -> object:
     if not torch.is_grad_enabled():
         return forward(*args, **kwargs)
     attention = config._attn_implementation  # the second time, `_attention_by_width` may have chosen for another pass
 
-    def again(*args, **kwargs):
+    def again(*args: object, **kwargs: object) -> object:
         if config._attn_implementation != attention:
             config._attn_implementation = attention
         return forward(*args, **kwargs)
@@ -96,7 +100,7 @@ def _checkpointed(forward, config, *args, **kwargs):
     return checkpoint(again, *args, use_reentrant=False, **kwargs)
 
 
-def decoder_layers(model):
+def decoder_layers(model: torch.nn.Module) -> torch.nn.ModuleList:
     """The model's transformer layers, first to last: the list of modules as long as its configuration says. Raises
     UserError where there is none."""
     n = model.config.get_text_config().num_hidden_layers

@@ -1,9 +1,15 @@
 """What fits a model: positions and tokens that it knows."""
 
+from collections.abc import Sequence
+from typing import Any
+
+from transformers import PreTrainedConfig
+
+from utils.data.batch import Example
 from utils.errors import UserError
 
 
-def check_length(config, n_tokens, p, spare=0):
+def check_length(config: PreTrainedConfig, n_tokens: int, p: int, spare: int = 0) -> None:
     """Raise UserError if rows of `n_tokens` behind `p` virtual tokens do not fit the position range of a model with
     this configuration.
 
@@ -17,7 +23,7 @@ def check_length(config, n_tokens, p, spare=0):
         )
 
 
-def check_tokens(config: object, tokenizer: object, examples: list) -> None:
+def check_tokens(config: PreTrainedConfig, tokenizer: Any, examples: Sequence[Example]) -> None:
     """Raise UserError if an example holds a token for which a model with this configuration has no embedding."""
     size = vocabulary_size(config)
     if len(tokenizer) <= size:
@@ -30,11 +36,11 @@ def check_tokens(config: object, tokenizer: object, examples: list) -> None:
         )
 
 
-def vocabulary_size(config: object) -> float:
+def vocabulary_size(config: PreTrainedConfig) -> int | float:
     """How many tokens a model with this configuration has embeddings for; infinite where it does not say."""
     return getattr(config.get_text_config(), "vocab_size", None) or float("inf")
 
 
-def position_limit(config):
+def position_limit(config: PreTrainedConfig) -> int | None:
     """The number of positions that a model's configuration names, or None."""
     return getattr(config.get_text_config(), "max_position_embeddings", None)

@@ -3,10 +3,13 @@
 import hashlib
 import os
 import subprocess
+from argparse import Namespace
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Any
 
 from utils.errors import UserError, note_once
 from utils.storage import schemas
@@ -35,11 +38,11 @@ class Link:
     manifest: dict | None = None
 
     @property
-    def kind(self):
+    def kind(self) -> str:
         return self.manifest["kind"] if self.manifest else "model"
 
     @cached_property
-    def sha256(self):
+    def sha256(self) -> str:
         """Hash of the model as it lay there when first asked for: `resolve_chain` asks before anything is loaded."""
         return weights_sha256(self.path)
 
@@ -49,7 +52,17 @@ class Link:
         return _earlier_sha256(self.path)
 
 
-def write_manifest(folder, final_path, kind, chain, args, data_fingerprint, words, metrics, training=None):
+def write_manifest(
+    folder: Path,
+    final_path: str | os.PathLike,
+    kind: str,
+    chain: Sequence[Link],
+    args: Namespace,
+    data_fingerprint: str,
+    words: list[str],
+    metrics: list[dict] | None,
+    training: dict[str, Any] | None = None,
+) -> None:
     """Describe the checkpoint in `folder`, which will lie at `final_path`: manifest.json, and metrics.json if it was
     evaluated.
 
@@ -81,13 +94,13 @@ def write_manifest(folder, final_path, kind, chain, args, data_fingerprint, word
     write_json(folder / MANIFEST, manifest)
 
 
-def base_name(chain):
+def base_name(chain: Sequence[Link]) -> str:
     """The name of the pre-trained model under a chain of Links, as the first command that used it named it."""
     recorded = [link.manifest["base"] for link in chain if link.manifest and "base" in link.manifest]
     return recorded[0] if recorded else chain[0].name
 
 
-def read_manifest(path, verify=True):
+def read_manifest(path: str | Path, verify: bool = True) -> dict[str, Any] | None:
     """The manifest of checkpoint folder `path`, or None for a folder that is a plain model.
 
     verify=False: the contents of its files are not looked at. Raises UserError for a folder that is neither, a manifest
@@ -118,7 +131,7 @@ def read_manifest(path, verify=True):
     return manifest
 
 
-def manifest_at(path):
+def manifest_at(path: str | Path) -> dict[str, Any] | None:
     """The manifest in the folder `path`, or None if there is none that this project wrote; no other file is read."""
     try:
         return schemas.read(Path(path) / MANIFEST, Manifest)
@@ -126,7 +139,7 @@ def manifest_at(path):
         return None
 
 
-def first_manifest(names):
+def first_manifest(names: Sequence[str | Path]) -> dict[str, Any]:
     """The manifest of the first of the checkpoints `names` that has one; {} where all are plain models."""
     for name in names:
         recover(name)
@@ -134,7 +147,7 @@ def first_manifest(names):
     return read_manifest(path) if path else {}
 
 
-def parent_path(path, manifest, override=None):
+def parent_path(path: str | Path, manifest: dict[str, Any], override: str | None = None) -> str:
     """Where the parent of the checkpoint at `path` is to be found: a path or a hub name. `override` goes first."""
     recorded = manifest["parent"]["path"]
     if override or is_hub_name(recorded):
@@ -144,7 +157,7 @@ def parent_path(path, manifest, override=None):
     return next(filter(os.path.exists, places), places[0])
 
 
-def verify_parent(link, child):
+def verify_parent(link: Link, child: Link) -> None:
     """Raise UserError unless `link` is, file for file, the parent that checkpoint `child` was trained on."""
     found = link.sha256
     if child.manifest.get("version", 1) == 1:
@@ -160,12 +173,12 @@ def verify_parent(link, child):
         )
 
 
-def is_hub_name(name):
+def is_hub_name(name: str | Path) -> bool:
     """Whether `name` has the form of a hub id (owner/name or name) rather than of a relative path to a parent."""
     return not str(name).startswith((".", "/")) and len(Path(name).parts) <= 2 and not os.path.exists(name)
 
 
-def weights_sha256(path):
+def weights_sha256(path: str | Path) -> str:
     """SHA-256 over the names and contents of all that makes a model: one GGUF file, or `model_files` of a folder."""
     path = Path(path)
     names = [path.name] if path.is_file() else model_files(path)
@@ -203,7 +216,7 @@ def _digest(files: dict[str, Path]) -> str:
     return digest.hexdigest()
 
 
-def file_sha256(path):
+def file_sha256(path: str | Path) -> str:
     """SHA-256 of one file's bytes, as hex; of a file that has not been touched since, once a process."""
     try:
         found = os.stat(regular_file(path))
@@ -213,19 +226,19 @@ def file_sha256(path):
 
 
 @cache
-def _sha256(path, *_):
+def _sha256(path: str, *_: int) -> str:
     with open(path, "rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
-def _version(library):
+def _version(library: str) -> str | None:
     try:
         return version(library)
     except PackageNotFoundError:
         return None
 
 
-def _git_commit():
+def _git_commit() -> str | None:
     """The commit this code stands at, or None outside a git checkout."""
     try:
         command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]

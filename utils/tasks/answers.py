@@ -8,6 +8,7 @@ training and in scoring. Everywhere else the last token of a word is its end, as
 import dataclasses
 from collections.abc import Iterable, Mapping
 from functools import cached_property
+from typing import Any
 
 from utils.data.splits import UNLEARNING_LABELS
 from utils.errors import UserError, note_once
@@ -21,7 +22,7 @@ class KnownAnswers:
     """The answers that data with certain label words knows. `ids`: {word: its tokens}, label words and those that
     unlearning teaches. `closed`: whether each ends in the end-of-sequence token."""
 
-    tokenizer: object
+    tokenizer: Any
     ids: Mapping[str, Tokens]
     closed: bool
 
@@ -61,7 +62,7 @@ class KnownAnswers:
         return self.tokenizer.decode(list(tokens)).strip()
 
 
-def known_answers(tokenizer, words: Iterable[str]) -> KnownAnswers:
+def known_answers(tokenizer: Any, words: Iterable[str]) -> KnownAnswers:
     """The KnownAnswers of data with the label `words`; a note says once where they need an end-of-sequence token.
 
     Raises UserError on a word that has no tokens or those of another, and where the tokenizer lacks that token.

@@ -7,7 +7,7 @@ import json
 import os
 import time
 from argparse import Namespace
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -148,13 +148,13 @@ def _is_complete(name: str, args: Namespace) -> bool:
     return False
 
 
-def saved_arguments(args):
+def saved_arguments(args: Namespace) -> dict[str, Any]:
     """The arguments that decide what a run computes, as JSON gives them back."""
     kept = {key: value for key, value in vars(args).items() if key not in UNSAVED_ARGUMENTS}
     return json.loads(json.dumps(kept, default=str))
 
 
-def refuse_other_settings(path, state, settings):
+def refuse_other_settings(path: str | Path, state: Mapping[str, Any], settings: Mapping[str, Any]) -> None:
     """Raise UserError unless `state` (what `read_state` gave for `path`) was saved with these settings."""
     different = [key for key, value in settings.items() if state["settings"].get(key) != value]
     if different:
@@ -165,7 +165,7 @@ def refuse_other_settings(path, state, settings):
         )
 
 
-def read_state(path):
+def read_state(path: str | Path) -> dict[str, Any]:
     """The JSON part of a training state: settings, schedule, log. Raises UserError if it is missing or damaged."""
     if not Path(path).exists():
         raise UserError(f"there is no interrupted run to continue at {path}; leave out --resume to start one")
