@@ -17,13 +17,15 @@ def trainable(
 ) -> torch.nn.Module:
     """`model` ready to train: frozen with a new float32 adapter, or with lora=None float32 weights that all learn; of
     RMU only those of its three layers. No dropout, since the reference is computed first."""
-    if lora:
-        model = add_lora(model, lora)
-    else:
-        model = dequantized(model).float().requires_grad_(True)
+    model = add_lora(model, lora) if lora else _all_weights(model)
     if method.activations:
         train_three_layers(model, settings.rmu_layer)
     return model.eval()
+
+
+def _all_weights(model: torch.nn.Module) -> torch.nn.Module:
+    """`model` with plain float32 weights that all learn."""
+    return dequantized(model).float().requires_grad_(True)
 
 
 def only_adapter_dropout(model: torch.nn.Module) -> None:
