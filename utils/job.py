@@ -27,7 +27,7 @@ class Settings:
 
 
 def settings_of(args: Namespace) -> Settings:
-    """The Settings that a command's arguments give; the only place that reads them for all three."""
+    """The Settings that a command's `args` give; the only place that reads all of them for all three."""
     return Settings(*(cli.take(kind, args) for kind in (ModelSettings, TrainingSettings, EvaluationSettings)))
 
 

@@ -43,7 +43,7 @@ class Intervention:
         return 0
 
     def prefix(self, model: torch.nn.Module) -> Prefix | None:
-        """What `utils.models.forward.completion_logits` takes as its prompt."""
+        """What `utils.models.forward.completion_logits` takes as its prompt; None: no virtual tokens."""
         return None
 
     def spans(self, texts: Sequence[str]) -> list[Spans] | None:

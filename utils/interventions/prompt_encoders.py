@@ -133,8 +133,10 @@ def save(encoder: VirtualTokens, base: str, folder: Path) -> None:
 
 
 def load_encoder(encoder: VirtualTokens, link: Link, parent: Link) -> None:
-    """Give `encoder` the weights of the checkpoint `link`, which must be a prompt on `parent`. Raises UserError where it
-    is another, or its encoder has another form."""
+    """Give `encoder` the weights of the checkpoint `link`, which must be a prompt on `parent`.
+
+    Raises UserError where it is another, or its encoder has another form.
+    """
     if link.kind != "prompt":
         raise UserError(f"{link.name} is no prompt; --init_checkpoint takes what spul.py wrote")
     verify_parent(parent, link)

@@ -67,9 +67,9 @@ def write_manifest(
     evaluated.
 
     chain: the Links of what it was trained on; its parent is the last. A local parent is recorded relative to the
-    checkpoint, so that a tree of checkpoints can be moved as a whole. words: the data's label words, so that a
-    checkpoint can answer without its data. metrics: records of utils.metrics, or None. training:
-    utils.training.Training.cost, or None.
+    checkpoint, so that a tree of checkpoints can be moved as a whole. All `args` of the command are recorded. words:
+    the data's label words, so that a checkpoint can answer without its data. metrics: records as
+    utils.evaluation.record.make_record gives them, or None. training: `cost` of utils.training.loop.Training, or None.
     """
     parent = chain[-1]
     local = parent.path.exists() and not is_hub_name(parent.name)

@@ -18,7 +18,7 @@ class Scores(Open):
 
 
 class Cost(Open):
-    """utils.training.Training.cost."""
+    """What a training cost: `cost` of utils.training.loop.Training."""
 
     steps: Count
     seconds_per_step: Amount | None
@@ -26,7 +26,7 @@ class Cost(Open):
 
 
 class Record(Open):
-    """One evaluation, as utils.metrics.record writes it."""
+    """One evaluation, as utils.evaluation.record.make_record gives it."""
 
     what = "record of scores"
     method: Text

@@ -69,9 +69,10 @@ def claim(
 ) -> Iterator[Output]:
     """Holds the first of `names` that is free as this run's output folder while the block runs.
 
-    Every place is tried by writing to it, and nothing of that stays. With several processes the main one claims.
-    overwrite: instead of args.overwrite. ours: instead of `written`. Raises UserError as `check` does for the last of
-    the names, and where another run has claimed it or left a state.
+    Every place is tried by writing to it, and nothing of that stays. With several processes the main one claims. All
+    `args` of the command are needed, since several name what must not be replaced. overwrite: instead of
+    args.overwrite. ours: instead of `written`. Raises UserError as `check` does for the last of the names, and where
+    another run has claimed it or left a state.
     """
     from utils import distributed
 
@@ -88,7 +89,7 @@ def _claim(
     checked: Callable[[str], None],
     stack: contextlib.ExitStack,
 ) -> str:
-    """The first free of `names`, whose workplace `stack` holds from now on."""
+    """The first free of `names`, whose workplace `stack` holds from now on. `args`: see `claim`."""
     refusal = None
     for name in map(str, map(Path, names)):  # without a slash behind it
         with contextlib.ExitStack() as tried:
@@ -124,7 +125,7 @@ def check(name: str, args: Namespace, overwrite: bool, ours: Callable[[Path], se
 
 
 def _refuse_to_start_over(name: str, args: Namespace) -> None:
-    """Raise Occupied if an interrupted run of a script that knows --resume would be lost without a word."""
+    """Raise Occupied if an interrupted run would be lost without a word; `args` say whether the script has --resume."""
     if not getattr(args, "resume", True) and state_path(name).exists():
         raise Occupied(
             f"an interrupted run left {state_path(name)}; continue it with --resume or start over with --overwrite"

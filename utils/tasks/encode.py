@@ -25,7 +25,7 @@ def tokenize(
     template: None for the published one, else an object whose `around(texts)` gives what stands before and behind each
     text. marks: None, or one item a text: the (start, end) character spans whose tokens become `marked`; where it is
     None, or none of them is left after cutting, all prompt tokens but the last do. answers: the data's
-    utils.answers.KnownAnswers, which say whether a word's tokens are all of its answer; None where no word begins
+    utils.tasks.answers.KnownAnswers, which say whether a word's tokens are all of its answer; None where no word begins
     another. longest: tokens of the longest answer, for which there is room behind every text; None: that of `words`.
     Raises UserError when template and completion alone do not fit.
     """

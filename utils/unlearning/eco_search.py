@@ -197,9 +197,9 @@ def search_strength(
     """(sigma, curve): the strength whose metric on train_forget comes closest to v_r (section 3.3, equation 5).
 
     intervention: of a strength. target: v_r. curve: [{"strength", "metric"}, ...] of everything that was tried. Without
-    --eco_start the zeroth-order search begins at the best of a coarse ladder: at the published start small noise changes
-    no answer, and it would not move. Afterwards the gap between the two tried strengths around v_r is halved a few
-    times: near a step of the metric the gradient's two sides lie far apart, and the search jumps over it.
+    --eco_start the zeroth-order search begins at the best of a coarse ladder: at the published start small noise
+    changes no answer, and it would not move. Afterwards the gap between the two tried strengths around v_r is halved a
+    few times: near a step of the metric the gradient's two sides lie far apart, and the search jumps over it.
     """
     words, forget = label_words(frames), sample_rows(frames["train_forget"], settings.eco_samples)
     seen: dict[float, float] = {}

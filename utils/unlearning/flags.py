@@ -172,8 +172,10 @@ def eco_target(text: str) -> float | str:
 
 
 def refuse_contradictions(parser: cli.ArgumentParser, args: argparse.Namespace) -> None:
-    """Exit 2 on flags that the chosen method would ignore, or that cannot work together (so it sees all `args`). Those of the published command
-    are taken by every method, so that only its name need be changed."""
+    """Exit 2 on flags that the chosen method would ignore, or that cannot work together (so it sees all `args`).
+
+    Those of the published command are taken by every method, so that only its name need be changed.
+    """
     name = args.unlearn_method
     if args.forget_per_batch >= args.train_batch_size:
         parser.error("--forget_per_batch must be smaller than --train_batch_size")

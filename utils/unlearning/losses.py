@@ -39,8 +39,8 @@ def spul_loss(
     """L = L_f + alpha L_r + beta L_kl (equation 4), and its parts.
 
     nll_forget, nll_retain: - log f(y_i | phi, x, y_<i) of the tokens of forget rows, where y is the unlearning word,
-    and of the M tokens of retain rows. kl (M,) or None (beta = 0): KL( f(. | x, y_<i) || f(. | phi, x, y_<i) ) at these.
-    n_forget, n_retain: rows of each kind in the step. Returns (L, {"L_f", "L_r", "L_kl"}), scalars.
+    and of the M tokens of retain rows. kl (M,): KL( f(. | x, y_<i) || f(. | phi, x, y_<i) ) at these; None where beta
+    is 0. n_forget, n_retain: rows of each kind in the step. Returns (L, {"L_f", "L_r", "L_kl"}), scalars.
     """
     parts = {"L_f": mean_over_rows(nll_forget, n_forget), "L_r": mean_over_rows(nll_retain, n_retain)}
     loss = parts["L_f"] + alpha * parts["L_r"]
@@ -56,9 +56,9 @@ def with_retain_weight(parts: dict[str, Tensor], weight: float) -> Parts:
     return parts["L_f"] + weight * retain, parts
 
 
-# Forget losses of the baselines. Each returns one value per completion token, or per row where its equation
-# is about whole completions; the caller takes the mean over forget rows. nll = - log f(y_i | x, y_<i) of a token, s =
-# its sum over a row's completion (`row_sums`), *_ref = the same under the model before unlearning, no gradient.
+# Forget losses of the baselines. Each returns one value per completion token, or per row where its equation is about
+# whole completions; the caller takes the mean over forget rows. nll = - log f(y_i | x, y_<i) of a token, s = its sum
+# over a row's completion (`row_sums`), *_ref = the same under the model before unlearning, no gradient.
 
 
 def row_sums(per_token: Tensor, rows: Tensor, n_rows: int) -> Tensor:

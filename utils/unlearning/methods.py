@@ -25,8 +25,8 @@ class Method:
     that looks at activations: function(activations (M, d), target (d,)) -> (M,).
 
     constants: {flag: the authors' value}. retain_loss, retain_weight: the authors' choice. fixed: the retain loss is
-    part of the method. What it needs: `reference`, what the model said before unlearning; `refusals`, every forget row a
-    second time with the answer "unknown"; `activations`, those of one layer. flipped: rows carry y~ of L_f instead of
+    part of the method. What it needs: `reference`, what the model said before unlearning; `refusals`, every forget row
+    a second time with the answer "unknown"; `activations`, those of one layer. flipped: rows carry y~ of L_f instead of
     their label. reduction: of a row's values, which are then averaged over rows.
     """
 

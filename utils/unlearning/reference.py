@@ -157,7 +157,7 @@ def load_reference(
 
 
 def _recorded(path: Path) -> dict:
-    """What the reference file `path` records of itself, as schemas.Reference has it."""
+    """What the reference file `path` records of itself, as `ReferenceText` has it."""
     try:
         with safe_open(regular_file(path), "pt") as file:
             found = file.metadata() or {}
