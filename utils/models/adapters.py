@@ -21,8 +21,10 @@ from utils.storage.schemas import Count, Open, PlainName
 
 @dataclass(frozen=True, kw_only=True)
 class LoraSettings:
-    """The adapter that is trained. lora_alpha: the scale is lora_alpha / lora_rank. lora_target_modules: None for PEFT's
-    choice for the architecture."""
+    """The adapter that is trained, as the flags of those names say it.
+
+    lora_alpha: the scale is lora_alpha / lora_rank. lora_target_modules: None for PEFT's choice for the architecture.
+    """
 
     lora_rank: int = 16
     lora_alpha: float = 64
@@ -45,8 +47,10 @@ class LoraFile(Open):
 
 
 def merge_lora(model: torch.nn.Module, link: Link) -> torch.nn.Module:
-    """`model`, dequantised where it was quantised, with the LoRA adapter of `link` added into its weights. Raises
-    UserError unless its tensors are those that an adapter of its configuration on this model has."""
+    """`model` with the LoRA adapter of `link` added into its weights, dequantised first where it was quantised.
+
+    Raises UserError where the adapter's tensors are not those that its configuration asks for on this model.
+    """
     model = dequantized(model)
     config = lora_config(link.path)
     try:
@@ -92,7 +96,11 @@ def untie(model: torch.nn.Module) -> None:
 
 
 def add_lora(model: torch.nn.Module, settings: LoraSettings) -> PeftModel:
-    """`model` with trainable float32 LoRA matrices, on PEFT's default layers for the architecture, else all linear."""
+    """`model` with trainable float32 LoRA matrices on the layers that `settings` names.
+
+    Where it names none: PEFT's default layers for the architecture, or all linear ones where PEFT has no default.
+    Raises UserError where PEFT cannot place the matrices.
+    """
     from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as DEFAULTS
 
     targets = settings.lora_target_modules

@@ -1,7 +1,7 @@
 """How attention is computed: by the library, or for short rows on a CPU without copies.
 
-Query heads that share a key head are rows of one matrix product, q_1 K^T above q_2 K^T, so `grouped_attention` needs no
-copy of K and V for each of them.
+Several query heads may share one key head. `grouped_attention` makes them rows of one matrix product, q_1 K^T above
+q_2 K^T. So it needs no copy of K and V for each of them.
 """
 
 import torch
@@ -30,8 +30,9 @@ def grouped_attention(
 ) -> tuple[torch.Tensor, None]:
     """Attention for short rows on a CPU: (B, T, heads, width) and None, as transformers' interface has it.
 
-    query: (B, heads, T, width); key, value: (B, groups, S, width); attention_mask: (B, 1, T, S), added to the scores.
-    For what SDPA computes and no more; without a mask, or with a bias of positions, it is SDPA.
+    query: (B, heads, T, width); key, value: (B, groups, S, width), or with masked keys behind these up to a multiple of
+    SOFTMAX_LANES. attention_mask: (B, 1, T, S), added to the scores. dropout: the probability. scaling: None for
+    1 / sqrt(width). It takes the place of SDPA only; without a mask, or with a bias of positions, it calls SDPA.
     """
     if attention_mask is None or kwargs.get("position_bias") is not None:
         if attention_mask is not None:
@@ -56,7 +57,7 @@ AttentionInterface.register(GROUPED, grouped_attention)
 AttentionMaskInterface.register(GROUPED, eager_mask)
 
 
-GROUPED_UP_TO = 256  # tokens, virtual ones included; README, "Speed and memory"
+GROUPED_UP_TO = 256  # tokens, virtual ones included: wider batches go to SDPA
 
 
 def refuse_attention(choice: str, device: str, dtype: torch.dtype) -> None:
@@ -73,9 +74,9 @@ def refuse_attention(choice: str, device: str, dtype: torch.dtype) -> None:
 def set_attention(model: PreTrainedModel, choice: str, device: str) -> RemovableHandle | None:
     """Let `model` compute attention by `choice` (--attn_implementation).
 
-    auto: SDPA where the architecture has it; on a CPU utils.forward.grouped_attention for short batches, which is
-    faster there (the hook that chooses is returned, else None). Raises UserError where the architecture does not have
-    the one asked for.
+    auto: SDPA where the architecture has it. On a CPU batches of up to GROUPED_UP_TO tokens a row take the faster
+    `grouped_attention`; then the hook that chooses is returned, else None. Raises UserError where the architecture does
+    not have the implementation asked for.
     """
     if choice == "auto":
         decoder = decoder_of(model)

@@ -52,8 +52,8 @@ def pick_device(name: str) -> str:
 def pick_dtype(name: str, device: str) -> torch.dtype:
     """`auto` -> bfloat16 where the device computes in it, else float32.
 
-    Never float16: it needs activations below 65,504, and training needs its loss scaled, as the published code had it
-    (small gradients become 0 otherwise); bfloat16 needs neither.
+    Never float16, which needs activations below 65,504. In training its loss must be scaled, as in the published code,
+    or small gradients become 0. bfloat16 needs neither.
     """
     if name != "auto":
         return getattr(torch, name)
@@ -68,9 +68,12 @@ def pick_dtype(name: str, device: str) -> torch.dtype:
 
 
 def load_tokenizer(chain: list[Link], set_pad_id: bool, trust_remote_code: bool = False) -> Any:
-    """The tokenizer of the last Link that has one. It pads with its own pad token, or with the end-of-sequence token
-    when `set_pad_id` or when it has none that the model knows (or token 0 if there is none either); masks go by length,
-    so the choice changes no result."""
+    """The tokenizer of the last Link that has one.
+
+    It pads with its own pad token, unless `set_pad_id` or the model does not know that token. Then it pads with the
+    end-of-sequence token, or token 0 where there is none either. Masks go by length, so the choice changes no result.
+    Raises UserError where it cannot be loaded or has no fast version.
+    """
     has_files = (link for link in reversed(chain) if link.path.is_file() or list(link.path.glob("tokenizer*")))
     link = next(has_files, chain[0])
     source = loading_arguments(link.path)
@@ -100,7 +103,8 @@ def load_base(link: Link, settings: ModelSettings, quantization: str = "none") -
     """The causal LM of a plain Link on settings.device in settings.dtype, in eval mode, all weights frozen.
 
     quantization: `nf4` loads its linear layers in 4-bit NormalFloat through bitsandbytes, `none` as they are. What lies
-    in 4 bits on the disk is loaded as it is either way. Raises UserError where it is no causal language model.
+    in 4 bits on the disk is loaded as it is either way. Raises UserError where it is no causal language model, lacks a
+    weight or holds numbers that are not finite. So it does where it does not fit the device or the attention asked for.
     """
     config = load_config(link, settings.trust_remote_code, quantization)
     device = pick_device(settings.device)

@@ -52,7 +52,8 @@ def resolve_chain(
 
     `name`: a checkpoint folder, a model folder, a .gguf file or a hub id. `parent`: where the parent of `name` lies,
     if it was moved. weights=False: nothing is verified, and of a hub id no weights are fetched. children: the folders
-    that led here. Raises UserError on anything missing, damaged or not the recorded parent.
+    whose parents led here, so that a circle is found. Raises UserError on anything missing, damaged or not the recorded
+    parent.
     """
     path = _local_path(name, trust_remote_code, weights)
     if path.resolve() in children:
@@ -131,8 +132,11 @@ def _from_hub(name: str, trust_remote_code: bool, weights: bool) -> Path:
 
 
 def load_config(link: Link, trust_remote_code: bool, quantization: str = "none") -> PreTrainedConfig:
-    """The configuration of a plain model; of a GGUF file from its metadata. Raises UserError if there is none, or if it
-    is that of no causal language model or cannot be loaded with this quantization (see `load_base`)."""
+    """The configuration of a plain model; of a GGUF file from its metadata.
+
+    Raises UserError where there is none, where the model is no causal language model, and where it cannot be loaded
+    with this quantization (see utils.models.base.load_base).
+    """
     if link.path.is_file() and quantization != "none":
         raise UserError(f"{link.name} is quantised already; add --quantization=none")
     try:
@@ -150,8 +154,10 @@ def load_config(link: Link, trust_remote_code: bool, quantization: str = "none")
 
 
 def stored_quantization(config: PreTrainedConfig) -> str | None:
-    """How the weights of a model with this configuration lie on the disk: None as plain numbers, `4-bit` as those of
-    bitsandbytes, else the name of another method."""
+    """How the weights of a model with this configuration lie on the disk.
+
+    None: as plain numbers. `4-bit`: as bitsandbytes packs them. Else the name of another method.
+    """
     stored = getattr(config, "quantization_config", None)
     stored = stored if isinstance(stored, dict | None) else stored.to_dict()
     if stored is None:

@@ -1,11 +1,12 @@
 """Forward passes that compute what is used: logits at completion tokens, the prompt's keys and values once.
 
-Why both are exact. The head acts on each position alone, so gathering the N positions that predict a completion token
-before the head gives the same N rows of logits as computing all B x T and gathering afterwards. With causal attention
-the virtual tokens see only themselves, so their keys and values are the same for every row: computing them once and
-expanding over the batch gives the same numbers, and by the chain rule the same gradient (the sum over rows). Sliding
-windows change nothing of that: they take keys away from what a position sees, by its distance, and all p keys of every
-layer are kept, so that the mask decides as it does without a cache.
+Why both are exact. N positions predict a completion token, and the head acts on each position alone. So gathering them
+before the head gives the same N rows of logits as computing all B x T and gathering afterwards.
+
+With causal attention the virtual tokens see only themselves, so their keys and values are the same for every row.
+Computing them once and expanding over the batch gives the same numbers. By the chain rule it gives the same gradient,
+the sum over rows. Sliding windows change nothing of that. They hide keys from a position by their distance, and all p
+keys of every layer are kept. So the mask decides as it does without a cache.
 """
 
 import inspect
@@ -40,10 +41,10 @@ def completion_logits(
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """Logits at the positions that predict a completion token, float32, (N, |V|); a pair if `reference` is given.
 
-    model: causal LM. batch: utils.data.Batch. prompt: None, virtual tokens (p, d) to stand in front of every row, or
-    what `prompt_prefix` made of them. reference: hidden states (M, d) as `completion_hidden` gives them; the head
-    maps them in the same call and the second item of the pair is their logits (M, |V|). reference_head: what maps
-    them instead, where the head itself is trained: a frozen copy of it from before.
+    model: causal LM. batch: of N completion tokens (utils.data.batch.Batch). prompt: None, virtual tokens (p, d) to
+    stand in front of every row, or what `prompt_prefix` made of them. reference: hidden states (M, d) as
+    `completion_hidden` gives them. The head maps them in the same call, and the second item of the pair is their logits
+    (M, |V|). reference_head: a frozen copy of the head from before training, which maps them instead of the head.
     """
     with _gather_before_head(model, batch, reference, reference_head) as seen:
         logits = _run(model, batch, prompt, seen).float()
@@ -59,9 +60,12 @@ def completion_hidden(model: torch.nn.Module, batch: Batch) -> torch.Tensor:
 
 
 def prompt_prefix(model: torch.nn.Module, prompt: torch.Tensor) -> Prefix:
-    """Keys and values of the virtual tokens `prompt` (p, d) per layer, for reuse over batches; `prompt` where a layer
-    cannot keep them (chunked attention, recurrent state) or a trial shows other numbers, with a note that says so once.
-    Raises UserError where the model computes something else from embeddings than from tokens."""
+    """Keys and values of the virtual tokens `prompt` (p, d) per layer, for reuse over batches and with their gradient.
+
+    It is `prompt` itself where a layer cannot keep them (chunked attention, recurrent state) or a trial shows other
+    numbers. A note then says so once. Raises UserError where the model computes something else from embeddings than
+    from tokens.
+    """
     if model not in _OBSTACLES:
         obstacle = _obstacle(model)
         if isinstance(prompt, FakeTensor):  # it has no numbers to compare
@@ -98,8 +102,8 @@ def _obstacle(model: torch.nn.Module) -> str | None:
 def trial(model: torch.nn.Module, name: str) -> torch.Tensor:
     """Completion logits (5, |V|) of two short rows, for comparison with other ways to compute them.
 
-    Raises UserError where `name` is no causal language model: a later token changes what an earlier position predicts,
-    or its head does not map each position on its own.
+    name: what the user calls `model`. Raises UserError where it is no causal language model. Then a later token changes
+    what an earlier position predicts, or the head does not map each position on its own.
     """
     batch = _trial_batch(model)
     try:
@@ -172,8 +176,10 @@ def _attempt(work: Callable) -> object:
 
 
 class _KeptLayer(DynamicLayer):
-    """One layer's keys and values of the pass that it is given to, all of them (a configuration's own cache drops those
-    that have left the sliding window)."""
+    """All of one layer's keys and values of the pass that it is given to.
+
+    A configuration's own cache would drop those that have left the sliding window.
+    """
 
     def update(
         self, keys: torch.Tensor, values: torch.Tensor, *args: object, **kwargs: object
@@ -183,8 +189,10 @@ class _KeptLayer(DynamicLayer):
 
 
 class _PrefixLayer(DynamicLayer):
-    """One layer's keys and values of the virtual tokens, (1, heads, p, width), in front of every row of a batch; for
-    grouped_attention also what that needs behind them, which saves it a copy."""
+    """One layer's keys and values of the virtual tokens, (1, heads, p, width), in front of every row of a batch.
+
+    For `grouped_attention` it also puts the masked keys behind them that it needs, which saves it a copy.
+    """
 
     def __init__(self, keys: torch.Tensor, values: torch.Tensor, config: PreTrainedConfig) -> None:
         super().__init__()
@@ -241,8 +249,8 @@ def _gather_before_head(
 
     Hooks on the head rather than a second call of it, so that whatever the architecture does after the head (soft
     caps, scales) still happens. A plain head in half precision (or under autocast) sees no rows at all: its product is
-    taken in float32, see `_float32_product`. Yields a dict: `offset` = virtual tokens in front, set before the pass;
-    `hidden`.
+    taken in float32, see `_float32_product`. Yields a dict. The caller sets `offset`, the number of virtual tokens in
+    front, before the pass; after it `hidden` holds the gathered states (N, d).
     """
     seen = {"offset": 0}
     head = model.get_output_embeddings()
@@ -291,8 +299,11 @@ def _float32_product(head: torch.nn.Linear, hidden: torch.Tensor) -> torch.Tenso
 
 
 class _FrozenProduct(torch.autograd.Function):
-    """hidden (N, d) float32 times a frozen weight (|V|, d) of another dtype, in float32. The weight is converted piece
-    by piece, and again in the backward pass: a float32 copy of it would be larger than all else in a step."""
+    """hidden (N, d) float32 times a frozen weight (|V|, d) of another dtype, in float32: (N, |V|).
+
+    The weight is converted piece by piece, and again in the backward pass. A float32 copy of all of it would be larger
+    than all else in a step.
+    """
 
     @staticmethod
     def forward(ctx: FunctionCtx, hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:

@@ -15,8 +15,11 @@ from utils.errors import UserError
 
 
 def decoder_of(model: torch.nn.Module) -> torch.nn.Module:
-    """The layers of a causal LM with what is around them, without its head. transformers looks for an attribute named
-    decoder, which in some architectures is part of the head."""
+    """A causal LM without its head: the layers, and what stands around them.
+
+    transformers' own `get_decoder` looks for an attribute named decoder, which in some architectures is part of the
+    head. There it is the base model.
+    """
     found = model.get_decoder()
     return found if isinstance(found, PreTrainedModel) else model.base_model
 
@@ -37,8 +40,8 @@ def record_activations(
 ) -> Iterator[dict[str, torch.Tensor]]:
     """While open, every pass leaves the output (B, T, d) of module `layer` in the yielded dict under `activations`.
 
-    until: None, or the module that the pass reaches next; there it ends, and with it this context: what would follow
-    has no share in the activations or in their gradient.
+    until: None, or the module that the pass reaches next. There the pass ends, and the block of the `with` statement
+    too: what would follow has no share in the activations or in their gradient.
     """
     seen = {}
 
@@ -61,12 +64,13 @@ def record_activations(
 
 
 def checkpoint_layers(model: torch.nn.Module) -> None:
-    """Gradient checkpointing: every decoder layer of `model` keeps its inputs only and computes the rest again when the
-    gradient comes by (same numbers, random state included). Raises UserError where the architecture does not say which
-    its layers are.
+    """Gradient checkpointing: every decoder layer of `model` keeps only its inputs for the backward pass.
 
-    transformers' own switch does not serve: it works in training mode only, which turns dropout on in a frozen model,
-    and it takes the cache away from a layer, so nothing could be shared between rows.
+    There it computes the rest again, with the same numbers, since the random state is restored. Raises UserError where
+    the architecture does not say which its layers are.
+
+    transformers' own switch does not serve. It works in training mode only, which turns dropout on in a frozen model.
+    It also takes the cache away from a layer, so nothing could be shared between rows.
     """
     layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
     if not layers:
@@ -78,11 +82,13 @@ def checkpoint_layers(model: torch.nn.Module) -> None:
 
 
 def compile_decoder(model: torch.nn.Module, backend: str | Callable = "inductor") -> None:
-    """`--compile`: the layers of `model` become fused kernels when they first run, for all batch sizes and lengths at
-    once (adapters that are put into them before that included). Parameters, their names and what is saved stay.
+    """`--compile`: the layers of `model` become fused kernels when they first run, for all batch sizes and lengths.
 
-    The decoder as a whole, not layer by layer: a layer reads its own number in the cache, so that nothing compiled for
-    one serves the next. What stands behind it (the head, which sees only some positions) is left alone.
+    Adapters that are put into them before that are included. Parameters, their names and what is saved stay. backend:
+    of torch.compile, by name or as a function.
+
+    The decoder is compiled as a whole. A layer reads its own number in the cache, so that nothing compiled for one
+    layer serves the next. What stands behind it (the head, which sees only some positions) is left alone.
     """
     decoder_of(model).compile(backend=backend, dynamic=True)
 
@@ -90,7 +96,7 @@ def compile_decoder(model: torch.nn.Module, backend: str | Callable = "inductor"
 def _checkpointed(forward: Callable, config: PreTrainedConfig, *args: object, **kwargs: object) -> object:
     if not torch.is_grad_enabled():
         return forward(*args, **kwargs)
-    attention = config._attn_implementation  # the second time, `_attention_by_width` may have chosen for another pass
+    attention = config._attn_implementation  # the second time, utils.models.attention may have chosen for another pass
 
     def again(*args: object, **kwargs: object) -> object:
         if config._attn_implementation != attention:
@@ -101,8 +107,10 @@ def _checkpointed(forward: Callable, config: PreTrainedConfig, *args: object, **
 
 
 def decoder_layers(model: torch.nn.Module) -> torch.nn.ModuleList:
-    """The model's transformer layers, first to last: the list of modules as long as its configuration says. Raises
-    UserError where there is none."""
+    """The model's transformer layers, first to last: the first list of modules as long as its configuration says.
+
+    Raises UserError where there is none.
+    """
     n = model.config.get_text_config().num_hidden_layers
     lists = (m for m in model.modules() if isinstance(m, torch.nn.ModuleList) and len(m) == n)
     layers = next(lists, None)

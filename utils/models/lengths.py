@@ -10,10 +10,9 @@ from utils.errors import UserError
 
 
 def check_length(config: PreTrainedConfig, n_tokens: int, p: int, spare: int = 0) -> None:
-    """Raise UserError if rows of `n_tokens` behind `p` virtual tokens do not fit the position range of a model with
-    this configuration.
+    """Raise UserError if a row of `n_tokens` behind `p` virtual tokens has more positions than the model knows.
 
-    spare: how many of these tokens --max_length does not count.
+    config: the model's. spare: how many of these tokens --max_length does not count.
     """
     limit = position_limit(config)
     if limit and n_tokens + p > limit:

@@ -1,7 +1,7 @@
 """Imports bitsandbytes so that it neither asks the hub nor speaks. Import this before anything that imports PEFT.
 
-When it is imported on a processor with AVX-512 bf16, bitsandbytes asks the hub for a kernel if the package `kernels` is
-installed, and prints a notice if not. Nothing here may use the network unless a hub id was given.
+When it is imported on a processor with AVX-512 bf16, bitsandbytes asks the hub for a kernel. Without the package
+`kernels` it prints a notice instead. Nothing here may use the network unless a hub id was given.
 """
 
 import logging
