@@ -9,8 +9,11 @@ import torch
 
 @dataclass(frozen=True)
 class Example:
-    """One row as token ids: `prompt` (template with the text) and `completion` (the answer's tokens). `marked`: the
-    prompt positions that a corruption changes, if one is applied."""
+    """One row as token ids: `prompt` (template with the text) and `completion` (the answer's tokens).
+
+    forget: whether it is a row to forget. marked: the prompt positions that a corruption changes, if one is applied.
+    Its length is the number of tokens that the model reads: all but the last of the completion.
+    """
 
     prompt: tuple[int, ...]
     completion: tuple[int, ...]
@@ -72,6 +75,7 @@ def epoch_batches(
 ) -> list[list[int]]:
     """The row numbers of every batch of one epoch: a pure function of its arguments, so a resumed run sees the same.
 
+    batch_size: rows. seed: of the order. epoch: its number from 0.
     forget_per_batch = 0: all rows shuffled together, each once, as published. n > 0: every batch has n forget rows
     (drawn in shuffled passes) and the epoch ends when each retain row was seen once. length_pool = k > 0: rows are
     sorted by length within pools of k batches, which saves padding; each row still counts once. None: pools of the

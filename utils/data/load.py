@@ -41,7 +41,11 @@ def load_splits(dataset: str) -> dict[str, pd.DataFrame]:
 
 
 def read_texts(path: str | Path) -> list[str]:
-    """The texts of a .txt (one a line), .csv, .jsonl or .parquet file (column `text`); UserError on bad input."""
+    """The texts of a .txt (one a line), .csv, .jsonl or .parquet file (column `text`), in file order.
+
+    Empty lines of a .txt are left out. Raises UserError where the file is missing, cannot be read, has no text or a row
+    without one.
+    """
     path = Path(path)
     if not path.exists():
         raise UserError(f"{path} does not exist; pass an existing file to --input_file")

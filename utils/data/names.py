@@ -1,7 +1,7 @@
 """Lists of people and the whole-word search for them in a text: who is named, and thereby what is to be forgotten.
 
-A name counts however Unicode spells it: composed or combining accents, curly or straight apostrophes, any hyphen, any
-space or line break between its words, with or without a space after an initial, with invisible characters inside.
+A name counts however Unicode spells it: composed or combining accents, curly or straight apostrophes, any hyphen.
+Between its words may stand any space or line break, after an initial none, and inside it invisible characters.
 List and text are both brought into one normal form; where a name was found is still told in the text as it stands.
 """
 
@@ -185,8 +185,10 @@ def _composes(cluster: str, character: str) -> bool:
 
 @lru_cache(maxsize=2**16)
 def _alike(cluster: str, invisible: str) -> str:
-    """What stands for a cluster in the normal form; letters in their plain shape (`ﬁ`, full width), since NFKC on the
-    whole would make letters of signs such as the trade mark."""
+    """What stands for a cluster in the normal form. Letters (`ﬁ`, full width) take their plain shape.
+
+    Only letters do, since NFKC on the whole text would make letters of signs such as the trade mark.
+    """
     characters = []
     for character in unicodedata.normalize("NFC", cluster):
         plain = unicodedata.normalize("NFKC", character)

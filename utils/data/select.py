@@ -43,15 +43,15 @@ def select_rows(
 ) -> dict[str, pd.DataFrame]:
     """The training protocol's row selection; returns new frames, order kept.
 
-    `forget_only` names a file with a list of people (utils.names): forget rows, train and test, that name none of them
-    are left out. `max_train_samples` keeps so many train rows in all, of them `forget_share` forget rows (default: the
-    share the data has), drawn by `rows_seed`. `validation_share` puts that share of each train split aside; these rows
-    stand in for the test splits, so that settings are chosen without them, unless `final`. `forget_size` < 1 then keeps
-    int(size * n) rows of train_forget, drawn with NumPy default_rng(42) (the published protocol). Nothing depends on
-    the training seed, and what a `forget_size` keeps is part of what is kept without one, so spul.py sees rows that
-    qlora.py has seen. A column `nested` of the test splits is about the train rows that are kept, `forget_size` aside,
-    since the model that unlearns has seen them. Says on stderr how many rows to forget name whom. Raises UserError when
-    a split would be left without a row, or has not as many as were asked for.
+    `forget_only` names a file with a list of people (utils.data.names). Forget rows, train and test, that name none of
+    them are left out. `max_train_samples` keeps so many train rows in all, drawn by `rows_seed`. Of these,
+    `forget_share` are forget rows (default: the share the data has). `validation_share` puts that share of each train
+    split aside. Unless `final`, these rows stand in for the test splits, so that settings are chosen without test rows.
+    `forget_size` < 1 then keeps int(size * n) rows of train_forget, drawn with NumPy default_rng(42) (the published
+    protocol). Nothing depends on the training seed. The rows that a `forget_size` keeps are among those kept without
+    one, so spul.py sees rows that qlora.py has seen. A column `nested` of the test splits is about the train rows kept
+    before `forget_size`, since the model that unlearns has seen them. Says on stderr how many rows to forget name whom.
+    Raises UserError when a split would be left without a row, or has fewer than were asked for.
     """
     whole, frames = frames, dict(frames)
     if final and not validation_share:
@@ -130,7 +130,10 @@ def learnt_by(manifest: dict, frames: dict[str, pd.DataFrame]) -> bool:
 
 
 def fingerprint(frames: Mapping[str, pd.DataFrame]) -> str:
-    """SHA-256 over text and label of the given splits' rows, in order: the same for the same data in any format."""
+    """SHA-256, in hex, over text, label and label word of the given splits' rows, in order.
+
+    It is the same for the same data in any format.
+    """
     digest = hashlib.sha256()
     for split, frame in sorted(frames.items()):
         rows = list(zip(frame["text"], frame["label"].tolist(), frame["label_text"]))

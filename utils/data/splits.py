@@ -110,12 +110,12 @@ def note_overlap(frames: dict[str, pd.DataFrame]) -> None:
 
 
 def mark_nested(frames: dict[str, pd.DataFrame]) -> dict[str, pd.DataFrame]:
-    """`frames` with a column `nested` in the test splits: 1 where a row contains, or is contained in, a train row of
-    its own kind (retain or forget), word by word.
+    """`frames` with a column `nested` in the test splits: 1 where a row overlaps a train row, else 0.
 
-    SST-2's rows are phrases cut from sentences, so that an unseen row may be a part of a trained one. Which train rows
-    there are decides, so a selection of rows is marked anew (`utils.data.select_rows`). Of its own kind: a forget row
-    is not seen before because a retain row of one word, `film`, stands in it.
+    Two rows overlap where one contains the other, word by word. SST-2's rows are phrases cut from sentences, so that an
+    unseen row may be a part of a trained one. Which train rows there are decides, so a selection of rows is marked anew
+    (`utils.data.select.select_rows`). Only train rows of the same kind (retain or forget) count. That a retain
+    row of one word, `film`, stands in a forget row does not mean that the latter has been seen.
     """
     marked = dict(frames)
     for kind in ("retain", "forget"):
@@ -125,8 +125,11 @@ def mark_nested(frames: dict[str, pd.DataFrame]) -> dict[str, pd.DataFrame]:
 
 
 def nested(texts: Iterable[str], others: Iterable[str]) -> np.ndarray:
-    """For each of the n `texts` whether it contains, or is contained in, one of `others` as a run of words, case aside:
-    (n,) bool. Takes seconds for tens of thousands of sentences."""
+    """For each of the n `texts` whether it contains, or is contained in, one of `others`: (n,) bool.
+
+    A text is contained in another where its words stand there in a row, case aside. Takes seconds for tens of thousands
+    of sentences.
+    """
     texts, others = ([tuple(text.casefold().split()) for text in rows] for rows in (texts, others))
     inside = set().union(*_runs(texts, others))
     around = [bool(found) for found in _runs(others, texts)]
@@ -150,7 +153,8 @@ def _runs(needles: Sequence[tuple], haystacks: Sequence[tuple]) -> Iterator[set[
 def split_rows(frame: pd.DataFrame, test_fraction: float, seed: int) -> dict[str, pd.DataFrame]:
     """The four splits of `frame` (columns label and forget, bool) as {split: frame}, row order kept.
 
-    Every combination of forget and label gives round(test_fraction * n) of its n rows to test, drawn by `seed`.
+    test_fraction: in [0, 1]. Every combination of forget and label gives round(test_fraction * n) of its n rows to
+    test, drawn by `seed`.
     """
     rng = np.random.default_rng(seed)
     test = np.zeros(len(frame), dtype=bool)

@@ -29,8 +29,10 @@ from utils.training.state import State, read_state, refuse_other_settings
 
 
 class Objective(Protocol):
-    """The loss of one micro-batch. A call gives (scalar with gradient, {part: scalar}) of the row numbers `rows`; the
-    counts are those of the whole step, so that micro-batches add up to the step exactly."""
+    """The loss of one micro-batch. A call gives (scalar with gradient, {part: scalar}) of the row numbers `rows`.
+
+    n_forget, n_retain: rows of each kind in the whole step, so that micro-batches add up to the step exactly.
+    """
 
     def __call__(
         self, rows: list[int], n_forget: int, n_retain: int
@@ -63,14 +65,15 @@ class TrainingSettings:
 class Training:
     """What to train and how.
 
-    parameters: {name: float32 Parameter}. recorded: the arguments by which a resumed run is known again
-    (utils.training.state.saved_arguments). chain: Links of the frozen model. state_path: the file that holds everything
-    needed to continue. warmup: the share of the steps in which the learning rate rises. evaluate: function() ->
-    {split: accuracy}, called every settings.eval_steps.
+    parameters: {name: float32 Parameter}. examples: the training rows, whose numbers `loss` gets. recorded: the
+    arguments by which a resumed run is known again (utils.training.state.saved_arguments). state_path: the file that
+    holds everything needed to continue. fingerprint: the hash of the data (utils.data.select.fingerprint). chain: Links
+    of the frozen model. warmup: the share of the steps in which the learning rate rises. evaluate: function() ->
+    {split: accuracy}, called every settings.eval_steps steps.
     `cost`, after `run`: {"steps", "seconds_per_step" (median), "peak_memory_bytes"}.
 
-    Started by `accelerate launch`, every process runs the same Training; the rows of a step are shared out
-    (utils.processes), which changes no result but for the order of float additions and the places that dropout draws.
+    Started by `accelerate launch`, every process runs the same Training, and the rows of a step are shared out
+    (utils.distributed). That changes only the order of float additions and the places that dropout draws.
     """
 
     parameters: dict[str, torch.nn.Parameter]
@@ -92,6 +95,7 @@ class Training:
         return {**self.recorded, "data": self.fingerprint, "model": models}
 
     def total_steps(self) -> int:
+        """The number of optimisation steps: all epochs, or fewer by settings.max_steps or settings.max_rows."""
         steps = self.settings.num_epochs * len(self._batches(0))
         limits = self.settings.max_steps, self._steps_in(self.settings.max_rows)
         return min([steps, *filter(None, limits)])

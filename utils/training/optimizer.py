@@ -6,8 +6,10 @@ import torch
 
 
 def decay_groups(parameters: Iterable[torch.nn.Parameter], weight_decay: float) -> list[dict]:
-    """Parameter groups of an optimizer: matrices decay; biases and the weights of norms do not, as in Trainer, which
-    the published code uses."""
+    """Parameter groups of an optimizer: matrices decay by `weight_decay`, biases and the weights of norms do not.
+
+    So it is in Trainer, which the published code uses.
+    """
     kinds = {weight_decay: [], 0.0: []}
     for parameter in parameters:
         kinds[weight_decay if parameter.ndim > 1 else 0.0].append(parameter)

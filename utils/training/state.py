@@ -60,11 +60,12 @@ UNSAVED_ARGUMENTS = (  # change nothing in what is trained
 
 @contextlib.contextmanager
 def claim_run(args: Namespace, stem: str, timed: bool = False, trains: bool = True) -> Iterator[Output | None]:
-    """Holds the output folder of a training run: --output_path, else the published `stem`, with the time of the start
-    if `timed`.
+    """Holds the output folder of a training run while the block runs: --output_path, else the published `stem`.
 
-    With --resume it is the folder of the interrupted run of this command; None, which is said, if that has ended since.
-    Raises UserError as `outputs.claim` does, and where there is no such run or there are several.
+    timed: the time of the start is part of the default name. trains: float16 is refused. With --resume it is the folder
+    of the interrupted run of this command; None, which is printed, if that has ended since. All `args` are needed,
+    since a run that is resumed must have had the same. Raises UserError as `utils.storage.outputs.claim` does, and
+    where there is no such run or there are several.
     """
     if trains:
         _refuse_float16(args)
@@ -84,15 +85,17 @@ def claim_run(args: Namespace, stem: str, timed: bool = False, trains: bool = Tr
 
 
 def _refuse_float16(args: Namespace) -> None:
-    """Raise UserError if the run trains in float16: its small gradients become 0 there unless the loss is scaled, which
-    is not done here."""
+    """Raise UserError if the dtype in `args` is float16: small gradients become 0 in it unless the loss is scaled,
+    which is not done here."""
     if args.dtype == "float16":
         raise UserError("--dtype=float16 loses small gradients in training; use --dtype=bfloat16, float32 or auto")
 
 
 def _default_names(stem: str, seed: int, timed: bool) -> Iterable[str]:
-    """The published name; another seed than the published one is part of it, and so is a number for every further run
-    of the same second."""
+    """The published name, or several to try in turn. Another seed than the published one is part of it.
+
+    timed: so is the time, and a number for every further run of the same second.
+    """
     name = stem if seed == PUBLISHED_SEED else f"{stem}-seed{seed}"
     if not timed:
         return [name]
@@ -102,7 +105,7 @@ def _default_names(stem: str, seed: int, timed: bool) -> Iterable[str]:
 
 def _to_resume(args: Namespace, stem: str, names: list[str] | None) -> list[str]:
     """The output that --resume is about, among those that begin with `stem` if no `names` are given; an empty list if
-    it is complete."""
+    it is complete. It is known by its settings, which are all `args`."""
     (name,) = names or [_of_these_settings(stem, args)]
     recover(name)
     if not _is_complete(name, args):
@@ -135,7 +138,7 @@ def _of_these_settings(stem: str, args: Namespace) -> str:
 
 
 def _is_complete(name: str, args: Namespace) -> bool:
-    """Whether `name` is what this command writes, and the state beside it, if any, that of the run that wrote it."""
+    """Whether `name` is what a command with these `args` writes, and the state beside it, if any, of the same run."""
     manifest, state = checkpoints.manifest_at(name), state_path(name)
     if not manifest or any(manifest["arguments"].get(key) != value for key, value in saved_arguments(args).items()):
         return False
@@ -149,13 +152,16 @@ def _is_complete(name: str, args: Namespace) -> bool:
 
 
 def saved_arguments(args: Namespace) -> dict[str, Any]:
-    """The arguments that decide what a run computes, as JSON gives them back."""
+    """Those of all `args` that decide what a run computes (not UNSAVED_ARGUMENTS), as JSON gives them back."""
     kept = {key: value for key, value in vars(args).items() if key not in UNSAVED_ARGUMENTS}
     return json.loads(json.dumps(kept, default=str))
 
 
 def refuse_other_settings(path: str | Path, state: Mapping[str, Any], settings: Mapping[str, Any]) -> None:
-    """Raise UserError unless `state` (what `read_state` gave for `path`) was saved with these settings."""
+    """Raise UserError unless `state` (what `read_state` gave for `path`) was saved with these settings.
+
+    settings: {name: value}, as `saved_arguments` gives them or Training.identity. The first that differs is named.
+    """
     different = [key for key, value in settings.items() if state["settings"].get(key) != value]
     if different:
         key = different[0]
@@ -166,7 +172,7 @@ def refuse_other_settings(path: str | Path, state: Mapping[str, Any], settings: 
 
 
 def read_state(path: str | Path) -> dict[str, Any]:
-    """The JSON part of a training state: settings, schedule, log. Raises UserError if it is missing or damaged."""
+    """The JSON part of a training state, as `State` has it. Raises UserError if it is missing or damaged."""
     if not Path(path).exists():
         raise UserError(f"there is no interrupted run to continue at {path}; leave out --resume to start one")
     try:
