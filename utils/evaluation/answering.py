@@ -22,7 +22,11 @@ def tokenized(
     max_length: int,
     acting: Acting,
 ) -> list[Example]:
-    """One Example a text with the answer `words[i]`, in the template of its intervention, changed tokens marked."""
+    """One Example a text, in the order of `texts`, with the answer `words[i]` and in the template of its intervention.
+
+    max_length: most tokens of prompt and longest answer; the text is cut. The tokens that the intervention changes are
+    `marked`. Raises UserError where template and answer alone do not fit.
+    """
     texts, longest = list(texts), max((len(known.ids[word]) for word in words), default=0)
     examples: dict[int, Example] = {}
     for number in dict.fromkeys(acting):
@@ -43,8 +47,11 @@ def tokenized(
 
 
 def by_length(examples: Sequence[Example], batch_size: int, acting: Acting) -> list[list[int]]:
-    """Row numbers in batches of similar length and one intervention: least padding, and rows on which none acts run as
-    the plain model does. Results are put back by row number."""
+    """The row numbers, each once, in batches of at most `batch_size` rows of similar length and one intervention.
+
+    Similar length means least padding. Rows on which no intervention acts run as the plain model does. The caller puts
+    results back by row number.
+    """
     batches = []
     for number in sorted(set(acting), key=lambda number: (number is None, number)):
         order = sorted((i for i in range(len(examples)) if acting[i] == number), key=lambda i: len(examples[i]))
@@ -56,7 +63,10 @@ def by_length(examples: Sequence[Example], batch_size: int, acting: Acting) -> l
 def answer_texts(
     served: Served, texts: Sequence[str], words: Sequence[str], max_length: int, batch_size: int
 ) -> list[tuple[str, float]]:
-    """The model's greedy answer to each text, and its probability."""
+    """The model's greedy answer to each text, and its probability in [0, 1].
+
+    words: the data's label words, which decide where an answer has ended. Raises UserError as `greedy` does.
+    """
     known = known_answers(served.tokenizer, words)
     acting, _ = served.decide(texts)
     cut_for = max(words, key=lambda word: len(known.ids[word]))
@@ -73,9 +83,10 @@ def greedy(
     batch_size: int,
     begun: Sequence[Tokens],
 ) -> list[tuple[Tokens, torch.Tensor]]:
-    """The greedy answer to each example's prompt, gone on from its tokens `begun`: (tokens, log f of the new ones).
+    """The greedy answer to each example's prompt: (tokens, log-probability of the new ones in nats, a scalar).
 
-    A row leaves its batch when its answer has ended. Raises UserError where the model gives NaN or infinity.
+    begun: for each row the first tokens of its answer, which the new ones follow; () for none. A row leaves its batch
+    when its answer has ended. Raises UserError where the model gives NaN or infinity.
     """
     answers, log_p = list(begun), [torch.zeros(())] * len(examples)
     for going in by_length(examples, batch_size, acting):

@@ -18,7 +18,10 @@ matplotlib.use("Agg")
 
 
 def picture(draw: Callable[..., pyplot.Figure]) -> Callable[..., None]:
-    """Makes function(...) -> figure one of (..., path) that saves it. It is decoration: a failure is only a note."""
+    """Makes of function(...) -> figure a function(..., path=) that saves the figure there as PNG.
+
+    It is decoration: a failure is only a note.
+    """
 
     def drawn(*arguments: object, path: Path) -> None:
         try:
@@ -39,8 +42,11 @@ def _plain(name: str) -> str:
 
 @picture
 def draw_tradeoff(records: list[dict]) -> pyplot.Figure:
-    """Forget accuracy against retain accuracy, train and test: a small mark per seed, a large one for the mean. Every
-    method has its own shape, so that it reads without colour and no label can overlap."""
+    """Forget accuracy against retain accuracy, in percent, on train and test rows.
+
+    A small mark stands for each seed, a large one for the mean. Every method has its own shape, so that it reads
+    without colour and no label can overlap. records: as utils.evaluation.record.make_record gives them.
+    """
     shapes = "osD^v<>phHdX*P8" + "x+1234|_"
     figure, panels = pyplot.subplots(1, 2, figsize=(11, 4.8), sharey=True)
     methods = list(dict.fromkeys(entry["method"] for entry in records))

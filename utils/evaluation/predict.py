@@ -17,7 +17,11 @@ PRINTED_TOGETHER = 4  # batches of new texts: sorted by length among them they a
 
 
 def variants_of(served: Served, router: Link | None, settings: ModelSettings, max_length: int) -> dict[str, Served]:
-    """{what the answer is called: the model that gives it}: as loaded, and without what unlearning added to it."""
+    """{what the answer is called: the model that gives it}.
+
+    Of a prompt or of ECO there are two: as loaded, and without what unlearning added. router: a gate that makes a third
+    of a prompt. max_length: of a gate that reads hidden states.
+    """
     kind = served.chain[-1].kind
     if kind == "prompt":
         routers = {"with router": routed(served, router, settings, max_length)} if router else {}
@@ -36,8 +40,11 @@ def answer_rows(
     as_json: bool,
     print_them: bool,
 ) -> None:
-    """Put into each of the `rows`, {"text"}, what every one of the `variants` answers, and print them where
-    `print_them`, as JSON lines or as text. words: the data's label words."""
+    """Put into each of the `rows`, {"text"}, what every one of the `variants` answers.
+
+    A row then also has {variant: {"answer", "probability", and what a gate said}}. words: the data's label words.
+    print_them: print the rows as they are answered, as JSON lines or as text.
+    """
     size = PRINTED_TOGETHER * batch_size
     parts = [rows[start : start + size] for start in range(0, len(rows), size)]
     with tqdm(total=len(rows), desc="answering", unit="text", disable=len(parts) == 1, mininterval=1) as progress:
@@ -63,7 +70,7 @@ def _answer(
 
 
 def shown(row: dict[str, Any], as_json: bool) -> str:
-    """One row of answers as a JSON line, or as the text with a line for each answer below it."""
+    """One row of answers as a JSON line, or as its text with a line for each answer and its percentage below it."""
     if as_json:
         return json.dumps(row, allow_nan=False)
     lines = [row["text"]]

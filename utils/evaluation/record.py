@@ -22,8 +22,8 @@ def with_distances(records: list[dict], predictions: Sequence[pd.DataFrame]) -> 
     predictions: for each record a DataFrame with split, label_probabilities and label_mass, same rows in the same
     order. Adds "distance_to_retrained": {"accuracy_forget", "accuracy_retain": mean over train and test of
     |difference|, "js_train_forget", "js_test_forget": mean Jensen-Shannon divergence of the answers, in bits, in
-    [0, 1]}. The sides stand apart because their mean rewards a model that was left as it is. Without a retrained
-    record they come back as they are.
+    [0, 1]}. The sides stand apart because their mean rewards a model that was left as it is. Unless exactly one record
+    is retrained, they come back as they are. Raises UserError on predictions of an older version.
     """
     methods = [record["method"] for record in records]
     if methods.count("retrained") != 1:
@@ -74,9 +74,12 @@ def make_record(
     seconds: float,
     training: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """One record of metrics.json, the schema that every script and table shares. seconds: the evaluation's. training:
-    what the training cost (utils.training.Training.cost), where there was one. "validation_share" is there where the
-    test splits are rows cut from train."""
+    """One record of metrics.json, the schema that every script and table shares (utils.storage.formats.Record).
+
+    splits: {split or slice: scores}, as `evaluate_splits` gives them. seconds: what the evaluation took. training: what
+    the training cost (`cost` of utils.training.loop.Training), where there was one. The record has "validation_share"
+    only where the test splits are rows cut from train.
+    """
     return {
         "method": method,
         "checkpoint": str(checkpoint),
@@ -92,7 +95,10 @@ def make_record(
 
 
 def method_names(chains: Sequence[list[Link]]) -> list[str]:
-    """What the table calls each checkpoint. Those of one method carry as much of their paths as tells them apart."""
+    """What the table calls each checkpoint. Those of one method carry as much of their paths as tells them apart.
+
+    Raises UserError where one checkpoint is named twice.
+    """
     names = []
     for chain in chains:
         last = chain[-1]

@@ -24,8 +24,10 @@ from utils.tasks.encode import tokenize
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluationSettings:
-    """What is evaluated and how, as the flags of those names say it; `dataset`, `seed`, `validation_share` and `final`
-    are what a record says of its run."""
+    """What is evaluated and how: the flags of those names.
+
+    dataset, seed, validation_share and final change no score; they are what a record says of its run.
+    """
 
     dataset: str = "sst2"
     seed: int = 42
@@ -46,10 +48,12 @@ def evaluate_splits(
 ) -> tuple[dict[str, dict], pd.DataFrame]:
     """Score the four splits (at most settings.max_eval_samples rows each); returns (splits, rows).
 
-    splits: {split: scores}, plus `<retain split>:length_matched` (retain rows drawn to have the forget rows' lengths in
-    words) and `<split>:names_other` where the data has that column: a prompt that reacts to length, or to any name,
-    has not learnt whom to forget. With a column `nested`, `<test split>:not_nested` are the rows of which no part was
-    trained on. rows: the scored rows with a `split` column, in file order.
+    splits: {split or slice: scores as in `split_scores`, and "flagged" of a split where there is a gate}. Slices:
+    `<retain split>:length_matched` are retain rows with the forget rows' lengths in words. `<split>:names_other` are
+    rows that name somebody who is not to be forgotten, where the data has that column. A prompt that reacts to length,
+    or to any name, has not learnt whom to forget. `<test split>:not_nested` are the rows that overlap no train row,
+    where the data has a column `nested`. rows: the scored rows with a `split` column, in file order. description: of
+    the progress bar. Raises UserError where a loss is not finite.
     """
     frames = {split: sample_rows(frames[split], settings.max_eval_samples, settings.rows_seed) for split in SPLITS}
     scored = {}
@@ -78,8 +82,11 @@ def check_rows(
     p: int = 0,
     template: Template | None = None,
 ) -> None:
-    """Raise UserError if a row to evaluate, behind `p` virtual tokens, does not fit a model with this configuration: it
-    is too long, or holds a token that the model does not know. Asked before training."""
+    """Raise UserError if a row to evaluate, behind `p` virtual tokens, does not fit a model with this configuration.
+
+    Such a row is too long, or holds a token that the model does not know. Asked before training. template: what stands
+    around the texts; None for the published one.
+    """
     limit, words = position_limit(config), label_words(frames)
     known = known_answers(tokenizer, words)
     longest = max(len(known.ids[word]) for word in words)
@@ -142,7 +149,10 @@ def note_other_length(served: Served, texts: Sequence[str], max_length: int) -> 
 
 
 def accuracies(served: Served, frames: Frames, words: Sequence[str], settings: EvaluationSettings) -> dict[str, float]:
-    """{split: accuracy} on settings.curve_samples rows a split, for the curve over steps; dropout off meanwhile."""
+    """{split: accuracy in [0, 1]} on settings.curve_samples rows a split, for the curve over steps.
+
+    Dropout is off meanwhile; every module is in its own mode again afterwards.
+    """
     modes = {module: module.training for module in served.model.modules()}
     served.model.eval()
     result = {}
@@ -172,9 +182,12 @@ def _slices(scored: Frames) -> dict[str, pd.DataFrame]:
 
 
 def match_lengths(candidates: pd.Series, targets: Iterable[str]) -> list[int]:
-    """Positions in `candidates` whose numbers of words are closest to those of `targets`: each used at most once,
-    longest targets first. A target stays without a match where the closest is more than 2 words and a quarter away: a
-    few rows of the right length say more than many of another."""
+    """Positions in `candidates`, in order, whose numbers of words are closest to those of `targets`.
+
+    Each position is used at most once, longest targets first. The closest may be 2 words away, or a quarter of the
+    target's words where that is more. Beyond that a target stays without a match: a few rows of the right length say
+    more than many of another.
+    """
     free = sorted(range(len(candidates)), key=lambda i: len(candidates.iloc[i].split()))
     lengths = [len(candidates.iloc[i].split()) for i in free]
     chosen = []

@@ -27,11 +27,13 @@ def score_rows(
     """One row of results per row of `frame` (text, label_text): prediction, correct, label_prediction,
     label_probabilities, label_mass, loss.
 
-    prediction: the greedy answer (of words of one token each: the arg max over the vocabulary, as published); correct:
-    it is the label, in the label's own tokens. label_prediction: the most probable of `words`; label_probabilities:
-    {word: f(word | text)}, scaled to sum to 1; label_mass: their sum before scaling; loss: - log f(label | text), nats.
-    With a gate also flagged and gate_probability. The order is that of `frame`. Several processes each score a part,
-    and every one returns all rows.
+    prediction: the greedy answer; where all words have one token, the arg max over the vocabulary, as published.
+    correct: whether it is the label, in the label's own tokens. label_prediction: the most probable of `words`.
+    label_probabilities: {word: f(word | text)}, scaled to sum to 1. label_mass: their sum before scaling. loss:
+    - log f(label | text), nats. With a gate also flagged and gate_probability.
+
+    max_length: most tokens of a row; its text is cut. batch_size: rows a pass. The order is that of `frame`. Several
+    processes each score a part, and every one returns all rows.
     """
     known = known_answers(served.tokenizer, words)
     texts = list(frame["text"])
@@ -86,9 +88,11 @@ def _label_scores(
     known: KnownAnswers,
     logits: tuple[torch.Tensor, ...],
 ) -> tuple[torch.Tensor, list[dict[str, list[int]]]]:
-    """log f(word | text) for every word, (rows, n_words) float64 on the CPU; and for each row {word: the arg max at
-    every one of its tokens}, where words have more than one. logits: at the rows' own labels. number: see
-    Served.logits."""
+    """log f(word | text) for every word, (rows, n_words) float64 on the CPU; and for each row a dict.
+
+    The dict is {word: the arg max at every one of its tokens}, empty where all words have one token. logits: at the
+    rows' own labels. number: see Served.logits.
+    """
     ids = [known.ids[word] for word in words]
     if all(len(tokens) == 1 for tokens in ids):
         rows = torch.stack([row[0] for row in logits])

@@ -17,8 +17,12 @@ DISTANCES = ["accuracy gap to retrained, points (forget/retain)", "JS to retrain
 
 
 def table(records: list[dict]) -> str:
-    """The records as text: accuracy / weighted F1 in percent for the four splits and their numbers of rows; then how
-    many forget answers are no label, and how many forget rows have their label as the most probable label word."""
+    """The records as a Markdown table, one line each: accuracy / weighted F1 of the four splits, in percent.
+
+    Then two shares of the forget rows, in percent: answers that are no label, and rows whose most probable label word
+    is their label. Behind the name of a split stands its number of rows. Where all records have it, the distance to the
+    retrained model follows.
+    """
     header = ["method", *(f"{split} (acc/F1)" for split in SPLITS), *FORGET_SHARES.values()]
     distances = all("distance_to_retrained" in entry for entry in records)
     lines = [_with_counts(header, records) + DISTANCES * distances]
@@ -64,8 +68,11 @@ def _mean_and_spread(values: Sequence[float], digits: int) -> str:
 
 
 def comparison_table(records: list[dict]) -> str:
-    """One line per method, in the order of first appearance: accuracy in percent (mean and standard deviation over
-    seeds), distance to the retrained model, cost of a training step."""
+    """The records as a Markdown table, one line per method in the order of first appearance.
+
+    Accuracies and the shares of `table` in percent, distance to the retrained model, learning rate, seconds per
+    training step, most memory in GiB. Over seeds: mean and standard deviation.
+    """
     header = ["method", *SPLITS, *FORGET_SHARES.values(), *DISTANCES, "learning rate", "s/step", "GiB"]
     lines = [_with_counts(header, records)]
     for method in dict.fromkeys(entry["method"] for entry in records):
@@ -88,7 +95,10 @@ def comparison_table(records: list[dict]) -> str:
 
 
 def gate_table(settings: dict[str, Any]) -> str:
-    """What ECO's classifier does on the four splits, and when names are rewritten, as text."""
+    """What ECO's classifier does on the four splits, and when names are rewritten, as text; shares in percent.
+
+    settings: what eco.json says.
+    """
     rates, held = settings["rates"], settings["calibration"]
     lines = [["split", "flagged, %", "wrong, %"]]
     lines += [
@@ -112,7 +122,7 @@ def gate_table(settings: dict[str, Any]) -> str:
 
 
 def meaning(records: list[dict]) -> str | None:
-    """What the last record changed against the fine-tuned one, in two sentences; None where there is no such pair."""
+    """What the last record changed against the fine-tuned or merged one, in two sentences; None without that pair."""
     before = next((entry for entry in records if entry["method"] in ("fine-tuned", "merged")), None)
     after = records[-1]
     if before is None or after is before:
