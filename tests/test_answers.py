@@ -14,11 +14,10 @@ import tiny
 from scripts import call, done, refused
 from test_metrics import BAD, FILM, WELL, score, scripted
 
-import inference_spul
 from utils.data.load import load_splits
 from utils.data.splits import SPLITS, TRAIN_SPLITS
 from utils.errors import UserError, note_once
-from utils.evaluation import tables
+from utils.evaluation import predict, tables
 from utils.evaluation.answering import answer_texts
 from utils.evaluation.record import with_distances
 from utils.evaluation.scores import split_scores
@@ -299,7 +298,7 @@ def test_answers_are_written_as_they_come(prompt, tmp_path):
     """Killed in the third part, the first two are there, in order; the bar is on stderr."""
     texts = [f"text {n} of a film" + " that is long" * (n % 3) for n in range(11)]
     (tmp_path / "texts.txt").write_text("\n".join(texts))
-    real, started = inference_spul.answer_rows, []
+    real, started = predict._answer, []
 
     def interrupted(rows, *arguments):
         started.append(len(rows))
@@ -308,7 +307,7 @@ def test_answers_are_written_as_they_come(prompt, tmp_path):
         real(rows, *arguments)
 
     flags = "--input_file=texts.txt", "--eval_batch_size=1", "--json"
-    with mock.patch.object(inference_spul, "answer_rows", interrupted):
+    with mock.patch.object(predict, "_answer", interrupted):
         killed = ask(tmp_path, prompt, *flags)
     assert killed.code == 130 and started == [4, 4, 3]
     lines = [json.loads(line) for line in killed.stdout.splitlines()]
@@ -369,6 +368,6 @@ def test_another_max_length_than_in_training_is_named(fine_tuned, small_data, tm
     said = done(ask(tmp_path, fine_tuned, "--max_length=400", long, "--text=a film"))
     assert "--max_length=96 and this is 400: 1 of 2 texts" in said.stderr
     assert "note:" not in done(ask(tmp_path, fine_tuned, "--max_length=401", "--text=a film")).stderr
-    with mock.patch("utils.training.loop.Training", side_effect=UserError("far enough")):
+    with mock.patch("utils.job.Training", side_effect=UserError("far enough")):
         said = scripts.spul(tmp_path, fine_tuned, small_data, "--max_length=72", "--max_eval_samples=0")
     assert "far enough" in said.stderr and "--max_length=96 and this is 72" in said.stderr

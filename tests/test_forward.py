@@ -381,7 +381,8 @@ def test_the_head_of_a_bfloat16_model_multiplies_in_float32(architecture):
         torch.testing.assert_close(logits, expected(seen["hidden"]), rtol=1e-5, atol=1e-5)
         torch.testing.assert_close(before, expected(completion_hidden(model, batch)), rtol=1e-5, atol=1e-5)
         got = gradient(prompt, logits)
-        torch.testing.assert_close(got, gradient(prompt, expected(seen["hidden"])), rtol=2e-2, atol=1e-4)
+        wanted = gradient(prompt, expected(seen["hidden"]))  # passes through bfloat16 layers, which round
+        torch.testing.assert_close(got, wanted, rtol=2e-2, atol=0.02 * wanted.abs().max().item())
     assert len(set(logits[0].tolist())) > 0.99 * len(logits[0])  # in bfloat16 hundreds of words share a value
 
 

@@ -391,7 +391,7 @@ def test_answers_are_greedy_decoding_with_the_prompt(llama):
         ids, log_p = (), 0.0
         while len(ids) < max(len(completion_ids(llama.tokenizer, w)) for w in [*WORDS, "neutral", "unknown"]):
             batch = collate([Example(example.prompt + ids, (0,))], 0, "cpu")
-            log_probabilities = completion_logits(llama.model, batch, llama.prompt)[0].log_softmax(-1)
+            log_probabilities = completion_logits(llama.model, batch, llama.interventions[0].vectors)[0].log_softmax(-1)
             ids += (int(log_probabilities.argmax()),)
             log_p += float(log_probabilities.max())
             if llama.tokenizer.decode(ids).strip() in [*WORDS, "neutral", "unknown"]:
