@@ -4,12 +4,18 @@ import contextlib
 import hashlib
 import importlib
 import io
+import json
 import re
+import signal
 import subprocess
 import sys
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from unittest import mock
+
+import pytest
+import torch
 
 from utils import cli
 from utils.errors import note_once
@@ -105,3 +111,44 @@ def tree(folder):
         str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else None
         for path in paths
     }
+
+
+def names(folder):
+    """Of what lies in `folder`."""
+    return {path.name for path in folder.iterdir()}
+
+
+def manifest_of(folder):
+    return json.loads((folder / "manifest.json").read_text())
+
+
+def metrics_of(folder):
+    return json.loads((folder / "metrics.json").read_text())
+
+
+def kill_after_a_state(cwd, script, *arguments):
+    """Start the run in a process of its own and kill it without warning as soon as a state file has appeared."""
+    process = subprocess.Popen(
+        command(script, *arguments), cwd=cwd, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+    )
+    deadline = time.monotonic() + 120
+    while not list(cwd.glob("*.training.safetensors")) and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.01)
+    process.kill()
+    assert process.wait() == -signal.SIGKILL, process.stderr.read()
+    process.stderr.close()
+
+
+def stop_at(cwd, step, *words):
+    """Interrupt the run, as Ctrl-C does, before it takes this step; exit code 130."""
+    clip, calls = torch.nn.utils.clip_grad_norm_, []
+
+    def interrupt(*arguments):
+        calls.append(arguments)
+        if len(calls) == step:
+            raise KeyboardInterrupt
+        return clip(*arguments)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.nn.utils, "clip_grad_norm_", interrupt)
+        assert call(cwd, *words).code == 130

@@ -11,8 +11,8 @@ import pandas as pd
 import pytest
 import scripts
 import tiny
+from scripted import BAD, FILM, WELL, score, scripted
 from scripts import call, done, refused
-from test_metrics import BAD, FILM, WELL, score, scripted
 
 from utils.data.load import load_splits
 from utils.data.splits import SPLITS, TRAIN_SPLITS

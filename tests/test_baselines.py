@@ -8,11 +8,22 @@ import shutil
 import pandas as pd
 import pytest
 import scripts
+import tiny
 import torch
 from safetensors.torch import load_file, save_file
-from scripts import ROWS, baselines, call, done, refused, tree
-from test_pipeline import RUN_ARGUMENTS, manifest_of, metrics_of, names
-from test_resume import kill_after_a_state, stop_at
+from scripts import (
+    ROWS,
+    baselines,
+    call,
+    done,
+    kill_after_a_state,
+    manifest_of,
+    metrics_of,
+    names,
+    refused,
+    stop_at,
+    tree,
+)
 
 from utils.data.load import load_splits
 from utils.data.splits import SPLITS
@@ -80,7 +91,7 @@ def evaluated(trained, small_data, fine_tuned):
 @pytest.fixture(scope="module")
 def parent(fine_tuned):
     """The weights that every method starts from: the fine-tuned model, merged."""
-    return load_served(str(fine_tuned), RUN_ARGUMENTS).model.state_dict()
+    return load_served(str(fine_tuned), tiny.ON_CPU).model.state_dict()
 
 
 def changes(folder, parent):

@@ -2,10 +2,10 @@
 
 import json
 import shutil
-from argparse import Namespace
 
 import pytest
 import scripts
+import tiny
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
@@ -21,17 +21,13 @@ from utils.models.forward import completion_logits, prompt_prefix
 from utils.storage import checkpoints, files
 from utils.tasks.encode import tokenize
 
-ARGUMENTS = Namespace(
-    device="cpu", dtype="float32", attn_implementation="auto", set_pad_id=False, trust_remote_code=False
-)
-
 
 @pytest.mark.parametrize("encoder", ["mlp", "lstm", "embedding"])
 def test_plain_peft_loads_the_prompt_and_gives_the_same_logits(tiny_model, fine_tuned, small_data, tmp_path, encoder):
     arguments = "--lr=1e-2", f"--prompt_encoder={encoder}", "--max_eval_samples=0", "--output_path=out"
     done(scripts.spul(tmp_path, fine_tuned, small_data, *arguments))
     rows = load_splits(str(small_data))["test_retain"]
-    loaded = load_served(str(tmp_path / "out"), ARGUMENTS)
+    loaded = load_served(str(tmp_path / "out"), tiny.ON_CPU)
     words = ["neutral" if i % 2 else word for i, word in enumerate(rows["label_text"])]  # of several tokens and of one
     batch = collate(tokenize(loaded.tokenizer, rows["text"], words, 96), loaded.pad_id, "cpu")
     base = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)
@@ -48,7 +44,7 @@ def test_plain_peft_loads_the_prompt_and_gives_the_same_logits(tiny_model, fine_
 
 def test_the_merged_model_is_the_adapted_one(tiny_model, fine_tuned, small_data):
     rows = load_splits(str(small_data))["test_retain"]
-    merged = load_served(str(fine_tuned), ARGUMENTS)
+    merged = load_served(str(fine_tuned), tiny.ON_CPU)
     batch = collate(tokenize(merged.tokenizer, rows["text"], rows["label_text"], 96), 0, "cpu")
     base = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)
     with torch.no_grad():
@@ -90,9 +86,9 @@ def test_the_chain_is_base_adapter_prompt(forest):
 
 def test_a_moved_tree_still_loads(forest, prompt):
     """Parents are recorded relative to the checkpoint; nothing points back to where the tree was."""
-    loaded = load_served(str(forest / "prompt"), ARGUMENTS)
+    loaded = load_served(str(forest / "prompt"), tiny.ON_CPU)
     assert all(forest in link.path.parents for link in loaded.chain)
-    (moved,), (original,) = loaded.interventions, load_served(str(prompt), ARGUMENTS).interventions
+    (moved,), (original,) = loaded.interventions, load_served(str(prompt), tiny.ON_CPU).interventions
     assert torch.equal(moved.vectors, original.vectors)
 
 

@@ -3,7 +3,6 @@
 import copy
 import json
 import shutil
-from argparse import Namespace
 
 import pytest
 import scripts
@@ -31,14 +30,11 @@ from utils.data.batch import Example, collate
 from utils.errors import UserError, is_out_of_memory
 from utils.interventions.served import load_served
 from utils.models import base
-from utils.models.base import dequantized
+from utils.models.base import ModelSettings, dequantized
 from utils.models.chain import resolve_chain
 from utils.models.forward import completion_logits, prompt_prefix
 from utils.models.layers import decoder_layers
 
-ARGUMENTS = Namespace(
-    device="cpu", dtype="float32", attn_implementation="auto", set_pad_id=False, trust_remote_code=False
-)
 FEW = ("--max_eval_samples=4", "--max_train_samples=8")
 TWO_LAYERS = tiny.SIZES | {"num_hidden_layers": 2}
 
@@ -80,7 +76,7 @@ def save(folder, config, auto=AutoModelForCausalLM, tokenizer=True):
 
 
 def load_base(folder, **changes):
-    return base.load_base(resolve_chain(str(folder))[0], Namespace(**vars(ARGUMENTS) | changes))
+    return base.load_base(resolve_chain(str(folder))[0], ModelSettings(**vars(tiny.ON_CPU) | changes))
 
 
 def losses(folder, place):
@@ -102,7 +98,7 @@ def test_a_lora_on_tied_weights_scores_the_same_when_loaded(targets, tied, small
     more = "--lr=2e-2", *FEW, "--output_path=out", "--lora_target_modules", *targets.split()
     done(scripts.qlora(tmp_path, tied, small_data, *more))
     scores_again(tmp_path, small_data, "out")
-    model = load_served(str(tmp_path / "out"), ARGUMENTS).model
+    model = load_served(str(tmp_path / "out"), tiny.ON_CPU).model
     separate = model.get_output_embeddings().weight is not model.get_input_embeddings().weight
     assert separate == ("lm_head" in targets or "embed" in targets) == (not model.config.tie_word_embeddings)
     if targets == "lm_head":  # on the untied model everything else can be trained, and is saved untied
@@ -146,7 +142,7 @@ def test_lora_on_a_4_bit_model_is_merged_into_plain_weights(quantization, in_4_b
     more = "--lr=2e-2", *FEW, f"--quantization={quantization}", "--output_path=out", "--lora_target_modules=q_proj"
     done(scripts.qlora(tmp_path, in_4_bits, small_data, *more))
     scores_again(tmp_path, small_data, "out")
-    merged = load_served(str(tmp_path / "out"), ARGUMENTS).model
+    merged = load_served(str(tmp_path / "out"), tiny.ON_CPU).model
     assert not merged.is_quantized and not hasattr(merged.config, "quantization_config")
     plain = dequantized(load_base(in_4_bits))
     adapter = PeftModel.from_pretrained(copy.deepcopy(plain), tmp_path / "out").base_model.model
@@ -168,7 +164,7 @@ def test_other_quantisations_are_taken_as_they_are_or_refused(tiny_model, small_
     for dry in ([], ["--dry_run"]):
         refused(tmp_path, "is quantised already; add --quantization=none", "qlora", *flags, "--quantization=nf4", *dry)
     done(scripts.call(tmp_path, "qlora", *flags))
-    assert not load_served(str(tmp_path / "out"), ARGUMENTS).model.is_quantized
+    assert not load_served(str(tmp_path / "out"), tiny.ON_CPU).model.is_quantized
     config = json.loads((tiny_model / "config.json").read_text())
     other = shutil.copytree(tiny_model, tmp_path / "other")
     for method in ("gptq", "awq"):
@@ -216,7 +212,7 @@ def larger(tiny_model, tmp_path):
 
 def test_a_padding_token_beyond_the_embedding_is_not_used(larger, small_data, tmp_path):
     done(scripts.qlora(tmp_path, larger, small_data, *FEW, "--output_path=out"))
-    assert load_served(str(tmp_path / "out"), ARGUMENTS).pad_id == 1  # the end-of-sequence token
+    assert load_served(str(tmp_path / "out"), tiny.ON_CPU).pad_id == 1  # the end-of-sequence token
     done(scripts.spul(tmp_path, "out", small_data, *FEW, "--output_path=prompt"))
 
 

@@ -14,17 +14,14 @@ import torch
 
 from utils.errors import UserError
 from utils.models import base
-from utils.models.adapters import add_lora
+from utils.models.adapters import LoraSettings, add_lora
 from utils.models.attention import GROUPED, GROUPED_UP_TO
-from utils.models.base import load_base, load_tokenizer, pick_device
+from utils.models.base import ModelSettings, load_base, load_tokenizer, pick_device
 from utils.models.chain import resolve_chain, short_name
 from utils.models.lengths import check_length
 from utils.storage.checkpoints import Link
 
-ARGUMENTS = Namespace(
-    device="cpu", dtype="float32", attn_implementation="auto", set_pad_id=False, trust_remote_code=False
-)
-LORA = Namespace(lora_rank=4, lora_alpha=8.0, lora_dropout=0.0, lora_bias="none", lora_target_modules=None)
+LORA = LoraSettings(lora_rank=4, lora_alpha=8.0, lora_dropout=0.0)
 
 
 @pytest.fixture(scope="module", params=list(tiny.CONFIGS))
@@ -34,7 +31,7 @@ def saved(request, tmp_path_factory):
 
 def load(folder, quantization="none", **changes):
     link = resolve_chain(str(folder))[0]
-    return load_base(link, Namespace(**vars(ARGUMENTS) | changes), quantization)
+    return load_base(link, ModelSettings(**vars(tiny.ON_CPU) | changes), quantization)
 
 
 def test_every_architecture_loads_whole_and_frozen(saved):
@@ -67,7 +64,7 @@ def test_every_architecture_takes_lora(saved):
 @pytest.mark.parametrize("quantization", ["none", "nf4"])
 def test_biases_are_trained_in_the_dtype_of_the_model(tmp_path, quantization):
     model = load(tiny.save(tmp_path / "opt", "opt"), quantization, dtype="bfloat16")
-    adapted = add_lora(model, Namespace(**vars(LORA) | {"lora_bias": "all"}))
+    adapted = add_lora(model, LoraSettings(**vars(LORA) | {"lora_bias": "all"}))
     adapted(input_ids=torch.tensor([[5, 6, 7]])).logits.float().sum().backward()
     biases = {name: p for name, p in adapted.named_parameters() if p.requires_grad and "lora_" not in name}
     assert biases and all(name.endswith("bias") and p.dtype == torch.bfloat16 for name, p in biases.items())
@@ -81,7 +78,7 @@ def test_lora_goes_where_the_user_says(tiny_model):
         None: {"q_proj", "v_proj"},
     }
     for targets, expected in names.items():
-        arguments = Namespace(**vars(LORA) | {"lora_target_modules": targets and list(targets)})
+        arguments = LoraSettings(**vars(LORA) | {"lora_target_modules": targets and list(targets)})
         adapted = add_lora(load(tiny_model), arguments)
         assert {
             name.split(".lora_")[0].split(".")[-1] for name, _ in adapted.named_parameters() if "lora_" in name
@@ -176,7 +173,7 @@ def test_attention_is_chosen_by_the_width_of_a_batch_on_a_cpu(saved):
 @pytest.mark.parametrize("choice", ["eager", "sdpa"])
 def test_attention_as_asked_for(tiny_model, choice):
     link = resolve_chain(str(tiny_model))[0]
-    model = load_base(link, Namespace(**vars(ARGUMENTS) | {"attn_implementation": choice}))
+    model = load_base(link, ModelSettings(**vars(tiny.ON_CPU) | {"attn_implementation": choice}))
     assert [attention_of(model, width) for width in (8, GROUPED_UP_TO + 1)] == [choice, choice]
 
 
@@ -188,7 +185,7 @@ def test_attention_that_is_not_there_is_refused(tiny_model, tmp_path):
     ):
         link = resolve_chain(str(folder))[0]
         with pytest.raises(UserError, match=sentence):
-            load_base(link, Namespace(**vars(ARGUMENTS) | {"attn_implementation": choice}))
+            load_base(link, ModelSettings(**vars(tiny.ON_CPU) | {"attn_implementation": choice}))
 
 
 CLAIMS_AVX512 = '''

@@ -5,7 +5,6 @@ import json
 import re
 import shlex
 import shutil
-from argparse import Namespace
 from pathlib import Path
 from unittest import mock
 
@@ -17,7 +16,7 @@ import tiny
 import torch
 from peft import PeftConfig
 from safetensors.torch import load_file, safe_open, save_file
-from scripts import call, done, refused, start, tree
+from scripts import call, done, manifest_of, metrics_of, names, refused, start, tree
 
 from utils.data.load import load_splits
 from utils.data.select import fingerprint, select_rows
@@ -47,9 +46,6 @@ ADAPTER_FILES = {
     "adapter_config.json", "adapter_model.safetensors", "manifest.json", "metrics.json", "tokenizer.json",
     "tokenizer_config.json", "training.jsonl", "training.png",
 }  # fmt: skip
-RUN_ARGUMENTS = Namespace(
-    device="cpu", dtype="float32", attn_implementation="auto", set_pad_id=False, trust_remote_code=False
-)
 
 
 def published(cwd, script, model, *budget):
@@ -73,18 +69,6 @@ def run(tiny_model, tmp_path_factory):
 def prompt_folder(cwd):
     (folder,) = (cwd / "unlearn_checkpoints").iterdir()
     return folder
-
-
-def names(folder):
-    return {path.name for path in folder.iterdir()}
-
-
-def manifest_of(folder):
-    return json.loads((folder / "manifest.json").read_text())
-
-
-def metrics_of(folder):
-    return json.loads((folder / "metrics.json").read_text())
 
 
 def prompt_of(folder):
@@ -234,7 +218,7 @@ def test_the_log_has_a_line_per_step(run):
 
 def test_nf4_quantises_every_linear_layer_but_the_head(tiny_model):
     link = resolve_chain(str(tiny_model))[0]
-    model = load_base(link, RUN_ARGUMENTS, "nf4")
+    model = load_base(link, tiny.ON_CPU, "nf4")
     kinds = {type(module) for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
     assert kinds == {bitsandbytes.nn.Linear4bit, torch.nn.Linear}
     plain = [name for name, module in model.named_modules() if type(module) is torch.nn.Linear]
@@ -364,7 +348,7 @@ def test_the_logged_losses_are_those_of_the_paper(fine_tuned, small_data, tmp_pa
     arguments = "--alpha=0.75", "--beta=2", "--max_steps=1", *sizes
     prompt = prompt_after(tmp_path, fine_tuned, folder, "out", *arguments)
     (line,) = [json.loads(line) for line in (tmp_path / "out" / "training.jsonl").read_text().splitlines()]
-    loaded, frames = load_served(str(fine_tuned), RUN_ARGUMENTS), load_splits(str(folder))
+    loaded, frames = load_served(str(fine_tuned), tiny.ON_CPU), load_splits(str(folder))
     retain, forget, kl = [], [], []
     for text, word in zip(frames["train_retain"]["text"], frames["train_retain"]["label_text"]):
         with_prompt, without = log_probabilities(loaded, text, word, prompt), log_probabilities(loaded, text, word)
@@ -421,7 +405,7 @@ def test_the_true_labels_of_forget_rows_do_not_matter(fine_tuned, small_data, tm
 @pytest.mark.parametrize("encoder", ["mlp", "lstm", "embedding"])
 def test_init_text_starts_at_the_embeddings_of_the_text(fine_tuned, encoder):
     """Its tokens in turn, repeated to fill the virtual tokens."""
-    loaded = load_served(str(fine_tuned), RUN_ARGUMENTS)
+    loaded = load_served(str(fine_tuned), tiny.ON_CPU)
     ids = loaded.tokenizer("forget the film")["input_ids"]
     wanted = [*ids, *ids, *ids, *ids][: len(ids) + 2]
     settings = {"init_text": "forget the film", "prompt_encoder": encoder, "ptuning_hidden_size": 16}
@@ -439,7 +423,7 @@ def test_a_text_start_can_be_trained_away_from(fine_tuned, small_data, tmp_path,
     arguments = "--init_text=forget the film", f"--prompt_encoder={encoder}", "--lr=1e-2"
     start = prompt_after(tmp_path, fine_tuned, small_data, "start", *arguments, "--max_steps=1")
     moved = prompt_after(tmp_path, fine_tuned, small_data, "moved", *arguments)
-    loaded = load_served(str(fine_tuned), RUN_ARGUMENTS)
+    loaded = load_served(str(fine_tuned), tiny.ON_CPU)
     ids = (loaded.tokenizer("forget the film")["input_ids"] * 4)[:4]
     assert torch.equal(start, loaded.model.get_input_embeddings().weight[ids])
     assert (moved - start).abs().amax(1).min() > 1e-4  # every virtual token
@@ -485,7 +469,7 @@ def test_spul_on_a_plain_model(tiny_model, small_data, tmp_path):
     assert [record["method"] for record in metrics_of(tmp_path / "out")] == ["base", "SPUL"]
     manifest = manifest_of(tmp_path / "out")
     assert (tmp_path / "out" / manifest["parent"]["path"]).resolve() == tiny_model.resolve()
-    assert load_served(str(tmp_path / "out"), RUN_ARGUMENTS).interventions[0].vectors.shape == (4, 128)
+    assert load_served(str(tmp_path / "out"), tiny.ON_CPU).interventions[0].vectors.shape == (4, 128)
 
 
 def test_the_reference_is_computed_once(fine_tuned, small_data, tmp_path):

@@ -2,15 +2,11 @@
 
 import json
 import shutil
-import signal
-import subprocess
-import time
 
 import pytest
 import scripts
-import torch
 from safetensors.torch import load_file, safe_open, save_file
-from scripts import call, done, refused, tree
+from scripts import call, done, kill_after_a_state, refused, stop_at, tree
 
 from utils.evaluation import run
 from utils.evaluation.run import evaluate_splits
@@ -29,19 +25,6 @@ def commands(model, fine_tuned, data):
         "qlora": (f"--model_name={model}", *scripts.QLORA, *budget, "--lr=1e-3", "--eval_steps=3", "--curve_samples=2"),
         "spul": (f"--model_checkpoints={fine_tuned}", *scripts.SPUL, *budget, "--lr=1e-2"),
     }
-
-
-def kill_after_a_state(cwd, script, *arguments):
-    """Start the run in a process of its own and kill it without warning as soon as a state file has appeared."""
-    process = subprocess.Popen(
-        scripts.command(script, *arguments), cwd=cwd, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
-    )
-    deadline = time.monotonic() + 120
-    while not list(cwd.glob("*.training.safetensors")) and process.poll() is None and time.monotonic() < deadline:
-        time.sleep(0.01)
-    process.kill()
-    assert process.wait() == -signal.SIGKILL, process.stderr.read()
-    process.stderr.close()
 
 
 @pytest.fixture(scope="module", params=["qlora", "spul"])
@@ -255,18 +238,3 @@ def test_a_model_that_changed_meanwhile_is_refused(tiny_model, small_data, tmp_p
     weights["model.norm.weight"][0] += 1e-3
     save_file(weights, tmp_path / "model" / "model.safetensors", {"format": "pt"})
     refused(tmp_path, "out.training.safetensors was saved with model=", "qlora", *arguments, "--resume")
-
-
-def stop_at(cwd, step, *command):
-    """Interrupt the run, as Ctrl-C does, before it takes this step; exit code 130."""
-    clip, calls = torch.nn.utils.clip_grad_norm_, []
-
-    def interrupt(*arguments):
-        calls.append(arguments)
-        if len(calls) == step:
-            raise KeyboardInterrupt
-        return clip(*arguments)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(torch.nn.utils, "clip_grad_norm_", interrupt)
-        assert call(cwd, *command).code == 130

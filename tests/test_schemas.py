@@ -9,10 +9,10 @@ import huggingface_hub
 import numpy as np
 import pytest
 import scripts
+import tiny
 import torch
 from safetensors.torch import load_file, safe_open, save_file
-from scripts import call, done, refused
-from test_checkpoints import ARGUMENTS
+from scripts import call, done, refused, stop_at
 
 from utils.errors import UserError
 from utils.interventions import eco, gates
@@ -477,7 +477,6 @@ def test_a_template_of_other_types(forest, name, change):
 @pytest.fixture(scope="module")
 def stopped(trees, tmp_path_factory):
     """A folder with an interrupted run of spul.py, and its command."""
-    from test_resume import stop_at
 
     folder = tmp_path_factory.mktemp("stopped")
     shutil.copytree(trees, folder / "trees", symlinks=True)
@@ -624,5 +623,5 @@ def test_loading_an_adapter_is_what_peft_does(forest):
 
     base = AutoModelForCausalLM.from_pretrained(forest / BASE, dtype=torch.float32)
     wanted = PeftModel.from_pretrained(base, forest / ADAPTER).merge_and_unload().state_dict()
-    found = load_served(str(forest / ADAPTER), ARGUMENTS).model.state_dict()
+    found = load_served(str(forest / ADAPTER), tiny.ON_CPU).model.state_dict()
     assert found.keys() == wanted.keys() and all(torch.equal(found[name], wanted[name]) for name in wanted)

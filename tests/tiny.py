@@ -19,8 +19,10 @@ from transformers import (
 )
 
 from utils.data.load import SNIPPETS_FOLDER
+from utils.models.base import ModelSettings
 from utils.tasks.classification import TEMPLATE_HEAD, TEMPLATE_TAIL
 
+ON_CPU = ModelSettings(device="cpu", dtype="float32")
 VOCABULARY = 2000
 SIZES = {"hidden_size": 128, "num_hidden_layers": 4, "num_attention_heads": 4, "intermediate_size": 256}
 COMMON = {
