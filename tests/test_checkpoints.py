@@ -34,7 +34,7 @@ def test_plain_peft_loads_the_prompt_and_gives_the_same_logits(tiny_model, fine_
     merged = PeftModel.from_pretrained(base, fine_tuned).merge_and_unload()
     peft = PeftModel.from_pretrained(merged, tmp_path / "out").eval()
     with torch.no_grad():
-        ours = completion_logits(loaded.model, batch, prompt_prefix(loaded.model, loaded.prompt))
+        ours = completion_logits(loaded.model, batch, prompt_prefix(loaded.model, loaded.interventions[0].vectors))
         logits = peft(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits
         without = completion_logits(loaded.model, batch)
     assert logits.shape[1] == batch.input_ids.shape[1] + 4
