@@ -144,7 +144,7 @@ def test_no_method_gets_another_budget(flags, sentence, capsys):
 def test_a_search_that_fails_for_another_reason_ends_the_comparison(run, tmp_path):
     """And leaves nothing behind that would count as a result."""
     with pytest.raises(UserError, match="baselines.py ended with exit code 2; finished runs are kept"):
-        run("--rivals=--num_epoch=3")
+        run("--baselines=--num_epoch=3")
     assert run() == []
 
 

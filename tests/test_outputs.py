@@ -13,9 +13,9 @@ import pytest
 import scripts
 from scripts import call, done, refused, tree
 
-import inference_spul
 from utils.errors import UserError, note_once
 from utils.evaluation import figures, tables
+from utils.evaluation.record import method_names
 from utils.storage import checkpoints, files, outputs
 
 FORK = multiprocessing.get_context("fork")
@@ -404,4 +404,4 @@ def test_rows_of_one_name_carry_what_tells_them_apart(place, fine_tuned):
 
 def test_the_whole_path_tells_the_last_apart(tmp_path):
     links = [[checkpoints.Link(tmp_path, name)] for name in ("x/final", "final")]
-    assert inference_spul.method_names(links) == ["base (x/final)", f"base ({os.path.basename(os.getcwd())}/final)"]
+    assert method_names(links) == ["base (x/final)", f"base ({os.path.basename(os.getcwd())}/final)"]

@@ -8,7 +8,7 @@ import scripts
 from safetensors.torch import load_file, safe_open, save_file
 from scripts import call, done, kill_after_a_state, refused, stop_at, tree
 
-from utils.evaluation import run
+from utils.evaluation import finish
 from utils.evaluation.run import evaluate_splits
 from utils.storage import files
 from utils.storage.outputs import state_path
@@ -222,7 +222,7 @@ def test_a_run_interrupted_in_its_last_evaluation_does_not_train_again(fine_tune
         return evaluate(loaded, frames, words, args, description)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(run, "evaluate_splits", interrupt)
+        patch.setattr(finish, "evaluate_splits", interrupt)
         assert call(tmp_path, "spul", *arguments, "--output_path=out").code == 130
     result = done(call(tmp_path, "spul", *arguments, "--output_path=out", "--resume"))
     assert "after step 4\n" in result.stdout

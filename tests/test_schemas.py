@@ -412,7 +412,7 @@ def test_a_gate_of_other_types(forest, field):
     for value in ECO[field]:
         file.write_text(json.dumps(whole | {field: value}))
         with pytest.raises(UserError, match="eco.json is no description of an ECO gate"):
-            schemas.read(file, eco.EcoSettings)
+            schemas.read(file, eco.EcoFile)
 
 
 def test_no_pattern_of_a_checkpoint_is_used(forest):

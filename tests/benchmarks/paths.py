@@ -15,7 +15,6 @@ import os
 import sys
 import time
 from pathlib import Path
-from types import SimpleNamespace
 
 import torch
 from peft import PromptEncoderConfig, get_peft_model
@@ -29,7 +28,7 @@ from utils.data.load import load_splits
 from utils.evaluation.scores import score_rows
 from utils.interventions.prompt_encoders import Prompt
 from utils.interventions.served import Served, load_served
-from utils.models.base import load_tokenizer, pick_device
+from utils.models.base import ModelSettings, load_tokenizer, pick_device
 from utils.models.chain import resolve_chain
 from utils.models.forward import completion_logits
 from utils.models.layers import record_activations
@@ -350,17 +349,17 @@ def plain_reference(spec, clock):
 
 def our_inference(spec, clock):
     """The scoring of inference_spul.py on the rows of train_retain, with a prompt or, for p = 0, without."""
-    args, loaded = _loaded(spec)
+    served = _loaded(spec)
     frames = load_splits(spec["data"])
     words = label_words(frames)
     if spec["p"]:
         torch.manual_seed(spec["seed"])
-        embeddings = loaded.model.get_input_embeddings().weight
+        embeddings = served.model.get_input_embeddings().weight
         prompt = torch.randn(spec["p"], embeddings.shape[1], device=embeddings.device) * embeddings.std().float()
-        loaded = loaded.using(Prompt(vectors=prompt))
+        served = served.using(Prompt(vectors=prompt))
     for n in spec["sizes"]:
         with clock.timed():
-            score_rows(loaded, frames["train_retain"].head(n), words, args.max_length, args.eval_batch_size)
+            score_rows(served, frames["train_retain"].head(n), words, spec["max_length"], spec["batch_size"])
 
 
 def plain_inference(spec, clock):
@@ -390,19 +389,8 @@ def _at_completions(logits, batch):
 
 
 def _loaded(spec):
-    """The arguments that the library functions take, and the loaded model."""
-    args = SimpleNamespace(
-        dataset=spec["data"],
-        max_length=spec["max_length"],
-        set_pad_id=False,
-        device=spec["device"],
-        dtype=spec["dtype"],
-        attn_implementation="auto",
-        trust_remote_code=False,
-        eval_batch_size=spec["batch_size"],
-        seed=spec["seed"],
-    )
-    return args, load_served(spec["model"], args)
+    """The model that the spec names."""
+    return load_served(spec["model"], ModelSettings(device=spec["device"], dtype=spec["dtype"]))
 
 
 PATHS = {
