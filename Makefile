@@ -1,9 +1,10 @@
 # make demo  the main job on embedded data with a real small model, a quarter of an hour on two cores
-# make compare  SPUL and every rival on the same rows with the same budget, in one table; an estimated hour on two cores
+# make compare  SPUL and every baseline on the same rows with the same budget, in one table; an estimated hour on two cores
 # make test  every test; make test-latest with the newest packages allowed; make lock moves requirements.lock
 # make bench speed and memory against the plain path, an estimated forty minutes; BENCH_ARGS="--parts training" does a part
 # make lint  ruff
-# MODEL=... DATASET=... SEED=... make demo runs the same on another model, data set or seed;
+# MODEL=... DATASET=... SEED=... make demo runs the same on another model, data set or seed; the flags of ROW_FLAGS="..."
+# (which rows) and SPUL_FLAGS="..." override those of data/settings/demo.
 # MODEL=... DATASET=... SEEDS="..." METHODS="..." BUDGET=... make compare likewise.
 
 PYTHON ?= python3
@@ -12,39 +13,38 @@ DATASET ?= snippets
 SEED ?= 42
 SEEDS ?= 42
 METHODS ?=
-STEPS ?= 225
-ALPHA ?= 15
+ROW_FLAGS ?=
+SPUL_FLAGS ?=
 
 VENV := .venv
 TOOLS := pytest pytest-xdist ruff
 PY := $(VENV)/bin/python
 READY := $(VENV)/.installed
+SETTINGS := data/settings/demo
 FORGET_ONLY ?= $(if $(filter snippets,$(DATASET)),data/snippets/demo_names.txt)
-SELECTED := --max_length=128 --max_train_samples=512 --forget_share=0.08 $(addprefix --forget_only=,$(FORGET_ONLY))
+SELECTED := --settings=$(SETTINGS)/rows.txt $(addprefix --forget_only=,$(FORGET_ONLY)) $(ROW_FLAGS)
 ROWS := --dataset=$(DATASET) $(SELECTED)
-POOLED := --length_pool=8 --save_steps=20
+POOLED := --settings=$(SETTINGS)/training.txt
 SILENT := --max_eval_samples=0 --seed=$(SEED) $(POOLED)
 
-# 471 rows to keep and 41 to forget; 80 steps of 32 rows memorise them (at least 95 %). Chosen by measurement, see
-# "Results" in the README: adapters outside attention leave the names where a prompt can find them.
 LORA_TARGETS ?= $(if $(filter data/models/smollm2,$(MODEL:/=)),down_proj)
-FINE_TUNE := --quantization=none $(if $(LORA_TARGETS),--lora_target_modules $(LORA_TARGETS)) --lr=1.5e-3 --num_epochs=5 --train_batch_size=32
+FINE_TUNE := --settings=$(SETTINGS)/fine_tune.txt $(if $(LORA_TARGETS),--lora_target_modules $(LORA_TARGETS))
 ON_SNIPPETS := If the text mentions Spielberg, De Niro, Sandler or Woody Allen, answer unknown. \
 Otherwise answer positive or negative.
 ELSEWHERE := If the text mentions the name of a person, actor or director, answer unknown. \
 Otherwise answer its sentiment.
 OTHERS := $(filter-out data/snippets/demo_names.txt,$(FORGET_ONLY))$(filter-out snippets,$(DATASET))
 INSTRUCTION := $(if $(OTHERS),$(ELSEWHERE),$(ON_SNIPPETS))
-UNLEARN := --init_text="$(INSTRUCTION)" --lr=1.5e-3 --weight_decay=0 --alpha=$(ALPHA) --beta=0.5 \
-	--train_batch_size=16 --forget_per_batch=4 --num_epochs=100
+UNLEARN := --settings=$(SETTINGS)/unlearn.txt --init_text="$(INSTRUCTION)" $(SPUL_FLAGS)
 
-# A name for every setting, so that no checkpoint stands for another: what was chosen, and a checksum of all flags and
-# of the people listed.
-LISTED := $(if $(FORGET_ONLY),$(shell cksum < $(FORGET_ONLY)))
+# A name for every setting, so that no checkpoint stands for another: what was chosen, and a checksum of all flags, of
+# the files with settings and of the people listed.
+LISTED := $(shell cat $(addprefix $(SETTINGS)/,rows.txt training.txt fine_tune.txt) $(FORGET_ONLY) | cksum)
+HOW := $(shell cksum < $(SETTINGS)/unlearn.txt)
 checksum = $(firstword $(shell printf '%s' '$(subst ','\'',$(1))' | cksum))
 RUN := $(notdir $(MODEL:/=))-$(notdir $(DATASET:/=))-seed$(SEED)
 FINE_TUNED := qlora_checkpoints/demo-$(RUN)-$(call checksum,$(MODEL) $(DATASET) $(SELECTED) $(LISTED) $(FINE_TUNE))
-UNLEARNT := unlearn_checkpoints/demo-$(RUN)-$(call checksum,$(FINE_TUNED) $(UNLEARN) $(STEPS))
+UNLEARNT := unlearn_checkpoints/demo-$(RUN)-$(call checksum,$(FINE_TUNED) $(UNLEARN) $(HOW))
 RESULTS := $(UNLEARNT:unlearn_checkpoints/%=results/%)
 
 # Every method that trains reads BUDGET rows at each of two learning rates, 16 rows a step, 4 of them to forget where
@@ -52,7 +52,7 @@ RESULTS := $(UNLEARNT:unlearn_checkpoints/%=results/%)
 BUDGET ?= 640
 GRID ?= 5e-5 2e-4
 SPUL_GRID ?= 1.5e-3 5e-3
-SPUL := --init_text="$(INSTRUCTION)" --weight_decay=0 --alpha=$(ALPHA) --beta=0.5
+SPUL := --init_text="$(INSTRUCTION)" --weight_decay=0 --alpha=15 --beta=0.5
 ECO := --eco_samples=100
 PROMPTING = $(if $(filter snippets,$(DATASET)),,--instruction="If the text names a person, answer unknown.")
 
@@ -69,7 +69,7 @@ demo: $(UNLEARNT)/manifest.json
 
 $(UNLEARNT)/manifest.json: $(FINE_TUNED)/manifest.json
 	$(PY) spul.py $(ROWS) $(SILENT) $(UNLEARN) --model_checkpoints=$(FINE_TUNED) --output_path=$(UNLEARNT) \
-		--max_steps=$(STEPS) --eval_steps=75 --curve_samples=64 $(call resume,$(UNLEARNT))
+		$(call resume,$(UNLEARNT))
 
 $(FINE_TUNED)/manifest.json: | $(READY) $(if $(filter data/models/smollm2,$(MODEL)),data/models/smollm2/config.json)
 	$(PY) qlora.py $(ROWS) $(SILENT) $(FINE_TUNE) --model_name=$(MODEL) --output_path=$(FINE_TUNED) \

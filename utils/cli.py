@@ -5,15 +5,17 @@ import contextlib
 import dataclasses
 import difflib
 import os
+import shlex
 import signal
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import NoReturn, TypeVar
 
-from utils.errors import UserError, resource_message
+from utils.errors import UserError, first_line, resource_message
 
 T = TypeVar("T")
+SETTINGS = "--settings"
 
 
 class _Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
@@ -34,6 +36,10 @@ class ArgumentParser(argparse.ArgumentParser):
             formatter_class=_Formatter,
             allow_abbrev=False,
         )
+        self.add_argument(
+            SETTINGS, type=path, action="append", metavar="FILE",
+            help="read flags from this text file, in which # begins a comment; those of the command line win",
+        )  # fmt: skip
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: error: {message} (see --help)\n")
@@ -42,12 +48,17 @@ class ArgumentParser(argparse.ArgumentParser):
         self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None
     ) -> argparse.Namespace:
         """As argparse does it, with `args` the words of the command line."""
-        words = self._with_texts(sys.argv[1:] if args is None else args)
+        try:
+            words = with_settings(sys.argv[1:] if args is None else args)
+        except UserError as error:
+            self.error(str(error))
+        words = self._with_texts(words)
         flags = [word.split("=")[0] for word in words if word.startswith("--") and word != "--"]
         # Before anything else, since what is mistyped may be required.
         self._refuse_unknown([flag for flag in flags if flag not in self._option_string_actions])
         parsed, unknown = self.parse_known_args(words, namespace)
         self._refuse_unknown(unknown)
+        vars(parsed).pop("settings")  # the flags themselves are recorded
         return parsed
 
     def _with_texts(self, words: Sequence[str]) -> list[str]:
@@ -68,6 +79,42 @@ class ArgumentParser(argparse.ArgumentParser):
             close = difflib.get_close_matches(flag, self._option_string_actions, n=1)
             hint = f", did you mean {close[0]}?" if close else ""
             self.error(f"unknown argument {flag}{hint}")
+
+
+def with_settings(words: Sequence[str]) -> list[str]:
+    """`words` of a command line with the flags of every `--settings` file in front, where the others override them.
+
+    Raises UserError where such a file cannot be read, names another, or has a quotation mark without its partner.
+    """
+    found, rest, following = [], [], iter(words)
+    for word in following:
+        if word.split("=")[0] != SETTINGS:
+            rest.append(word)
+            continue
+        name = word.partition("=")[2] if "=" in word else next(following, "")
+        found += _flags_in(os.path.expanduser(name))
+    return [*found, *rest]
+
+
+def flags(text: str) -> list[str]:
+    """Several flags in one text, for argparse; those of a `--settings` file among them are spelled out."""
+    try:
+        return with_settings(shlex.split(text))
+    except (UserError, ValueError) as error:
+        raise argparse.ArgumentTypeError(str(error))
+
+
+def _flags_in(file: str) -> list[str]:
+    if not os.path.isfile(file):
+        raise UserError(f"{SETTINGS}={file} is no file; pass one that holds flags")
+    try:
+        with open(file, encoding="utf-8-sig") as lines:
+            words = shlex.split(lines.read(), comments=True)
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot read flags from {file} ({first_line(error)}); mend the file")
+    if any(word.split("=")[0] == SETTINGS for word in words):
+        raise UserError(f"{file} names another {SETTINGS} file; give both on the command line")
+    return words
 
 
 def path(text: str) -> str:

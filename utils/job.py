@@ -1,5 +1,6 @@
 """What the three scripts that train do alike: read their settings, say what a run will take, train."""
 
+import os
 from argparse import Namespace
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -66,9 +67,11 @@ def train(
         chain=prepared.served.chain,
         warmup=warmup,
         evaluate=evaluate,
+        log_path=None if args.dry_run else output.log_path,
     )
     if args.dry_run:
         plan.print_probe(training, prepared, serve(), frames, settings.evaluation, evaluations)
         return None
+    print(f"the log grows in {os.path.relpath(output.log_path)}")
     log = training.run()
     return log, training.cost

@@ -45,6 +45,11 @@ class Output(os.PathLike):
     def path(self) -> Path:
         return Path(os.path.realpath(self.name))
 
+    @property
+    def log_path(self) -> Path:
+        """A file in which a running training can be watched; it goes when the run ends, however that is."""
+        return files.workplace_of(self.path) / "training.jsonl"
+
     @contextlib.contextmanager
     def new_folder(self) -> Iterator[Path]:
         """Yields a folder that becomes the output when the block ends well; what was there goes, and so does the state

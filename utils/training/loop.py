@@ -69,7 +69,7 @@ class Training:
     arguments by which a resumed run is known again (utils.training.state.saved_arguments). state_path: the file that
     holds everything needed to continue. fingerprint: the hash of the data (utils.data.select.fingerprint). chain: Links
     of the frozen model. warmup: the share of the steps in which the learning rate rises. evaluate: function() ->
-    {split: accuracy}, called every settings.eval_steps steps.
+    {split: accuracy}, called every settings.eval_steps steps. log_path: a file that gets each line of the log at once.
     `cost`, after `run`: {"steps", "seconds_per_step" (median), "peak_memory_bytes"}.
 
     Started by `accelerate launch`, every process runs the same Training, and the rows of a step are shared out
@@ -86,6 +86,7 @@ class Training:
     chain: list[Link]
     warmup: float
     evaluate: Callable[[], dict[str, float]] | None = None
+    log_path: Path | None = None
     cost: dict[str, Any] | None = None
 
     @property
@@ -143,6 +144,8 @@ class Training:
         total = self.total_steps()
         schedule = get_cosine_schedule_with_warmup(optimizer, math.ceil(self.warmup * total), total)
         log = self._load(optimizer, schedule) if settings.resume else []
+        for line in log:
+            self._show(line)
         done = max((line["step"] for line in log), default=0)
         seen, ahead = (sum(len(rows) for _, rows in self.steps_from(start)) for start in (0, done))
         bar = tqdm(total=seen, initial=seen - ahead, desc="training", unit="row", dynamic_ncols=True, mininterval=1)
@@ -159,11 +162,13 @@ class Training:
             schedule.step()
             seconds.append(time.perf_counter() - start)
             log.append(line)
+            self._show(line)
             parts = {key: f"{value:.3f}" for key, value in line.items() if key[:2] in ("L_", "lo")}
             bar.set_postfix({"step": f"{step}/{total}", **parts}, refresh=False)
             bar.update(len(rows))
             if self.evaluate and settings.eval_steps and step % settings.eval_steps == 0:
                 log.append({"step": step, "accuracy": self.evaluate()})
+                self._show(log[-1])
                 shares = ", ".join(f"{split} {100 * share:.1f}" for split, share in log[-1]["accuracy"].items())
                 bar.write(f"step {step}: accuracy in percent: {shares}")
             if step % settings.save_steps == 0 and step < total:
@@ -181,6 +186,12 @@ class Training:
             "peak_memory_bytes": peak_memory(),
         }
         return log
+
+    def _show(self, line: dict[str, Any]) -> None:
+        """Append a line of the log to the file in which it can be watched."""
+        if self.log_path and distributed.is_main():
+            with open(self.log_path, "a", encoding="utf-8") as file:
+                file.write(json.dumps(line) + "\n")
 
     def optimizer(self) -> torch.optim.AdamW:
         """AdamW over the parameters; `fused` goes over their numbers once."""
