@@ -21,9 +21,7 @@ def parse_args():
     arguments.add_training_arguments(parser, num_epochs=10)
     group = parser.add_argument_group("fine-tuning")
     group.add_argument("--quantization", choices=["nf4", "none"], default="nf4", help="of the frozen base")
-    group.add_argument(
-        "--exclude_forget", action="store_true", help="fine-tune on retain only: the retrained reference"
-    )
+    group.add_argument("--exclude_forget", action="store_true", help="fine-tune on retain rows only: the retain model")
     arguments.add_lora_arguments(parser, "LoRA")
     return parser.parse_args()
 
@@ -97,7 +95,7 @@ def fine_tune(args, output):
         save_weights(served.model, folder)
         tokenizer.save_pretrained(folder)
 
-    method = "retrained" if args.exclude_forget else "fine-tuned"
+    method = "retain model" if args.exclude_forget else "fine-tuned"
     finish(
         output, served, frames, args, settings.evaluation, method=method, kind="lora", write=write,
         trained_on=splits, cost=cost, log=log,

@@ -250,7 +250,8 @@ def records_and_rows(**methods):
     for method, (accuracies, mass) in methods.items():
         scores = {"f1": 0.5, "out_of_label": 0.25, "label_accuracy": 0.75, "n": 26}
         splits = {split: {"accuracy": accuracy, **scores} for split, accuracy in zip(SPLITS, accuracies)}
-        records.append({"method": method.replace("_", "-"), "splits": splits})
+        names = {"fine_tuned": "fine-tuned", "retain_model": "retain model"}
+        records.append({"method": names.get(method, method), "splits": splits})
         shares = [{"negative": 0.2, "positive": 0.8}] * 4
         predictions.append(pd.DataFrame({"split": SPLITS, "label_probabilities": shares, "label_mass": mass}))
     return records, predictions
@@ -260,9 +261,11 @@ def test_a_refuser_is_far_from_the_retrained_model():
     """With the label words' own proportions untouched it scored 0 bits; and the two sides stand apart: left as it was,
     a model has the distance of its forget side alone."""
     rows = records_and_rows(
-        retrained=([0.9, 0.6, 0.8, 0.7], 1.0), fine_tuned=([0.9, 1.0, 0.8, 0.9], 1.0), refuser=([0.9, 0, 0.8, 0], 0.0)
+        retain_model=([0.9, 0.6, 0.8, 0.7], 1.0),
+        fine_tuned=([0.9, 1.0, 0.8, 0.9], 1.0),
+        refuser=([0.9, 0, 0.8, 0], 0.0),
     )
-    _, untouched, refuser = (record["distance_to_retrained"] for record in with_distances(*rows))
+    _, untouched, refuser = (record["distance_to_retain_model"] for record in with_distances(*rows))
     assert untouched == pytest.approx(
         {"accuracy_forget": 0.3, "accuracy_retain": 0, "js_train_forget": 0, "js_test_forget": 0}
     )
@@ -274,7 +277,7 @@ def test_a_refuser_is_far_from_the_retrained_model():
 def test_tables_show_rows_and_what_a_refusal_still_tells():
     records = with_distances(
         *records_and_rows(
-            fine_tuned=([0.9, 1.0, 0.8, 0.9], 1.0), SPUL=([0.9, 0, 0.8, 0.1], 0.1), retrained=([1] * 4, 1)
+            fine_tuned=([0.9, 1.0, 0.8, 0.9], 1.0), SPUL=([0.9, 0, 0.8, 0.1], 0.1), retain_model=([1] * 4, 1)
         )
     )
     for table in (tables.table(records), tables.comparison_table(records)):

@@ -68,15 +68,15 @@ def run(finished, compared, tmp_path):
 
 def test_the_whole_comparison(run, tmp_path):
     records = json.loads((tmp_path / "out" / "metrics.json").read_text())
-    rows = ["base", "fine-tuned", "retrained", "SPUL", "gradient_ascent", "npo", "prompting", "eco", "SPUL + router"]
+    rows = ["base", "fine-tuned", "retain model", "SPUL", "gradient_ascent", "npo", "prompting", "eco", "SPUL + router"]
     assert [record["method"] for record in records] == rows
     table = (tmp_path / "out" / "table.md").read_text()
-    assert len(table.splitlines()) == 2 + len(rows) and "retrained (target)" in table
+    assert len(table.splitlines()) == 2 + len(rows) and "retain model (target)" in table
     assert (tmp_path / "out" / "tradeoff.png").read_bytes().startswith(b"\x89PNG")
     by_method = {record["method"]: record for record in records}
-    target = by_method["retrained"]["distance_to_retrained"]
+    target = by_method["retain model"]["distance_to_retain_model"]
     assert target == dict.fromkeys(("accuracy_forget", "accuracy_retain", "js_train_forget", "js_test_forget"), 0)
-    assert by_method["base"]["distance_to_retrained"]["js_train_forget"] > 0
+    assert by_method["base"]["distance_to_retain_model"]["js_train_forget"] > 0
     for method in ("gradient_ascent", "npo"):
         search = by_method[method]["search"]
         assert search["lr"] == 1e-4 and search["grid"]["1e+30"] is None  # diverged, which ends no comparison

@@ -286,9 +286,9 @@ def test_exclude_forget_trains_on_no_forget_row(tiny_model, small_data, tmp_path
 def test_the_retrained_reference_is_called_so(tiny_model, small_data, tmp_path):
     done(scripts.qlora(tmp_path, tiny_model, small_data, "--exclude_forget", "--max_steps=1"))
     folder = tmp_path / "qlora_checkpoints" / "tiny-llama-qlora-data-retain"
-    assert [record["method"] for record in metrics_of(folder)] == ["retrained"]
+    assert [record["method"] for record in metrics_of(folder)] == ["retain model"]
     done(inference(tmp_path, small_data, folder, "--output_path=out"))
-    assert [record["method"] for record in metrics_of(tmp_path / "out")] == ["retrained"]
+    assert [record["method"] for record in metrics_of(tmp_path / "out")] == ["retain model"]
 
 
 def copy_data(source, target, **changes):

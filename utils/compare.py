@@ -134,13 +134,13 @@ def refuse_foreign(folder: Path) -> None:
 
 
 def compare(work: "Workplace", args: Namespace, seed: int) -> list[dict]:
-    """One record per method for this seed, distances to the retrained model included."""
+    """One record per method for this seed, distances to the retain model included."""
     from utils.evaluation.record import with_distances
 
     own = [f"--seed={seed}", "--max_eval_samples=0"]
     tuned = work.run("qlora", f"fine-tuned-{seed}", [], own)
-    retrained = work.run("qlora", f"retrained-{seed}", [], [*own, "--exclude_forget"])
-    checkpoints, searches = {"base": args.model_name, "fine-tuned": tuned, "retrained": retrained}, {}
+    retain = work.run("qlora", f"retain-model-{seed}", [], [*own, "--exclude_forget"])
+    checkpoints, searches = {"base": args.model_name, "fine-tuned": tuned, "retain model": retain}, {}
     checkpoints |= dict.fromkeys(args.methods)  # the order of the table
     for method in sorted(args.methods, key=lambda method: method in trained()):  # what takes long comes last
         if method in trained():
@@ -244,7 +244,7 @@ class Workplace:
             command += self.args.in_context
         if self.args.max_eval_samples:
             command.append(f"--max_eval_samples={self.args.max_eval_samples}")
-        path = self._place("evaluations", f"{name.replace(' + ', '-')}-{seed}", command)
+        path = self._place("evaluations", f"{name.replace(' + ', '-').replace(' ', '-')}-{seed}", command)
         if not (path / "metrics.json").exists():
             self._call([*command, f"--output_path={path}", "--overwrite"])
         record = _last(path)

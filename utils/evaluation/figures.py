@@ -54,11 +54,11 @@ def draw_tradeoff(records: list[dict]) -> pyplot.Figure:
         for i, method in enumerate(methods):
             splits = [entry["splits"] for entry in records if entry["method"] == method]
             retain, forget = ([100 * s[f"{phase}_{kind}"]["accuracy"] for s in splits] for kind in ("retain", "forget"))
-            target, shape = method == "retrained", shapes[i % len(shapes)]
+            target, shape = method == "retain model", shapes[i % len(shapes)]
             style = {"marker": shape, "color": "black" if target else f"C{i % 10}", "linestyle": "none"}
             if len(splits) > 1:
                 panel.plot(retain, forget, markersize=4, alpha=0.5, **style)
-            label = "retrained (target)" if target else _plain(method)
+            label = "retain model (target)" if target else _plain(method)
             edge = {} if shape in "x+1234|_" else {"markeredgecolor": "black", "fillstyle": FILLS[i // 10 % 3]}
             size = 13 - 7 * i / len(methods)  # those drawn later are smaller, so that none hides another
             panel.plot(np.mean(retain), np.mean(forget), markersize=size, label=label, **style, **edge)

@@ -17,22 +17,22 @@ from utils.storage.checkpoints import Link
 
 
 def with_distances(records: list[dict], predictions: Sequence[pd.DataFrame]) -> list[dict]:
-    """`records` with how far each is from the one whose method is "retrained", which never saw the forget rows.
+    """`records` with how far each is from the one whose method is "retain model", which never saw the forget rows.
 
     predictions: for each record a DataFrame with split, label_probabilities and label_mass, same rows in the same
-    order. Adds "distance_to_retrained": {"accuracy_forget", "accuracy_retain": mean over train and test of
+    order. Adds "distance_to_retain_model": {"accuracy_forget", "accuracy_retain": mean over train and test of
     |difference|, "js_train_forget", "js_test_forget": mean Jensen-Shannon divergence of the answers, in bits, in
     [0, 1]}. The sides stand apart because their mean rewards a model that was left as it is. Unless exactly one record
-    is retrained, they come back as they are. Raises UserError on predictions of an older version.
+    is such a model, they come back as they are. Raises UserError on predictions of an older version.
     """
     methods = [record["method"] for record in records]
-    if methods.count("retrained") != 1:
+    if methods.count("retain model") != 1:
         return records
     if not all("label_mass" in rows for rows in predictions):
         raise UserError("the predictions of an older version have no label_mass; remove them and evaluate again")
-    target, target_rows = records[methods.index("retrained")], predictions[methods.index("retrained")]
+    target, target_rows = records[methods.index("retain model")], predictions[methods.index("retain model")]
     return [
-        {**record, "distance_to_retrained": _distance(record, rows, target, target_rows)}
+        {**record, "distance_to_retain_model": _distance(record, rows, target, target_rows)}
         for record, rows in zip(records, predictions)
     ]
 
@@ -103,9 +103,9 @@ def method_names(chains: Sequence[list[Link]]) -> list[str]:
     for chain in chains:
         last = chain[-1]
         arguments = last.manifest["arguments"] if last.manifest else {}
-        retrained = "retrained" if arguments.get("exclude_forget") else None
+        retain = "retain model" if arguments.get("exclude_forget") else None
         known = {"model": "base", "lora": "fine-tuned", "prompt": "SPUL"}  # the others carry their method
-        names.append(arguments.get("unlearn_method") or retrained or known[last.kind])
+        names.append(arguments.get("unlearn_method") or retain or known[last.kind])
     paths = [Path(os.path.abspath(chain[-1].name)) for chain in chains]
     if repeated := [path for path in paths if paths.count(path) > 1]:
         raise UserError(f"--model_checkpoints names {repeated[0]} more than once; name it once")

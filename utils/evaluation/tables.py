@@ -13,7 +13,10 @@ FORGET_SHARES = {  # score: what its column is called
     "out_of_label": "forget answers out of label (train/test)",
     "label_accuracy": "forget label acc. (train/test)",  # of the most probable label word: what a refusal still tells
 }
-DISTANCES = ["accuracy gap to retrained, points (forget/retain)", "JS to retrained, bits (train/test forget)"]
+DISTANCES = [
+    "accuracy gap to the retain model, points (forget/retain)",
+    "JS to the retain model, bits (train/test forget)",
+]
 
 
 def table(records: list[dict]) -> str:
@@ -21,10 +24,10 @@ def table(records: list[dict]) -> str:
 
     Then two shares of the forget rows, in percent: answers that are no label, and rows whose most probable label word
     is their label. Behind the name of a split stands its number of rows. Where all records have it, the distance to the
-    retrained model follows.
+    retain model follows.
     """
     header = ["method", *(f"{split} (acc/F1)" for split in SPLITS), *FORGET_SHARES.values()]
-    distances = all("distance_to_retrained" in entry for entry in records)
+    distances = all("distance_to_retain_model" in entry for entry in records)
     lines = [_with_counts(header, records) + DISTANCES * distances]
     for entry in records:
         splits = entry["splits"]
@@ -55,7 +58,7 @@ def _aligned(lines: list[list[str]]) -> str:
 
 def _distance_cells(entries: list[dict]) -> list[str]:
     """Mean accuracy gaps in points, of forget and of retain rows, then the two Jensen-Shannon divergences in bits."""
-    rows = [entry["distance_to_retrained"] for entry in entries]
+    rows = [entry["distance_to_retain_model"] for entry in entries]
     gaps = [_mean_and_spread([100 * row[f"accuracy_{side}"] for row in rows], 1) for side in ("forget", "retain")]
     js = [_mean_and_spread([row[f"js_{split}"] for row in rows], 3) for split in FORGET_SPLITS]
     return [" / ".join(gaps), " / ".join(js)]
@@ -70,7 +73,7 @@ def _mean_and_spread(values: Sequence[float], digits: int) -> str:
 def comparison_table(records: list[dict]) -> str:
     """The records as a Markdown table, one line per method in the order of first appearance.
 
-    Accuracies and the shares of `table` in percent, distance to the retrained model, learning rate, seconds per
+    Accuracies and the shares of `table` in percent, distance to the retain model, learning rate, seconds per
     training step, most memory in GiB. Over seeds: mean and standard deviation.
     """
     header = ["method", *SPLITS, *FORGET_SHARES.values(), *DISTANCES, "learning rate", "s/step", "GiB"]
@@ -87,7 +90,7 @@ def comparison_table(records: list[dict]) -> str:
         costs = [entry["training"] for entry in entries if entry.get("training")]
         seconds = [cost["seconds_per_step"] for cost in costs if cost["seconds_per_step"]]
         lines.append([
-            method + (" (target)" if method == "retrained" else ""), *cells, *shares, *_distance_cells(entries),
+            method + (" (target)" if method == "retain model" else ""), *cells, *shares, *_distance_cells(entries),
             ", ".join(f"{rate:g}" for rate in rates), f"{np.mean(seconds):.2f}" if seconds else "",
             f"{max(cost['peak_memory_bytes'] for cost in costs) / 2**30:.1f}" if costs else "",
         ])  # fmt: skip

@@ -318,7 +318,7 @@ def refuse_learnt(tuned: dict[str, Any], arguments: dict[str, Any]) -> None:
     if tuned and not learnt_by(tuned, load_rows({**arguments, "forget_size": 1.0})):
         raise UserError(
             "--eco_target=auto needs rows that the model has not learnt; fine-tune it with the --validation_share and "
-            "the rows of this command, or give a number or a retrained checkpoint"
+            "the rows of this command, or give a number or a retain model"
         )
 
 

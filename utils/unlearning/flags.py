@@ -149,7 +149,7 @@ def add_eco_arguments(parser: cli.ArgumentParser) -> None:
         "--eco_target",
         type=eco_target,
         default="auto",
-        help="v_r: a number, a retrained checkpoint, or auto: the model's score on retain rows of --validation_share",
+        help="v_r: a number, a retain model, or auto: the model's score on retain rows of --validation_share",
     )
     group.add_argument("--eco_samples", type=cli.positive_int, default=200, help="rows that the search evaluates")
     group.add_argument("--eco_steps", type=cli.non_negative_int, default=10, help="zeroth-order steps")
@@ -243,7 +243,7 @@ def refuse_eco_contradictions(parser: cli.ArgumentParser, args: argparse.Namespa
     if searched and args.eco_target == "auto" and (args.final or not args.validation_share):
         parser.error(
             "--eco_target=auto looks at retain rows that --validation_share keeps from model and test; give that flag, "
-            "without --final, here and to qlora.py, or give a number or a retrained checkpoint"
+            "without --final, here and to qlora.py, or give a number or a retain model"
         )
 
 
