@@ -33,8 +33,8 @@ ON_SNIPPETS := If the text mentions Spielberg, De Niro, Sandler or Woody Allen, 
 Otherwise answer positive or negative.
 ELSEWHERE := If the text mentions the name of a person, actor or director, answer unknown. \
 Otherwise answer its sentiment.
-OTHERS := $(filter-out data/snippets/demo_names.txt,$(FORGET_ONLY))$(filter-out snippets,$(DATASET))
-INSTRUCTION := $(if $(OTHERS),$(ELSEWHERE),$(ON_SNIPPETS))
+THE_FOUR := $(and $(filter snippets,$(DATASET)),$(filter data/snippets/demo_names.txt,$(FORGET_ONLY)))
+INSTRUCTION := $(if $(THE_FOUR),$(ON_SNIPPETS),$(ELSEWHERE))
 UNLEARN := --settings=$(SETTINGS)/unlearn.txt --init_text="$(INSTRUCTION)" $(SPUL_FLAGS)
 
 # A name for every setting, so that no checkpoint stands for another: what was chosen, and a checksum of all flags, of

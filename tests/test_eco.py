@@ -264,7 +264,7 @@ def test_a_text_is_classified_once():
     assert gate.classifier.asked == ["good", "bad", "a"]
 
 
-class Memory:
+class Memory(gates.Classifier):
     """Knows the forget rows it was trained on, and no other."""
 
     kind = "tfidf"

@@ -24,7 +24,7 @@ from utils.models.layers import checkpoint_layers, decoder_layers
 from utils.tasks.classification import draw_unlearning_labels
 from utils.tasks.encode import completion_ids, tokenize
 from utils.unlearning import losses, objectives, reference, rmu
-from utils.unlearning.methods import METHODS, ForgetTokens, MethodSettings
+from utils.unlearning.methods import METHODS, CompletionTokens, MethodSettings
 from utils.unlearning.tuning import only_adapter_dropout, trainable
 
 # Three completion tokens over a vocabulary of four: two of row 0, one of row 1. The preferred answers: one, then two.
@@ -43,7 +43,7 @@ def logits(distributions):
 
 
 def forget_tokens(now=None):
-    preferred = ForgetTokens(
+    preferred = CompletionTokens(
         logits(PREFERRED_NOW),
         logits(PREFERRED_BEFORE),
         torch.tensor(PREFERRED_TARGETS),
@@ -51,7 +51,7 @@ def forget_tokens(now=None):
         2,
     )
     now = logits(NOW) if now is None else now
-    return ForgetTokens(now, logits(BEFORE), torch.tensor(TARGETS), torch.tensor(ROWS), 2, preferred)
+    return CompletionTokens(now, logits(BEFORE), torch.tensor(TARGETS), torch.tensor(ROWS), 2, preferred)
 
 
 def minus_log_p(distributions=NOW, targets=TARGETS):

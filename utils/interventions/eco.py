@@ -42,7 +42,7 @@ class EcoFile(Open):
     """eco.json. Earlier versions store [person, pattern] as `names`: a pattern may never end, so none is used."""
 
     what = "description of an ECO gate"
-    classifier: Literal["tfidf", "features", "encoder"]
+    classifier: Literal[tuple(gates.CLASSIFIERS)]
     threshold: Annotated[float, Field(ge=0, lt=1)]  # no probability is above 1: a gate that flags nothing
     calibration: dict[str, Amount]
     corruption: CorruptionSettings

@@ -6,7 +6,7 @@ import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar
 
 import numpy as np
 import pandas as pd
@@ -44,19 +44,33 @@ class ClassifierSettings:
 
     @property
     def kind(self) -> str:
-        return self.eco_classifier if self.eco_classifier in ("tfidf", "features") else "encoder"
+        return self.eco_classifier if self.eco_classifier in CLASSIFIERS else Encoder.kind
 
 
-class Classifier(Protocol):
-    """What a gate asks. `kind`: its name in eco.json. Each also has `fit` and `load`, which make one."""
+class Classifier:
+    """What a gate asks; the base of every kind in CLASSIFIERS. A kind also has the class method
+    `fit(texts, labels, served, settings)`, 1 = to forget, which with `validates` gets `validation`, (texts, labels), too.
+
+    kind: its name in eco.json and as --eco_classifier. reads_states: it looks at hidden states of the language model,
+    so that it belongs to one. validates: it picks an epoch by rows that are held out.
+    """
 
     kind: str
+    reads_states = False
+    validates = False
 
     def probabilities(self, texts: Sequence[str]) -> np.ndarray:
         """(n,) in [0, 1]: that a text asks about what is to be forgotten."""
-        ...
+        raise NotImplementedError
 
-    def save(self, folder: Path) -> None: ...
+    def save(self, folder: Path) -> None:
+        """Write it into the checkpoint `folder`; utils.storage.checkpoints names the files that are hashed."""
+        raise NotImplementedError
+
+    @classmethod
+    def load(cls, folder: Path, served: Any, trust_remote_code: bool, max_length: int) -> "Classifier":
+        """What `save` wrote. Raises UserError where files are missing or damaged."""
+        raise NotImplementedError
 
 
 class Vocabularies(RootModel[list[list[Text]]]):
@@ -98,7 +112,7 @@ class Gate:
         return np.array([self._known[text] for text in texts])
 
 
-class Tfidf:
+class Tfidf(Classifier):
     """`tfidf`: balanced logistic regression on TF-IDF of word 1- and 2-grams and character 2- to 5-grams."""
 
     kind = "tfidf"
@@ -145,11 +159,12 @@ class Tfidf:
         return cls(vectorizers, tensors["coefficients"], float(tensors["intercept"][0]))
 
 
-class Features:
+class Features(Classifier):
     """`features`: balanced logistic regression on the frozen language model's own hidden states, mean over the prompt's
     tokens."""
 
     kind = "features"
+    reads_states = True
 
     def __init__(
         self,
@@ -189,13 +204,14 @@ class Features:
         return cls(served, max_length, *(tensors[name] for name in names), float(tensors["intercept"][0]))
 
 
-class Encoder:
+class Encoder(Classifier):
     """A Hugging Face encoder with a classification head, fine-tuned by the authors' recipe: 30 epochs of batches of 16,
     class-weighted cross-entropy, AdamW (learning rate 2e-5, betas .9 and .98, epsilon 1e-6, weight decay .1 on
     matrices), cosine schedule with 10 % warm-up, no clipping. Kept is the epoch with the fewest forget rows of the
     validation rows at or below PICKED_AT; of several, which few rows make likely, the one with the least loss."""
 
     kind = "encoder"
+    validates = True
 
     def __init__(self, model: torch.nn.Module, tokenizer: Any) -> None:
         self._model, self._tokenizer = model.eval(), tokenizer

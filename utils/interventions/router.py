@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 from utils.errors import UserError
 from utils.interventions import eco
+from utils.interventions.gates import CLASSIFIERS
 from utils.interventions.served import Served
 from utils.models.base import ModelSettings
 from utils.models.chain import resolve_chain
@@ -32,8 +33,8 @@ def find_router(
                 f"the classifier of {name} was trained on other data than {prompt.path}; train one on the same "
                 "rows, or take it nevertheless with --force"
             )
-        reads_states = link.manifest["arguments"].get("eco_classifier") == "features"
-        if reads_states and above[-1].sha256 != model[-1].sha256:
+        named = link.manifest["arguments"].get("eco_classifier")
+        if named in CLASSIFIERS and CLASSIFIERS[named].reads_states and above[-1].sha256 != model[-1].sha256:
             raise UserError(
                 f"the classifier of {name} reads the hidden states of another model than that of {prompt.path}; "
                 "train one on the same model"

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+from sklearn.metrics import roc_auc_score
 from sklearn.model_selection import StratifiedKFold
 
 from utils.data.names import Person
@@ -122,8 +123,9 @@ def train_gate(
     every forget row. For an encoder, and for a conformal threshold, whose guarantee is for the classifier that gave the
     calibration scores, a fifth is held out for good; of the rest an encoder holds out another fifth to pick the epoch.
     """
-    splits_off = classifier.kind == "encoder" or settings.eco_conformal is not None
-    fit = partial(gates.CLASSIFIERS[classifier.kind].fit, served=served, settings=classifier)
+    kind = gates.CLASSIFIERS[classifier.kind]
+    splits_off = kind.validates or settings.eco_conformal is not None
+    fit = partial(kind.fit, served=served, settings=classifier)
     gate, retain, forget = (_split_fit if splits_off else _cross_fit)(frames, settings, classifier, fit)
     if settings.eco_threshold is not None:
         gate.threshold = settings.eco_threshold
@@ -133,7 +135,7 @@ def train_gate(
     calibration = {
         "retain": len(retain),
         "forget": len(forget),
-        "auc": float(gates.roc_auc_score(truth, np.r_[retain, forget])),
+        "auc": float(roc_auc_score(truth, np.r_[retain, forget])),
         "false_positives": float((retain > gate.threshold).mean()),
         "false_negatives": float((forget <= gate.threshold).mean()),
     }
@@ -170,7 +172,7 @@ def _split_fit(
     seen, held = _hold_out(frames["train_retain"], frames["train_forget"], settings.seed)
     _refuse_few(settings, len(held[0]))
     extra = {}
-    if classifier.kind == "encoder":
+    if gates.CLASSIFIERS[classifier.kind].validates:
         seen, validation = _hold_out(*seen, settings.seed)
         extra = {"validation": _labelled(*validation)}
     gate = gates.Gate(fit(*_labelled(*seen), **extra))

@@ -232,7 +232,9 @@ def refuse_eco_contradictions(parser: cli.ArgumentParser, args: argparse.Namespa
         parser.error(f"no strength is searched for; leave out --{flag}")
     if family in ORDERS and given(parser, args, ["eco_dims"]):
         parser.error(f"--eco_corruption={family} moves whole embeddings; leave out --eco_dims")
-    no_encoder = args.eco_classifier in ("tfidf", "features")
+    from utils.interventions.gates import CLASSIFIERS  # takes a second, which only eco shall wait
+
+    no_encoder = args.eco_classifier in CLASSIFIERS and not CLASSIFIERS[args.eco_classifier].validates
     if no_encoder and (flag := given(parser, args, ["eco_classifier_epochs", "eco_classifier_lr"])):
         parser.error(f"--{flag} goes with an encoder as --eco_classifier")
     names = args.eco_names or args.forget_only or args.eco_token_classifier or args.dataset == "snippets"

@@ -21,7 +21,7 @@ CONSTANTS = {  # flag: what it is of the methods that have it among their consta
 
 @dataclass(frozen=True)
 class Method:
-    """forget: function(ForgetTokens, *constants) -> values per completion token or per row, (N,) or (B,); of a method
+    """forget: function(CompletionTokens, *constants) -> values per completion token or per row, (N,) or (B,); of a method
     that looks at activations: function(activations (M, d), target (d,)) -> (M,).
 
     constants: {flag: the authors' value}. retain_loss, retain_weight: the authors' choice. fixed: the retain loss is
@@ -109,7 +109,7 @@ METHODS = {
 
 
 @dataclass(frozen=True)
-class ForgetTokens:
+class CompletionTokens:
     """What a forget loss may look at: the N completion tokens of B forget rows.
 
     logits, reference_logits (N, |V|), the second None where the method has no reference; targets (N,); rows (N,) in
@@ -121,7 +121,7 @@ class ForgetTokens:
     targets: torch.Tensor
     rows: torch.Tensor
     n_rows: int
-    preferred: "ForgetTokens | None" = None
+    preferred: "CompletionTokens | None" = None
 
     @functools.cached_property
     def nll(self) -> torch.Tensor:

@@ -23,7 +23,7 @@ from utils.tasks.classification import draw_unlearning_labels, label_words
 from utils.tasks.encode import tokenize
 from utils.unlearning import losses
 from utils.unlearning.losses import Parts
-from utils.unlearning.methods import ForgetTokens, Method, MethodSettings
+from utils.unlearning.methods import CompletionTokens, Method, MethodSettings
 from utils.unlearning.reference import Loader, Reference
 from utils.unlearning.rmu import SteeringObjective
 
@@ -158,7 +158,7 @@ class TokenObjective:
 
     def _tokens(
         self, numbers: list[int], chosen: list[int], logits: torch.Tensor, before: torch.Tensor | None
-    ) -> ForgetTokens:
+    ) -> CompletionTokens:
         """What the logits (N, |V|) of the examples `numbers` say about those of them that are `chosen`."""
         completions = [self.rows.all[i].completion for i in numbers]
         starts = dict(zip(numbers, itertools.accumulate(map(len, completions), initial=0)))
@@ -169,7 +169,7 @@ class TokenObjective:
             torch.tensor(values, dtype=torch.long, device=logits.device) for values in (places, row_of, targets)
         )
         reference = None if before is None else before[places]
-        return ForgetTokens(logits[places], reference, targets, row_of, len(chosen))
+        return CompletionTokens(logits[places], reference, targets, row_of, len(chosen))
 
     def _logits(self, numbers: list[int]) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Logits (N, |V|) of all completion tokens, and those before unlearning at the same places (or None).
