@@ -46,7 +46,7 @@ def add_spul_arguments(parser: cli.ArgumentParser) -> None:
     )
     add_retain_ratio(group)
     group.add_argument(
-        "--logits_path", type=cli.path, help="file of reference logits (default: saved_logits/<model>-<dataset>-<key>)"
+        "--logits_path", type=cli.path, help="file of what the model says without the prompt (default: saved_logits/<...>)"
     )
     group.add_argument(
         "--parent_path", type=cli.path, help="where the base model of --model_checkpoints lies, if it was moved"
@@ -72,7 +72,7 @@ def add_unlearning_arguments(parser: cli.ArgumentParser) -> None:
         help="stop once train_forget accuracy, measured every --eval_steps, is at most A (in [0, 1])",
     )  # fmt: skip
     group.add_argument(
-        "--logits_path", type=cli.path, help="file of reference quantities (default: saved_logits/<...>)"
+        "--logits_path", type=cli.path, help="file of what the model said before (default: saved_logits/<...>)"
     )
     group.add_argument(
         "--parent_path", type=cli.path, help="where the base model of --model_checkpoints lies, if it was moved"
