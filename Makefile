@@ -15,6 +15,7 @@ SEEDS ?= 42
 METHODS ?=
 ROW_FLAGS ?=
 SPUL_FLAGS ?=
+$(if $(STEPS)$(ALPHA),$(error STEPS and ALPHA are now SPUL_FLAGS="--max_steps=... --alpha=..."))
 
 VENV := .venv
 TOOLS := pytest pytest-xdist ruff

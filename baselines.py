@@ -158,10 +158,10 @@ def load_model(args, settings, frames):
     """The model of --model_checkpoints, which must be one that can be unlearnt and that the rows fit."""
     from utils.evaluation.run import check_served, note_other_length
     from utils.interventions.served import load_served
-    from utils.models.chain import refuse_prompted
+    from utils.models.chain import refuse_prompted, resolve_chain
 
+    refuse_prompted(resolve_chain(args.model_checkpoints, args.trust_remote_code, args.parent_path))
     served = load_served(args.model_checkpoints, settings.model, args.parent_path)
-    refuse_prompted(served.chain)
     check_served(served, frames, args.max_length)
     note_other_length(served, [text for frame in frames.values() for text in frame["text"]], args.max_length)
     return served

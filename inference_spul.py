@@ -162,7 +162,8 @@ def predict(args, words):
     settings, several = job.settings_of(args), len(args.model_checkpoints) > 1
     texts = [*(args.text or []), *(read_texts(args.input_file) if args.input_file else [])]
     rows = [{"text": text} for text in texts]
-    chains = [resolve_chain(name, args.trust_remote_code, args.parent_path) for name in args.model_checkpoints]
+    named = args.model_checkpoints if args.router else []
+    chains = [resolve_chain(name, args.trust_remote_code, args.parent_path) for name in named]
     router = find_router(args.router, chains, settings.model, args.parent_path, args.force)
     for number, name in enumerate(args.model_checkpoints, 1):
         served = load_served(name, settings.model, args.parent_path, args.max_length)
@@ -173,6 +174,7 @@ def predict(args, words):
         found = variants_of(served, router, settings.model, args.max_length)
         variants, last = {f"{prefix}{variant}": model for variant, model in found.items()}, len(args.model_checkpoints)
         answer_rows(rows, variants, own_words, args.max_length, args.eval_batch_size, args.json, number == last)
+        del served, found, variants
 
 
 if __name__ == "__main__":

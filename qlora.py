@@ -60,11 +60,15 @@ def fine_tune(args, output):
     settings, lora = job.settings_of(args), cli.take(LoraSettings, args)
     frames, splits = load_rows(vars(args)), TRAIN_SPLITS[:1] if args.exclude_forget else TRAIN_SPLITS
 
-    def prepare(served, _):
-        known, examples = known_answers(served.tokenizer, label_words(frames)), []
+    def examples_of(tokenizer):
+        known, examples = known_answers(tokenizer, label_words(frames)), []
         for split in splits:
             texts, labels, forget = frames[split]["text"], frames[split]["label_text"], split == "train_forget"
-            examples += tokenize(served.tokenizer, texts, labels, args.max_length, forget, answers=known)
+            examples += tokenize(tokenizer, texts, labels, args.max_length, forget, answers=known)
+        return examples
+
+    def prepare(served, _):
+        examples = examples_of(served.tokenizer)
         check_length(served.model.config, max(map(len, examples)), 0)
         model = add_lora(served.model, lora).train()
         objective = FineTuning(model, examples, served.pad_id)
@@ -80,6 +84,7 @@ def fine_tune(args, output):
     if len(chain) > 1:
         raise UserError(f"{args.model_name} is a checkpoint of this project; --model_name takes a plain model")
     tokenizer = load_tokenizer(chain, args.set_pad_id, args.trust_remote_code)
+    examples_of(tokenizer)  # what is wrong with the rows is said before weights are read
     torch.manual_seed(args.seed)
     base = Served(load_base(chain[0], settings.model, args.quantization), tokenizer, chain)
     check_served(base, frames, args.max_length)

@@ -82,19 +82,22 @@ def learn_prompt(args, output):
         plan.print_plan(plan.Run(**source, prepare=prepare, p=p, **vars(settings)), frames)
     if args.dry_run == "plan":
         return
+    chain = resolve_chain(args.model_checkpoints, args.trust_remote_code, args.parent_path)
+    refuse_prompted(chain)
+    if args.init_checkpoint:
+        start = resolve_chain(args.init_checkpoint, args.trust_remote_code)[-1]
+        prompt_encoders.refuse_other_start(start, chain[-1])
     served = load_served(args.model_checkpoints, settings.model, args.parent_path)
-    refuse_prompted(served.chain)
     check_rows(served.model.config, served.tokenizer, frames, args.max_length, p)
     note_other_length(served, [text for frame in frames.values() for text in frame["text"]], args.max_length)
     before = [] if args.dry_run else show_merged(served, frames, settings.evaluation)
     if args.forget_size == 1 and served.manifest and not learnt_by(served.manifest, frames):
-        print(f"note: {args.model_checkpoints} was fine-tuned on other rows than the ones selected here")
+        note_once(f"{args.model_checkpoints} was fine-tuned on other rows than the ones selected here")
     load = plan.blank_reference if args.dry_run else reference.loader(cli.take(reference.ReferenceSettings, args))
     prepared = prepare(served, load)
     encoder = prepared.learner
     if args.init_checkpoint:
-        link = resolve_chain(args.init_checkpoint, args.trust_remote_code)[-1]
-        prompt_encoders.load_encoder(encoder, link, served.chain[-1])
+        prompt_encoders.load_encoder(encoder, start)
 
     def prompted():
         return served.using(prompt_encoders.Prompt(vectors=encoder().detach()))

@@ -19,14 +19,16 @@ DEMO = ROOT / "data" / "settings"
 def test_flags_of_a_file_are_those_of_the_command_line(tmp_path, tiny_model, small_data):
     """Comments, several a line, quotation marks; what the command line says goes before, wherever it stands."""
     (tmp_path / "mine.txt").write_text(
-        "# how\n--lr=0.5 --num_epochs=1  # one\n--ptuning_num_tokens=3\n--init_text='forget # it'\n", encoding="utf-8"
+        "# how\n--lr=0.5 --num_epochs=1  # one's\n--logits_path=a#b\n"
+        "--ptuning_num_tokens=3\n--init_text='forget # it'\n",
+        encoding="utf-8",
     )
     flags = "--lr=1e-2", "--settings=mine.txt", "--max_eval_samples=0", "--output_path=out"
     command = f"--model_checkpoints={tiny_model}", f"--dataset={small_data}", *scripts.ROWS, *flags
     done(call(tmp_path, "spul", *command, "--train_batch_size=8"))
     kept = manifest_of(tmp_path / "out")["arguments"]
     assert (kept["lr"], kept["num_epochs"], kept["ptuning_num_tokens"]) == (1e-2, 1, 3)
-    assert kept["init_text"] == "forget # it" and "settings" not in kept
+    assert kept["init_text"] == "forget # it" and kept["logits_path"] == "a#b" and "settings" not in kept
 
 
 def test_files_that_give_no_flags_are_refused(tmp_path, tiny_model):

@@ -109,12 +109,30 @@ def _flags_in(file: str) -> list[str]:
         raise UserError(f"{SETTINGS}={file} is no file; pass one that holds flags")
     try:
         with open(file, encoding="utf-8-sig") as lines:
-            words = shlex.split(lines.read(), comments=True)
+            words = shlex.split(_without_comments(lines.read()))
     except (OSError, ValueError) as error:
         raise UserError(f"cannot read flags from {file} ({first_line(error)}); mend the file")
     if any(word.split("=")[0] == SETTINGS for word in words):
         raise UserError(f"{file} names another {SETTINGS} file; give both on the command line")
     return words
+
+
+def _without_comments(text: str) -> str:
+    """`text` without what stands behind a `#` that begins a word; within one, or in quotation marks, it is as any other
+    character."""
+    kept, quote, inside = [], None, False
+    for before, character in zip(f" {text}", text):
+        if inside:
+            inside = character != "\n"
+        elif quote:
+            quote = None if character == quote else quote
+        elif character in "\"'":
+            quote = character
+        else:
+            inside = character == "#" and before.isspace()
+        if not inside:
+            kept.append(character)
+    return "".join(kept)
 
 
 def path(text: str) -> str:

@@ -40,7 +40,10 @@ def resource_message(error: BaseException) -> str | None:
     """The sentence for a lack of disk, rights or GPU memory, else None (safetensors has its own error type)."""
     if is_out_of_memory(error):
         where = "GPU" if type(error).__name__ == "OutOfMemoryError" else "machine"
-        return f"the {where} has too little memory; lower --micro_batch_size or --eval_batch_size, add --gradient_checkpointing, or ask --dry_run"
+        return (
+            f"the {where} has too little memory; lower --micro_batch_size or --eval_batch_size, add "
+            "--gradient_checkpointing, or ask --dry_run"
+        )
     number = getattr(error, "errno", None)
     text = str(error)
     if number == errno.ENAMETOOLONG:

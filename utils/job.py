@@ -1,4 +1,4 @@
-"""What the three scripts that train do alike: read their settings, say what a run will take, train."""
+"""What the scripts do alike: read their settings, and train what they have prepared."""
 
 import os
 from argparse import Namespace
@@ -20,7 +20,7 @@ from utils.training.state import saved_arguments
 
 @dataclass(frozen=True)
 class Settings:
-    """Those of a command, by what they are about."""
+    """The settings of a command, by what they are about."""
 
     model: ModelSettings
     training: TrainingSettings

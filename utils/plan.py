@@ -54,7 +54,7 @@ from utils.models.base import ModelSettings, load_tokenizer, pick_device, pick_d
 from utils.models.chain import load_config, refuse_prompted, resolve_chain, stored_quantization
 from utils.models.forward import completion_hidden, completion_logits, prompt_prefix
 from utils.models.layers import checkpoint_layers
-from utils.models.lengths import check_length, check_tokens
+from utils.models.lengths import check_tokens
 from utils.storage.checkpoints import Link
 from utils.tasks.answers import known_answers
 from utils.tasks.classification import label_words
@@ -129,7 +129,6 @@ def print_plan(run: Run, frames: Frames) -> None:
     shares = [share for rows in batches for share in distributed.shares(rows, lambda i: len(examples[i]))]
     micro = [part for rows in shares for part in _parts(rows, run.training.micro_batch_size) if part]
     longest = max(map(len, examples))
-    check_length(config, longest, run.p)
     check_tokens(config, tokenizer, examples)
     check_rows(config, tokenizer, frames, run.evaluation.max_length, run.p)
 

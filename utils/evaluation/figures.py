@@ -1,13 +1,11 @@
 """The pictures that a run leaves. They are decoration: one that fails is a note."""
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import matplotlib
 import numpy as np
-from matplotlib import pyplot
 
 from utils.data.splits import SPLITS
 from utils.errors import first_line, note_once
@@ -15,6 +13,7 @@ from utils.storage.files import new_file
 
 FILLS = ("full", "none", "left")
 matplotlib.use("Agg")
+from matplotlib import pyplot  # noqa: E402  (the backend without a screen has to be chosen first)
 
 
 def picture(draw: Callable[..., pyplot.Figure]) -> Callable[..., None]:
@@ -110,14 +109,8 @@ def draw_comparison(records: list[dict]) -> pyplot.Figure:
     return figure
 
 
-def write_curves(folder: str | Path, log: list[dict]) -> None:
-    """training.jsonl and training.png in `folder`: every logged loss, and the accuracies, against the step."""
-    (Path(folder) / "training.jsonl").write_text("".join(json.dumps(line) + "\n" for line in log), encoding="utf-8")
-    _draw_curves(log, path=Path(folder) / "training.png")
-
-
 @picture
-def _draw_curves(log: list[dict]) -> pyplot.Figure:
+def draw_curves(log: list[dict]) -> pyplot.Figure:
     losses = [line for line in log if "loss" in line]
     accuracies = [line for line in log if "accuracy" in line]
     figure, axes = pyplot.subplots(1, 1 + bool(accuracies), figsize=(5 + 5 * bool(accuracies), 3.6), squeeze=False)

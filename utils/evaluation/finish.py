@@ -1,5 +1,6 @@
 """How every script that makes a checkpoint ends: evaluate, record, write the folder, print the table."""
 
+import json
 from argparse import Namespace
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -52,7 +53,9 @@ def finish(
         write(folder)
         checkpoints.write_manifest(folder, output, kind, served.chain, args, used, words, records, cost)
         if log:
-            figures.write_curves(folder, log)
+            lines = "".join(json.dumps(line) + "\n" for line in log)
+            (folder / "training.jsonl").write_text(lines, encoding="utf-8")
+            figures.draw_curves(log, path=folder / "training.png")
     if records:
         print(tables.table(records))
     print(f"wrote {output}")

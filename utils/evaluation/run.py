@@ -103,17 +103,17 @@ def check_rows(
 
 def check_served(served: Served, frames: Frames, max_length: int) -> None:
     """`check_rows` of a model that is ready to answer, with everything that may stand around or before a text."""
-    for template in served.templates:
-        check_rows(served.model.config, served.tokenizer, frames, max_length, served.n_tokens, template)
+    for template, n_tokens in served.surroundings:
+        check_rows(served.model.config, served.tokenizer, frames, max_length, n_tokens, template)
 
 
 def check_texts(served: Served, texts: Sequence[str], words: Sequence[str], max_length: int) -> None:
     """Raise UserError if a text to answer does not fit the model: before the first answer is printed."""
     known = known_answers(served.tokenizer, words)
     cut_for, config = [max(words, key=lambda word: len(known.ids[word]))] * len(texts), served.model.config
-    for template in served.templates:
+    for template, n_tokens in served.surroundings:
         rows = tokenize(served.tokenizer, texts, cut_for, max_length, template=template, answers=known)
-        check_length(config, max(len(row.prompt) for row in rows) + known.longest - 1, served.n_tokens)
+        check_length(config, max(len(row.prompt) for row in rows) + known.longest - 1, n_tokens)
         check_tokens(config, served.tokenizer, rows)
 
 

@@ -1,1 +1,1 @@
-import utils.models.quiet  # noqa: F401
+import utils.models.quiet  # noqa: F401  (before PEFT is imported)

@@ -132,18 +132,20 @@ def save(intervention: CorruptedEmbeddings, settings: dict[str, Any], folder: Pa
 
 def load_gate(link: Link, served: Any, trust_remote_code: bool, max_length: int) -> gates.Gate:
     """The Gate of the ECO checkpoint `link`. Raises UserError if its files are missing or damaged."""
-    settings = schemas.read(Path(link.path) / FILE, EcoFile)
+    return _gate(link, schemas.read(link.path / FILE, EcoFile), served, trust_remote_code, max_length)
+
+
+def _gate(link: Link, settings: dict[str, Any], served: Any, trust_remote_code: bool, max_length: int) -> gates.Gate:
     classifier = gates.CLASSIFIERS[settings["classifier"]].load(link.path, served, trust_remote_code, max_length)
     return gates.Gate(classifier, settings["threshold"])
 
 
 def load(link: Link, served: Any, model_settings: ModelSettings, max_length: int) -> CorruptedEmbeddings:
     """What the ECO checkpoint `link` puts in front of the model of `served`."""
-    trusted = model_settings.trust_remote_code
-    gate = load_gate(link, served, trusted, max_length)
-    settings, marks = schemas.read(Path(link.path) / FILE, EcoFile), Marks()
+    trusted, settings, marks = model_settings.trust_remote_code, schemas.read(link.path / FILE, EcoFile), Marks()
+    gate = _gate(link, settings, served, trusted, max_length)
     if settings["tokens"] == "entities" and settings["token_classifier"]:
-        marks = Marks(Tagger(f"{link.path}/{TAGGER}", Path(link.path) / TAGGER, served.model.device, trusted))
+        marks = Marks(Tagger(f"{link.path}/{TAGGER}", link.path / TAGGER, served.model.device, trusted))
     elif settings["tokens"] == "entities":
         marks = Marks(by_list(_people(settings["names"], link.path)))
     return CorruptedEmbeddings(corruption=Corruption(**settings["corruption"]), marks=marks, gate=gate)

@@ -48,8 +48,10 @@ class ClassifierSettings:
 
 
 class Classifier:
-    """What a gate asks; the base of every kind in CLASSIFIERS. A kind also has the class method
-    `fit(texts, labels, served, settings)`, 1 = to forget, which with `validates` gets `validation`, (texts, labels), too.
+    """What a gate asks; the base of every kind in CLASSIFIERS.
+
+    A kind also has the class method `fit(texts, labels, served, settings)`, where label 1 is to forget. With
+    `validates` it gets `validation`, (texts, labels), too.
 
     kind: its name in eco.json and as --eco_classifier. reads_states: it looks at hidden states of the language model,
     so that it belongs to one. validates: it picks an epoch by rows that are held out.

@@ -8,7 +8,7 @@ import torch
 from peft import PromptEmbedding, PromptEncoder, PromptEncoderConfig, PromptTuningConfig
 from safetensors.torch import save_file
 
-from utils.errors import UserError
+from utils.errors import UserError, note_once
 from utils.interventions.base import Intervention
 from utils.models.forward import Prefix, prompt_prefix
 from utils.storage import schemas
@@ -60,7 +60,7 @@ def start_from_text(tokenizer: Any, embeddings: torch.nn.Module, text: str, n_to
         unknown = tokenizer.decode(max(ids))
         raise UserError(f"--init_text holds {unknown!r}, which the model does not know; leave it out")
     if len(ids) > n_tokens:
-        print(f"note: --init_text has {len(ids)} tokens and the prompt {n_tokens}; the last ones are left out")
+        note_once(f"--init_text has {len(ids)} tokens and the prompt {n_tokens}; the last ones are left out")
     ids = (ids * (n_tokens // len(ids) + 1))[:n_tokens]
     with torch.no_grad():
         return embeddings(torch.tensor(ids, device=embeddings.weight.device)).float()
@@ -132,14 +132,15 @@ def save(encoder: VirtualTokens, base: str, folder: Path) -> None:
     save_file({k: v.cpu().contiguous() for k, v in encoder.state_dict().items()}, folder / "encoder.safetensors")
 
 
-def load_encoder(encoder: VirtualTokens, link: Link, parent: Link) -> None:
-    """Give `encoder` the weights of the checkpoint `link`, which must be a prompt on `parent`.
-
-    Raises UserError where it is another, or its encoder has another form.
-    """
+def refuse_other_start(link: Link, parent: Link) -> None:
+    """Raise UserError unless the checkpoint `link` is a prompt on the model `parent`."""
     if link.kind != "prompt":
         raise UserError(f"{link.name} is no prompt; --init_checkpoint takes what spul.py wrote")
     verify_parent(parent, link)
+
+
+def load_encoder(encoder: VirtualTokens, link: Link) -> None:
+    """Give `encoder` the weights that the prompt `link` was made by. Raises UserError where they have another form."""
     expected = {name: Like(tuple(tensor.shape)) for name, tensor in encoder.state_dict().items()}
     what = "encoder of this --prompt_encoder, --ptuning_num_tokens and --ptuning_hidden_size"
     remedy = "pass those that it was trained with"

@@ -52,14 +52,11 @@ class Served:
         return any(intervention.gate is not None for intervention in self.interventions)
 
     @property
-    def n_tokens(self) -> int:
-        """The most virtual tokens that stand in front of a query."""
-        return max((intervention.n_tokens for intervention in self.interventions), default=0)
-
-    @property
-    def templates(self) -> list[Template | None]:
-        """Those that a query may come to stand in."""
-        return list(dict.fromkeys([*(intervention.template for intervention in self.interventions), None]))
+    def surroundings(self) -> list[tuple[Template | None, int]]:
+        """What a query may come to stand in: (the template, the number of virtual tokens in front)."""
+        found = [(intervention.template, intervention.n_tokens) for intervention in self.interventions]
+        all_caught = any(intervention.gate is None for intervention in self.interventions)
+        return list(dict.fromkeys(found if all_caught else [*found, (None, 0)]))
 
     def using(self, *interventions: Intervention) -> "Served":
         """The same model with these interventions instead of its own."""

@@ -20,7 +20,7 @@ from transformers import get_cosine_schedule_with_warmup
 from utils import distributed
 from utils.data.batch import Example, epoch_batches
 from utils.distributed import peak_memory
-from utils.errors import UserError
+from utils.errors import UserError, first_line, note_once
 from utils.storage.checkpoints import Link
 from utils.storage.files import new_file
 from utils.storage.reading import Like, read_tensors, tensors_sha256
@@ -144,8 +144,7 @@ class Training:
         total = self.total_steps()
         schedule = get_cosine_schedule_with_warmup(optimizer, math.ceil(self.warmup * total), total)
         log = self._load(optimizer, schedule) if settings.resume else []
-        for line in log:
-            self._show(line)
+        self._show(*log)
         done = max((line["step"] for line in log), default=0)
         seen, ahead = (sum(len(rows) for _, rows in self.steps_from(start)) for start in (0, done))
         bar = tqdm(total=seen, initial=seen - ahead, desc="training", unit="row", dynamic_ncols=True, mininterval=1)
@@ -187,11 +186,15 @@ class Training:
         }
         return log
 
-    def _show(self, line: dict[str, Any]) -> None:
-        """Append a line of the log to the file in which it can be watched."""
+    def _show(self, *lines: dict[str, Any]) -> None:
+        """Append lines of the log to the file in which it can be watched; a run goes on without it."""
         if self.log_path and distributed.is_main():
-            with open(self.log_path, "a", encoding="utf-8") as file:
-                file.write(json.dumps(line) + "\n")
+            try:
+                with open(self.log_path, "a", encoding="utf-8") as file:
+                    file.writelines(json.dumps(line) + "\n" for line in lines)
+            except OSError as error:
+                note_once(f"the log of the training cannot be watched ({first_line(error)})")
+                self.log_path = None
 
     def optimizer(self) -> torch.optim.AdamW:
         """AdamW over the parameters; `fused` goes over their numbers once."""

@@ -126,7 +126,10 @@ def train_gate(
     kind = gates.CLASSIFIERS[classifier.kind]
     splits_off = kind.validates or settings.eco_conformal is not None
     fit = partial(kind.fit, served=served, settings=classifier)
-    gate, retain, forget = (_split_fit if splits_off else _cross_fit)(frames, settings, classifier, fit)
+    if splits_off:
+        gate, retain, forget = _split_fit(frames, settings, fit, kind.validates)
+    else:
+        gate, retain, forget = _cross_fit(frames, settings, fit)
     if settings.eco_threshold is not None:
         gate.threshold = settings.eco_threshold
     else:
@@ -148,9 +151,7 @@ def _refuse_few(settings: EcoSettings, n: int) -> None:
         gates.threshold_rank(n, *settings.rate)
 
 
-def _cross_fit(
-    frames: Frames, settings: EcoSettings, classifier: gates.ClassifierSettings, fit: Callable
-) -> tuple[gates.Gate, np.ndarray, np.ndarray]:
+def _cross_fit(frames: Frames, settings: EcoSettings, fit: Callable) -> tuple[gates.Gate, np.ndarray, np.ndarray]:
     """(Gate fitted on all train rows, scores of the retain and of the forget rows by classifiers that had not seen
     them)."""
     texts, labels = _labelled(frames["train_retain"], frames["train_forget"])
@@ -166,13 +167,13 @@ def _cross_fit(
 
 
 def _split_fit(
-    frames: Frames, settings: EcoSettings, classifier: gates.ClassifierSettings, fit: Callable
+    frames: Frames, settings: EcoSettings, fit: Callable, validates: bool
 ) -> tuple[gates.Gate, np.ndarray, np.ndarray]:
     """(Gate fitted on four fifths of the train rows, scores of the retain and of the forget rows held out)."""
     seen, held = _hold_out(frames["train_retain"], frames["train_forget"], settings.seed)
     _refuse_few(settings, len(held[0]))
     extra = {}
-    if gates.CLASSIFIERS[classifier.kind].validates:
+    if validates:
         seen, validation = _hold_out(*seen, settings.seed)
         extra = {"validation": _labelled(*validation)}
     gate = gates.Gate(fit(*_labelled(*seen), **extra))

@@ -22,10 +22,27 @@ ECO_SEARCH = (
 )  # fmt: skip
 
 
+def add_common_arguments(group: argparse._ArgumentGroup) -> None:
+    """What both scripts that unlearn ask for: which rows, in what batches, and where files lie."""
+    group.add_argument("--forget_size", type=cli.fraction, default=1.0, help="share of train_forget to unlearn")
+    group.add_argument(
+        "--forget_per_batch", type=cli.non_negative_int, default=0,
+        help="forget rows in every batch, where there is a retain loss (0: all rows mixed, as published)",
+    )  # fmt: skip
+    add_retain_ratio(group)
+    group.add_argument(
+        "--logits_path", type=cli.path,
+        help="file of what the model says before it unlearns (default: saved_logits/<model>-<dataset>-<key>)",
+    )  # fmt: skip
+    group.add_argument(
+        "--parent_path", type=cli.path, help="where the base model of --model_checkpoints lies, if it was moved"
+    )
+
+
 def add_spul_arguments(parser: cli.ArgumentParser) -> None:
     """What spul.py learns: the prompt, its start, and the loss."""
     group = parser.add_argument_group("SPUL")
-    group.add_argument("--forget_size", type=cli.fraction, default=1.0, help="share of train_forget to unlearn")
+    add_common_arguments(group)
     group.add_argument("--ptuning_num_tokens", type=cli.positive_int, default=30, help="p, virtual tokens")
     group.add_argument("--ptuning_hidden_size", type=cli.positive_int, default=128, help="h, width of the encoder")
     group.add_argument("--alpha", type=cli.non_negative_float, default=0.5, help="weight of L_r")
@@ -38,45 +55,19 @@ def add_spul_arguments(parser: cli.ArgumentParser) -> None:
     start.add_argument(
         "--init_checkpoint", type=cli.path, help="start from the encoder of an earlier spul.py checkpoint"
     )
-    group.add_argument(
-        "--forget_per_batch",
-        type=cli.non_negative_int,
-        default=0,
-        help="forget rows in every batch (0: all rows mixed, as published)",
-    )
-    add_retain_ratio(group)
-    group.add_argument(
-        "--logits_path", type=cli.path, help="file of what the model says without the prompt (default: saved_logits/<...>)"
-    )
-    group.add_argument(
-        "--parent_path", type=cli.path, help="where the base model of --model_checkpoints lies, if it was moved"
-    )
 
 
 def add_unlearning_arguments(parser: cli.ArgumentParser) -> None:
     """What baselines.py asks for beside the method: its rows, its retain loss, what is trained, when it stops."""
     group = parser.add_argument_group("unlearning")
-    group.add_argument("--forget_size", type=cli.fraction, default=1.0, help="share of train_forget to unlearn")
+    add_common_arguments(group)
     group.add_argument("--retain_loss", choices=["none", "ce", "kl"], help="on retain rows (default: the method's)")
     group.add_argument("--retain_weight", type=cli.positive_float, help="of the retain loss (default: the method's)")
     group.add_argument("--tune", choices=["full", "lora"], default="full", help="all weights, or a new LoRA adapter")
     group.add_argument(
-        "--forget_per_batch",
-        type=cli.non_negative_int,
-        default=0,
-        help="forget rows in every batch of a method with a retain loss (0: all rows mixed, as published)",
-    )
-    add_retain_ratio(group)
-    group.add_argument(
         "--stop_at_forget_accuracy", type=cli.share, metavar="A",
         help="stop once train_forget accuracy, measured every --eval_steps, is at most A (in [0, 1])",
     )  # fmt: skip
-    group.add_argument(
-        "--logits_path", type=cli.path, help="file of what the model said before (default: saved_logits/<...>)"
-    )
-    group.add_argument(
-        "--parent_path", type=cli.path, help="where the base model of --model_checkpoints lies, if it was moved"
-    )
 
 
 def add_constants(parser: cli.ArgumentParser) -> None:
@@ -86,7 +77,7 @@ def add_constants(parser: cli.ArgumentParser) -> None:
     kinds["method_delta"] = cli.non_negative_float
     for flag, meaning in CONSTANTS.items():
         owners = ", ".join(name for name, method in METHODS.items() if flag in method.constants)
-        group.add_argument(f"--{flag}", type=kinds.get(flag, cli.positive_float), help=f"{meaning} of {owners}")
+        group.add_argument(f"--{flag}", type=kinds.get(flag, cli.positive_float), help=f"{owners}: {meaning}")
 
 
 def add_context_arguments(parser: cli.ArgumentParser) -> None:

@@ -21,8 +21,10 @@ CONSTANTS = {  # flag: what it is of the methods that have it among their consta
 
 @dataclass(frozen=True)
 class Method:
-    """forget: function(CompletionTokens, *constants) -> values per completion token or per row, (N,) or (B,); of a method
-    that looks at activations: function(activations (M, d), target (d,)) -> (M,).
+    """forget: function(CompletionTokens, *constants) -> values per completion token or per row, (N,) or (B,).
+
+    Of a method that looks at activations: function(activations (M, d), target (d,) or (M, d)) -> (M,), for retain rows
+    too, with their activations before unlearning as the target.
 
     constants: {flag: the authors' value}. retain_loss, retain_weight: the authors' choice. fixed: the retain loss is
     part of the method. What it needs: `reference`, what the model said before unlearning; `refusals`, every forget row

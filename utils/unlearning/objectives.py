@@ -145,10 +145,11 @@ class TokenObjective:
                 preferred = self._tokens(numbers, [alternative[i] for i in forget], logits, before)
                 tokens = dataclasses.replace(tokens, preferred=preferred)
             values = self.method.forget(tokens, *self.constants)
-            if self.method.reduction == "mean":
+            if self.method.reduction == "mean" and len(values) == len(tokens.rows):  # not where they are of rows
                 values = values / tokens.n_tokens[tokens.rows]
             parts["L_f"] = losses.mean_over_rows(values, n_forget)
-        kept = self._tokens(numbers, [i for i in rows if not examples[i].forget], logits, before)
+        compared = before if self.settings.retain_loss == "kl" else None
+        kept = self._tokens(numbers, [i for i in rows if not examples[i].forget], logits, compared)
         if self.settings.retain_loss == "ce":
             parts["L_r"] = losses.mean_over_rows(kept.nll, n_retain)
         elif self.settings.retain_loss == "kl":
