@@ -21,11 +21,11 @@ def benchmark_on_path():
 def test_both_paths_train_on_the_same_batches_with_the_same_loss(tmp_path, tiny_model, monkeypatch):
     import bench
 
-    every = bench.rivals()
+    every = bench.baselines()
     assert len(every) == len(METHODS)
     # Without retain rows and with; then with a second model's answers, with its activations, with none.
     some = {name: every[name] for name in ("RL", "GA+KL", "dpo", "rmu", "ceu")}
-    monkeypatch.setattr(bench, "rivals", lambda: some)
+    monkeypatch.setattr(bench, "baselines", lambda: some)
     arguments = f"--model={tiny_model}", "--parts", "training", "baselines", "lengths", "--output_path=out"
     said = scripts.done(scripts.call(tmp_path, "bench", *SMALL, *arguments)).stdout
     result = json.loads((tmp_path / "out" / "bench.json").read_text())
@@ -86,10 +86,10 @@ def test_adapters_against_fine_tuning(tmp_path, tiny_model, monkeypatch):
     monkeypatch.setattr(bench, "adapters", lambda: some)
     arguments = f"--model={tiny_model}", "--parts", "adapters", "--output_path=out"
     said = scripts.done(scripts.call(tmp_path, "bench", *SMALL, *arguments)).stdout
-    plain, *rivals = json.loads((tmp_path / "out" / "bench.json").read_text())["records"]
-    assert [r["error"] for r in (plain, *rivals)] == [None] * 3
-    assert len({tuple(r["tokens"]) for r in (plain, *rivals)}) == 1  # the same rows
-    most = max(rivals, key=lambda r: r["peak_bytes"])
+    plain, *methods = json.loads((tmp_path / "out" / "bench.json").read_text())["records"]
+    assert [r["error"] for r in (plain, *methods)] == [None] * 3
+    assert len({tuple(r["tokens"]) for r in (plain, *methods)}) == 1  # the same rows
+    most = max(methods, key=lambda r: r["peak_bytes"])
     assert f"{most['name']} takes the most memory: {most['peak_bytes'] / plain['peak_bytes']:.2f} times." in said
 
 

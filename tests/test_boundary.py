@@ -54,7 +54,7 @@ def test_a_launch_that_is_over_ends_in_a_sentence(rank, folder, monkeypatch):
         port = probe.getsockname()[1]
     for name, value in zip(distributed.LAUNCHER, (rank, rank, "2", "127.0.0.1", str(port))):
         monkeypatch.setenv(name, value)
-    monkeypatch.setattr(distributed, "ARRIVAL", timedelta(seconds=1))
+    monkeypatch.setattr(distributed, "GATHERING", timedelta(seconds=1))
     PartialState._reset_state()
     scripts.refused(folder, "the other processes of which the environment tells", "make_splits", *FLAGS)
 

@@ -119,7 +119,7 @@ def test_trained_biases_score_the_same_when_loaded(bias, small_data, tmp_path):
 @pytest.mark.parametrize(
     "method", ["gradient_ascent_kl", "npo --tune=lora", "prompting --instruction=Go", "icul", "eco"]
 )
-def test_every_rival_on_a_tied_model_scores_the_same_when_loaded(method, tied, small_data, tmp_path):
+def test_every_method_on_a_tied_model_scores_the_same_when_loaded(method, tied, small_data, tmp_path):
     name, *more = method.split()
     few = FEW if name != "eco" else FEW[:1]  # its classifier needs more rows
     few += ("--max_length=300",) if name == "icul" else ()

@@ -694,18 +694,18 @@ def test_the_adapter_config_is_pefts(prompt, fine_tuned):
 
 
 def test_a_gguf_file_through_all_scripts(small_data, tmp_path):
-    """Fine-tuned, unlearnt by a prompt and by a rival whose own folder is a plain model again."""
+    """Fine-tuned, unlearnt by a prompt and by a baseline whose own folder is a plain model again."""
     file = tiny.save_gguf(tmp_path / "tiny.gguf")
     refused(tmp_path, "add --quantization=none", "qlora", f"--model_name={file}", f"--dataset={small_data}")
     assert "dry run" in done(scripts.qlora(tmp_path, file, small_data, "--dry_run")).stdout
     done(scripts.qlora(tmp_path, file, small_data, "--lr=2e-3", "--num_epochs=8", "--output_path=tuned"))
     done(scripts.spul(tmp_path, "tuned", small_data, "--max_eval_samples=0", "--output_path=prompt"))
-    done(scripts.baselines(tmp_path, "tuned", small_data, "wga", "--max_eval_samples=0", "--output_path=rival"))
-    chosen = "--model_checkpoints", file, "tuned", "prompt", "rival", f"--dataset={small_data}", *scripts.ROWS
+    done(scripts.baselines(tmp_path, "tuned", small_data, "wga", "--max_eval_samples=0", "--output_path=baseline"))
+    chosen = "--model_checkpoints", file, "tuned", "prompt", "baseline", f"--dataset={small_data}", *scripts.ROWS
     done(call(tmp_path, "inference_spul", *chosen, "--output_path=scores"))
     records = json.loads((tmp_path / "scores" / "metrics.json").read_text())
     base, tuned, *others = (record["splits"]["train_retain"]["accuracy"] for record in records)
     assert base == 0 and tuned > 0.5 and len(others) == 2
-    assert not {"quantization_config"} & json.loads((tmp_path / "rival" / "config.json").read_text()).keys()
+    assert not {"quantization_config"} & json.loads((tmp_path / "baseline" / "config.json").read_text()).keys()
     file.write_bytes(file.read_bytes()[:-4] + b"1234")
     refused(tmp_path, "tiny.gguf is not the model that tuned was trained on", "inference_spul", *chosen)

@@ -30,7 +30,7 @@ GATED = ("--unlearn_method=eco", "--eco_threshold=0.4", "--eco_strength=3", "--m
 
 @pytest.fixture(scope="module")
 def trees(fine_tuned, prompt, small_data, tmp_path_factory):
-    """A folder with model, adapter, prompt, gate, the two in-context rivals and data."""
+    """A folder with model, adapter, prompt, gate, the two in-context baselines and data."""
     folder = tmp_path_factory.mktemp("trees")
     for source in (fine_tuned.parent / BASE, fine_tuned, prompt, small_data):
         shutil.copytree(source, folder / source.name)
@@ -449,7 +449,7 @@ def test_a_threshold_that_nothing_exceeds_is_not_learnt():
     assert gates.threshold_for_rate(certain, 0.5, "eco_max_fpr") < 1
 
 
-# Templates of the in-context rivals.
+# Templates of the in-context baselines.
 
 
 @pytest.mark.parametrize(

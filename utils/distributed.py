@@ -25,7 +25,7 @@ from accelerate.utils import gather_object
 from utils.errors import UserError, note_once
 
 PATIENCE = timedelta(hours=6)  # a process may wait while the main one writes; the launcher ends it where that one fails
-ARRIVAL = timedelta(minutes=10)  # processes of a launch start together
+GATHERING = timedelta(minutes=10)  # processes of a launch start together
 T = TypeVar("T")
 LAUNCHER = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
@@ -61,7 +61,7 @@ def _launched() -> bool:
 def _join(backend: str) -> None:
     """Meet the other processes. Raises UserError where they do not come, as after a launch that is over."""
     try:
-        store, rank, size = next(dist.rendezvous("env://", timeout=ARRIVAL))
+        store, rank, size = next(dist.rendezvous("env://", timeout=GATHERING))
     except (RuntimeError, ValueError):
         raise UserError(
             "the other processes of which the environment tells (RANK, WORLD_SIZE, MASTER_ADDR ...) do not come; "

@@ -28,8 +28,8 @@ SPUL = {
 }
 
 
-# The published rivals by the paper's names; the plain path of every other one is that of its authors' code: its loss on
-# logits of every position, and a second, frozen model where the loss compares with one.
+# The published baselines by the paper's names; the plain path of every other one is that of its authors' code: its loss
+# on logits of every position, and a second, frozen model where the loss compares with one.
 PUBLISHED = {
     "gradient_ascent": ("GA", {"forget": -1.0}),
     "random_label": ("RL", {"forget": 1.0}),
@@ -38,8 +38,8 @@ PUBLISHED = {
 }
 
 
-def rivals():
-    """Every rival that trains, {name: training}."""
+def baselines():
+    """Every baseline that trains, {name: training}."""
     from utils.unlearning.methods import METHODS
 
     found = {}
@@ -50,7 +50,7 @@ def rivals():
 
 
 def adapters():
-    """What trains a LoRA adapter, {name: training}: fine-tuning first, then every rival, half of a batch to forget."""
+    """What trains a LoRA adapter, {name: training}: fine-tuning, then every baseline, half of a batch to forget."""
     from utils.unlearning.methods import METHODS
 
     both = {"forget": 1.0, "retain": 1.0}
@@ -67,7 +67,7 @@ def _baseline(method, losses):
 
 
 def _rows_of(method):
-    """The kinds of rows that a rival reads, as the keys of `losses` say it."""
+    """The kinds of rows that a baseline reads, as the keys of `losses` say it."""
     from utils.unlearning.methods import METHODS
 
     return {"forget": 1.0} if METHODS[method].retain_loss == "none" else {"forget": 1.0, "retain": 1.0}
@@ -115,7 +115,7 @@ def cells(args):
     plain_bf16 = Variant("plain", "bfloat16", p)
     variants = [plain, plain_bf16, ours]
     yield Cell("training", f"SPUL, p = {p}", "training", variants, batch * args.rounds, SPUL)
-    for name, training in rivals().items():
+    for name, training in baselines().items():
         variants = [Variant("plain", "float32", 0), Variant("ours", args.dtype, 0)]
         yield Cell("baselines", name, "training", variants, batch * sweep, training)
     for name, training in adapters().items():

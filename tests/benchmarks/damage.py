@@ -107,13 +107,13 @@ def build(folder: Path) -> None:
     tune = "--max_eval_samples=0", "--lr=2e-3", f"--output_path={ADAPTER}"
     scripts.done(scripts.qlora(folder, BASE, "data", *tune))
     scripts.done(scripts.call(folder, *TRAIN, "--output_path=prompt", "--logits_path=reference"))
-    rivals = {
+    baselines = {
         "full": ("gradient_ascent", "--max_steps=1", "--train_batch_size=8"),
         "prompting": ("prompting", "--instruction=Say unknown."),
         "icul": ("icul", "--max_length=400"),
         "eco": ("eco", "--eco_threshold=0.3", "--eco_strength=3", "--eco_dims=64", "--eco_names=names.txt"),
     }
-    for name, (method, *flags) in rivals.items():
+    for name, (method, *flags) in baselines.items():
         command = "baselines", *UNLEARN, f"--unlearn_method={method}", *flags, f"--output_path={name}"
         scripts.done(scripts.call(folder, *command))
     interrupt(folder)

@@ -3,7 +3,7 @@
 `ours` runs the project's own scripts and functions; `plain` is what the paper's code does, repaired just enough to run,
 from library parts: PEFT's prompt encoder (`get_peft_model`) and transformers' Trainer with gradient checkpointing,
 logits of every position, virtual tokens in front of every row, and full-vocabulary rows of reference logits; for the
-rivals that the paper does not have, a second model in place of those.
+baselines that the paper does not have, a second model in place of those.
 """
 
 import contextlib
@@ -184,7 +184,7 @@ def plain_training(spec, clock):
 
 
 def _published(spec):
-    """SPUL and the rivals of its paper: (model, batches, loss of a batch)."""
+    """SPUL and the baselines of its paper: (model, batches, loss of a batch)."""
     examples, tokenizer = examples_of(spec)
     model = _plain_model(spec)
     batches = [
@@ -204,7 +204,7 @@ def _published(spec):
 
 
 def _unpublished(spec):
-    """The other rivals as their authors' code has them: (model, batches, loss of a batch). The losses are those of
+    """The other baselines as their authors' code has them: (model, batches, loss of a batch). The losses are those of
     baselines.py; what feeds them are logits of every position and, for a reference, a second model in every step."""
     args = _parsed(importlib.import_module("baselines"), spec)
     examples, tokenizer = examples_of(spec)

@@ -1,4 +1,4 @@
-"""The rivals' losses against their equations in plain Python, and what one step of each does to a tiny model."""
+"""The methods' losses against their equations in plain Python, and what one step of each does to a tiny model."""
 
 import copy
 import math
