@@ -62,6 +62,25 @@ def test_estimates_stand_beside_what_a_run_took(tmp_path, tiny_model, small_data
     assert said.startswith("SPUL, 2 M weights, 2 rows of 64 tokens or more: estimated")
 
 
+def test_the_table_of_models_that_nobody_holds(tmp_path, monkeypatch):
+    """One small model by its configuration alone; the rows of its steps are not read as one."""
+    import estimates
+
+    width, layers, inner, words = 1024, 4, 4096, 4000
+    config = estimates.llama(width, layers, 8, inner, 8) | {"vocab_size": words}
+    monkeypatch.setattr(estimates, "MODELS", {"small": config})
+    said = scripts.done(scripts.call(tmp_path, "estimates", "--table")).stdout
+    header, _, row = said.strip().splitlines()
+    assert header == f"| model | weights | {' | '.join(estimates.KINDS)} |"
+    name, weights, *cells = row.strip("| ").split(" | ")
+    every = 2 * words * width + layers * (4 * width**2 + 3 * width * inner + 2 * width) + width
+    assert (name, weights) == ("small", f"{2 * every / 2**30:,.1f}")
+    for plain, checkpointed in zip(cells[::2], cells[1::2]):
+        assert float(plain) >= float(checkpointed) + 0.3  # three layers' inner values
+    assert float(cells[5]) == pytest.approx(16 * every / 2**30, abs=0.2)  # parameters, two moments, gradients
+    assert scripts.tree(tmp_path) == {}
+
+
 def ours_seconds(records):
     return records["SPUL, p = 30", "ours", "float32"]["seconds"][0]
 

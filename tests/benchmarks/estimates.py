@@ -9,6 +9,9 @@ rows as they come. Writes estimates.json to --output_path. --table prints the RE
 machine holds.
 """
 
+import contextlib
+import importlib
+import io
 import json
 import re
 import subprocess
@@ -16,12 +19,25 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from unittest import mock
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
 from utils import cli  # noqa: E402  (found on the path set above)
 from utils.errors import UserError  # noqa: E402  (found on the path set above)
+
+
+def llama(width, layers, heads, inner, groups):
+    return {
+        "model_type": "llama",
+        "hidden_size": width,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "intermediate_size": inner,
+        "num_key_value_heads": groups,
+    }
+
 
 KINDS = {  # what is trained: the script, its flags
     "SPUL": ("spul", []),
@@ -34,6 +50,21 @@ KINDS = {  # what is trained: the script, its flags
         ["--unlearn_method=gradient_ascent_descent", "--gradient_checkpointing"],
     ),
 }
+# Models that the table is about: what their config.json says where it is not the default of their type.
+MODELS = {
+    "OPT-1.3B": {
+        "model_type": "opt",
+        "hidden_size": 2048,
+        "num_hidden_layers": 24,
+        "num_attention_heads": 32,
+        "ffn_dim": 8192,
+        "word_embed_proj_dim": 2048,
+    },
+    "LLaMA-2-7B": llama(4096, 32, 32, 11008, 32),
+    "LLaMA-2-13B": llama(5120, 40, 40, 13824, 40),
+    "LLaMA-2-70B": llama(8192, 80, 64, 28672, 8),
+}
+ROWS, TOKENS = 32, 96  # of a step and of an evaluation batch, in the table
 UNITS = {"s": 1, "min": 60, "h": 3600, "MiB": 2**-10, "GiB": 1}
 
 
@@ -151,46 +182,62 @@ def sentence(record):
 
 def table():
     """Markdown: GiB of weights, and by KINDS of weights, what is trained and the larger of step and evaluation, by the
-    models' published sizes; 32 rows of 96 tokens, SDPA, bfloat16, without what a process itself takes."""
-    import importlib
-    from unittest import mock
-
-    import torch
-    from transformers import LlamaConfig, OPTConfig
+    configurations in MODELS; ROWS rows of TOKENS tokens, SDPA, bfloat16, without reference and what a process itself
+    takes."""
+    import rounds
 
     from utils import plan
+    from utils.data.load import load_splits
 
-    def llama(width, layers, heads, inner, groups):
-        return LlamaConfig(
-            hidden_size=width,
-            num_hidden_layers=layers,
-            num_attention_heads=heads,
-            intermediate_size=inner,
-            num_key_value_heads=groups,
-        )
-
-    configs = {
-        "OPT-1.3B": OPTConfig(
-            hidden_size=2048, num_hidden_layers=24, num_attention_heads=32, ffn_dim=8192, word_embed_proj_dim=2048
-        ),
-        "LLaMA-2-7B": llama(4096, 32, 32, 11008, 32),
-        "LLaMA-2-13B": llama(5120, 40, 40, 13824, 40),
-        "LLaMA-2-70B": llama(8192, 80, 64, 28672, 8),
-    }
-    kinds = {"spul": "prompt", "qlora": "lora", "baselines": "full"}
     lines = [f"| model | weights | {' | '.join(KINDS)} |", "|---" * (2 + len(KINDS)) + "|"]
-    for name, config in configs.items():
-        cells = []
-        for script, flags in KINDS.values():
-            model = "--model_name=x" if script == "qlora" else "--model_checkpoints=x"
-            command = [script, model, "--attn_implementation=sdpa", "--dtype=bfloat16", "--device=cpu", *flags]
-            with mock.patch.object(sys, "argv", command):
-                args = importlib.import_module(script).parse_args()
-            sizes = plan.memory(config, kinds[script], args, (32, 96, 1), (32, 96, 1))
-            cells.append(sizes["weights"] + sizes["trained"] + max(sizes["step"], sizes["evaluation"]))
-        cells = [sizes["all parameters"] * torch.bfloat16.itemsize, *cells]
-        lines.append(f"| {name} | {' | '.join(f'{cell / 2**30:,.1f}' for cell in cells)} |")
+    with tempfile.TemporaryDirectory() as work:
+        rows = Path(work) / "rows"
+        cell = rounds.Cell("", "", "training", [], [ROWS], {"losses": {"retain": 1}}, TOKENS)
+        rounds.write_rows(load_splits("snippets"), cell, rows, 42)
+        tokenizer = word_tokenizer(load_splits(str(rows)))
+        for name, config in MODELS.items():
+            folder = Path(work) / name
+            tokenizer.save_pretrained(folder)
+            (folder / "config.json").write_text(json.dumps(config))
+            planned = [planned_sizes(kind, folder, rows) for kind in KINDS]
+            cells = [2 * planned[0]["all parameters"]]  # bytes in bfloat16
+            cells += [plan.peak(sizes | {"process": 0, "reference": 0, "heap": 1}) for sizes in planned]
+            lines.append(f"| {name} | {' | '.join(f'{cell / 2**30:,.1f}' for cell in cells)} |")
     return "\n".join(lines)
+
+
+def word_tokenizer(frames):
+    """A tokenizer that makes one token of every word, answers included. Rows differ in it: what a model would read
+    alike is computed once."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    from utils.data.splits import UNLEARNING_LABELS
+
+    texts = [text for frame in frames.values() for column in ("label_text", "text") for text in frame[column]]
+    marks = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>"}
+    words = dict.fromkeys([*marks.values(), *UNLEARNING_LABELS, *" ".join(texts).split()])
+    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **marks)
+
+
+def planned_sizes(kind, model, rows):
+    """The sizes, by the names in utils/plan.py, that a `--dry_run` of KINDS[kind] on these rows comes to."""
+    from utils import plan
+
+    script, more = KINDS[kind]
+    command = [script, f"--{'model_name' if script == 'qlora' else 'model_checkpoints'}={model}", f"--dataset={rows}"]
+    command += [f"--max_length={TOKENS + 1}"]  # the label, which is not read
+    command += [f"--train_batch_size={ROWS}", f"--eval_batch_size={ROWS}", "--dry_run", "--attn_implementation=sdpa"]
+    command += ["--dtype=bfloat16", "--device=cpu", *more, f"--output_path={model}-out"]
+    module = importlib.import_module(script)
+    with mock.patch.object(sys, "argv", command):
+        args = module.parse_args()
+    silent = contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO())
+    with mock.patch.object(plan, "memory_line", wraps=plan.memory_line) as line, silent[0], silent[1]:
+        module.main(args)
+    return line.call_args.args[1]
 
 
 if __name__ == "__main__":
