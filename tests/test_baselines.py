@@ -34,6 +34,8 @@ from utils.tasks.classification import TEMPLATE_TAIL
 from utils.training.state import read_state
 from utils.unlearning.methods import IN_CONTEXT, METHODS
 
+pytestmark = pytest.mark.slow
+
 PUBLISHED = """--dataset=sst2 --model_checkpoints=[local path to checkpoints] \
     --max_length=1024 --set_pad_id --lr=1e-4 \
     --train_batch_size=32 --eval_batch_size=32 --num_epochs=10 --weight_decay=0.001 \

@@ -14,6 +14,8 @@ import scripts
 from utils import compare
 from utils.errors import UserError
 
+pytestmark = pytest.mark.slow
+
 METHODS = ("spul", "gradient_ascent", "npo", "prompting", "eco")
 FLAGS = {
     "rows": "--max_length=200 --dtype=float32 --max_train_samples 20",

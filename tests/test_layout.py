@@ -70,6 +70,18 @@ def test_the_readme_is_read_to_the_end():
     assert (ROOT / "README.md").stat().st_size <= 14_000
 
 
+@pytest.mark.parametrize("path", sorted((ROOT / "tests").rglob("test_*.py")), ids=lambda path: path.stem)
+def test_no_test_file_imports_another(path):
+    """What several need lies in a file of its own."""
+    tree, found = ast.walk(ast.parse(path.read_text(encoding="utf-8"))), []
+    for node in tree:
+        if isinstance(node, ast.Import):
+            found += [name.name for name in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            found += [node.module or "", *(name.name for name in node.names if node.module in (None, "tests"))]
+    assert not [name for name in found if name.split(".")[-1].startswith("test_")]
+
+
 def annotated(function):
     arguments = [*function.args.posonlyargs, *function.args.args, *function.args.kwonlyargs]
     given = [*arguments, *filter(None, [function.args.vararg, function.args.kwarg])]

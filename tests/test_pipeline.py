@@ -31,6 +31,8 @@ from utils.storage import checkpoints
 from utils.tasks.classification import TEMPLATE_HEAD, TEMPLATE_TAIL, draw_unlearning_labels
 from utils.tasks.encode import completion_ids
 
+pytestmark = pytest.mark.slow
+
 PUBLISHED = {
     "qlora": """--dataset=sst2 --model_name=meta-llama/Llama-2-7b-hf \
         --max_length=1024 --set_pad_id --lr=1e-4 \

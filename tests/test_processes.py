@@ -18,6 +18,8 @@ from utils.storage.outputs import state_path
 from utils.training.loop import Training
 from utils.training.state import read_state
 
+pytestmark = pytest.mark.slow
+
 # float32 sums in another order differ by about 1e-7; the optimiser's steps of 1e-2 multiply that.
 LOSS_TOLERANCE, WEIGHT_TOLERANCE = 1e-5, 1e-5
 BUDGET = "--output_path=out", "--eval_steps=2", "--curve_samples=3", "--max_eval_samples=5"

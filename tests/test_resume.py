@@ -14,6 +14,8 @@ from utils.storage import files
 from utils.storage.outputs import state_path
 from utils.training.state import read_state
 
+pytestmark = pytest.mark.slow
+
 STEPS = 30
 RESULTS = ("adapter_model.safetensors", "training.jsonl")
 
