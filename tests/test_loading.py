@@ -116,6 +116,7 @@ def test_trained_biases_score_the_same_when_loaded(bias, small_data, tmp_path):
     scores_again(tmp_path, small_data, "out")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "method", ["gradient_ascent_kl", "npo --tune=lora", "prompting --instruction=Go", "icul", "eco"]
 )

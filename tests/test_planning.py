@@ -213,6 +213,7 @@ def test_what_makes_a_step_larger_or_smaller():
     assert sizes(long, attn_implementation="sdpa")["step"] < 0.7 * eager
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method_is_planned_by_its_own_objective(method, tiny_model, small_data, tmp_path):
     """Nothing in it depends on numbers that fake tensors do not have, so that the step of every method is known."""
