@@ -168,4 +168,4 @@ def load_model(args, settings, frames):
 
 
 if __name__ == "__main__":
-    cli.run(parse_args, main)
+    cli.run_script(parse_args, main)

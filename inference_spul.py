@@ -170,12 +170,11 @@ def predict(args, words):
         own_words = served.manifest.get("label_words", words)
         check_texts(served, texts, own_words, args.max_length)
         note_other_length(served, texts, args.max_length)
-        prefix = f"{Path(name).name}: " if several else ""
-        found = variants_of(served, router, settings.model, args.max_length)
-        variants, last = {f"{prefix}{variant}": model for variant, model in found.items()}, len(args.model_checkpoints)
-        answer_rows(rows, variants, own_words, args.max_length, args.eval_batch_size, args.json, number == last)
-        del served, found, variants
+        prefix, last = f"{Path(name).name}: " if several else "", number == len(args.model_checkpoints)
+        variants = variants_of(served, router, settings.model, args.max_length, prefix)
+        answer_rows(rows, variants, own_words, args.max_length, args.eval_batch_size, args.json, last)
+        del served, variants
 
 
 if __name__ == "__main__":
-    cli.run(parse_args, main)
+    cli.run_script(parse_args, main)

@@ -108,4 +108,4 @@ def fine_tune(args, output):
 
 
 if __name__ == "__main__":
-    cli.run(parse_args, main)
+    cli.run_script(parse_args, main)

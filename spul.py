@@ -118,4 +118,4 @@ def learn_prompt(args, output):
 
 
 if __name__ == "__main__":
-    cli.run(parse_args, main)
+    cli.run_script(parse_args, main)

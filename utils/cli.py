@@ -229,6 +229,19 @@ def run(parse_args: Callable[[], argparse.Namespace], main: Callable[[argparse.N
         sys.exit(code)
 
 
+def run_script(parse_args: Callable[[], argparse.Namespace], main: Callable[[argparse.Namespace], None]) -> None:
+    """`run` of a file that was started as a script. One of several processes then ends without the clean-up of the
+    interpreter, in which a thread of the communication may abort a run that has ended well."""
+    code = 0
+    try:
+        run(parse_args, main)
+    except SystemExit as ended:
+        code = ended.code
+    if "WORLD_SIZE" in os.environ:
+        os._exit(code)
+    sys.exit(code)
+
+
 def _run(parse_args: Callable[[], argparse.Namespace], main: Callable[[argparse.Namespace], None]) -> int:
     """The exit code; whatever is no mistake of the user's and no end of the output is raised."""
     with importing():

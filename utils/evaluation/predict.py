@@ -16,19 +16,23 @@ from utils.storage.checkpoints import Link
 PRINTED_TOGETHER = 4  # batches of new texts: sorted by length among them they are padded less
 
 
-def variants_of(served: Served, router: Link | None, settings: ModelSettings, max_length: int) -> dict[str, Served]:
-    """{what the answer is called: the model that gives it}.
+def variants_of(
+    served: Served, router: Link | None, settings: ModelSettings, max_length: int, prefix: str = ""
+) -> dict[str, Served]:
+    """{what the answer is called: the model that gives it}: as loaded, and without what unlearning added to it.
 
-    Of a prompt or of ECO there are two: as loaded, and without what unlearning added. router: a gate that makes a third
-    of a prompt. max_length: of a gate that reads hidden states.
+    prefix: of the names.
     """
     kind = served.chain[-1].kind
     if kind == "prompt":
-        routers = {"with router": routed(served, router, settings, max_length)} if router else {}
-        return {"without prompt": served.plain, "with prompt": served, **routers}
-    if kind == "eco":
-        return {"without ECO": served.plain, "with ECO": served}
-    return {"answer": served}
+        found = {"without prompt": served.plain, "with prompt": served}
+        if router:
+            found["with router"] = routed(served, router, settings, max_length)
+    elif kind == "eco":
+        found = {"without ECO": served.plain, "with ECO": served}
+    else:
+        found = {"answer": served}
+    return {f"{prefix}{name}": model for name, model in found.items()}
 
 
 def answer_rows(
