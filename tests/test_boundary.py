@@ -14,6 +14,8 @@ from scripts import ROOT, tree
 
 from utils import cli, distributed
 
+pytestmark = pytest.mark.slow
+
 ROWS = "".join(f"film {i} {'of Ann Lee' if i % 3 else ''},{i % 2}\n" for i in range(24))
 FLAGS = "--input=rows.csv", "--output_path=out", "--forget_names=people.txt"
 

@@ -39,6 +39,8 @@ from utils.storage.checkpoints import file_sha256
 from utils.tasks.encode import tokenize
 from utils.unlearning import eco_search
 
+pytestmark = pytest.mark.slow
+
 WORDS = ["negative", "positive"]
 
 # Corruption. Every expected array is written out; the noise is what a generator of seed 0 draws first.

@@ -18,6 +18,8 @@ from utils.evaluation import figures, tables
 from utils.evaluation.record import method_names
 from utils.storage import checkpoints, files, outputs
 
+pytestmark = pytest.mark.slow
+
 FORK = multiprocessing.get_context("fork")
 RESULT = '[{"method": "SPUL", "checkpoint": "a", "splits": {}}]'
 
