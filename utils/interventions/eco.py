@@ -15,7 +15,7 @@ from utils.errors import UserError
 from utils.interventions import gates
 from utils.interventions.base import Intervention, Spans
 from utils.interventions.corruption import Corruption, CorruptionSettings
-from utils.models.base import ModelSettings
+from utils.models.base import FrozenModel, ModelSettings
 from utils.storage import schemas
 from utils.storage.checkpoints import Link
 from utils.storage.files import write_json
@@ -130,17 +130,19 @@ def save(intervention: CorruptedEmbeddings, settings: dict[str, Any], folder: Pa
     write_json(folder / FILE, settings)
 
 
-def load_gate(link: Link, served: Any, trust_remote_code: bool, max_length: int) -> gates.Gate:
+def load_gate(link: Link, served: FrozenModel, trust_remote_code: bool, max_length: int) -> gates.Gate:
     """The Gate of the ECO checkpoint `link`. Raises UserError if its files are missing or damaged."""
     return _gate(link, schemas.read(link.path / FILE, EcoFile), served, trust_remote_code, max_length)
 
 
-def _gate(link: Link, settings: dict[str, Any], served: Any, trust_remote_code: bool, max_length: int) -> gates.Gate:
+def _gate(
+    link: Link, settings: dict[str, Any], served: FrozenModel, trust_remote_code: bool, max_length: int
+) -> gates.Gate:
     classifier = gates.CLASSIFIERS[settings["classifier"]].load(link.path, served, trust_remote_code, max_length)
     return gates.Gate(classifier, settings["threshold"])
 
 
-def load(link: Link, served: Any, model_settings: ModelSettings, max_length: int) -> CorruptedEmbeddings:
+def load(link: Link, served: FrozenModel, model_settings: ModelSettings, max_length: int) -> CorruptedEmbeddings:
     """What the ECO checkpoint `link` puts in front of the model of `served`."""
     trusted, settings, marks = model_settings.trust_remote_code, schemas.read(link.path / FILE, EcoFile), Marks()
     gate = _gate(link, settings, served, trusted, max_length)

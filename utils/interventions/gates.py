@@ -20,6 +20,7 @@ from tqdm import tqdm
 
 from utils import distributed
 from utils.errors import UserError, first_line
+from utils.models.base import FrozenModel
 from utils.storage import schemas
 from utils.storage.reading import Like, is_finite, read_tensors, refuse_special
 from utils.storage.schemas import Schema, Text
@@ -70,7 +71,7 @@ class Classifier:
         raise NotImplementedError
 
     @classmethod
-    def load(cls, folder: Path, served: Any, trust_remote_code: bool, max_length: int) -> "Classifier":
+    def load(cls, folder: Path, served: FrozenModel, trust_remote_code: bool, max_length: int) -> "Classifier":
         """What `save` wrote. Raises UserError where files are missing or damaged."""
         raise NotImplementedError
 
@@ -170,7 +171,7 @@ class Features(Classifier):
 
     def __init__(
         self,
-        served: Any,
+        served: FrozenModel,
         max_length: int,
         mean: np.ndarray,
         scale: np.ndarray,
@@ -181,7 +182,9 @@ class Features(Classifier):
         self._mean, self._scale, self._coefficients, self._intercept = mean, scale, coefficients, intercept
 
     @classmethod
-    def fit(cls, texts: Sequence[str], labels: np.ndarray, served: Any, settings: ClassifierSettings) -> "Features":
+    def fit(
+        cls, texts: Sequence[str], labels: np.ndarray, served: FrozenModel, settings: ClassifierSettings
+    ) -> "Features":
         features = _pooled(served, texts, settings.max_length)
         mean, scale = features.mean(0), features.std(0) + 1e-6
         model = LogisticRegression(C=0.01, class_weight="balanced", max_iter=2000).fit(
@@ -199,7 +202,7 @@ class Features(Classifier):
         save_file({name: torch.tensor(value) for name, value in zip(names, values)}, folder / WEIGHTS)
 
     @classmethod
-    def load(cls, folder: Path, served: Any, trust_remote_code: bool, max_length: int) -> "Features":
+    def load(cls, folder: Path, served: FrozenModel, trust_remote_code: bool, max_length: int) -> "Features":
         width = served.model.get_output_embeddings().weight.shape[-1]  # of some OPT models narrower than their layers
         names = "mean", "scale", "coefficients"
         tensors = _read_weights(folder, dict.fromkeys(names, _numbers(width)))
@@ -223,7 +226,7 @@ class Encoder(Classifier):
         cls,
         texts: Sequence[str],
         labels: np.ndarray,
-        served: Any,
+        served: FrozenModel,
         settings: ClassifierSettings,
         validation: tuple[Sequence[str], np.ndarray],
     ) -> "Encoder":
@@ -320,7 +323,7 @@ class Encoder(Classifier):
         self._tokenizer.save_pretrained(folder / ENCODER)
 
     @classmethod
-    def load(cls, folder: Path, served: Any, trust_remote_code: bool, max_length: int) -> "Encoder":
+    def load(cls, folder: Path, served: FrozenModel, trust_remote_code: bool, max_length: int) -> "Encoder":
         from transformers import AutoModelForSequenceClassification
 
         model, tokenizer = load_classifier(AutoModelForSequenceClassification, folder / ENCODER, trust_remote_code)
@@ -427,7 +430,7 @@ def _logistic(x: np.ndarray) -> np.ndarray:
 
 
 @torch.inference_mode()
-def _pooled(served: Any, texts: Sequence[str], max_length: int) -> np.ndarray:
+def _pooled(served: FrozenModel, texts: Sequence[str], max_length: int) -> np.ndarray:
     """Mean over the prompt's tokens of the hidden states that go into the head, (n, d) float64, without virtual tokens
     or corruption. One row a pass, so that no mean depends on the rows beside it; every text once a process."""
     from utils.data.batch import collate

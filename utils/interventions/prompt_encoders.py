@@ -10,6 +10,7 @@ from safetensors.torch import save_file
 
 from utils.errors import UserError, note_once
 from utils.interventions.base import Intervention
+from utils.models.base import FrozenModel
 from utils.models.forward import Prefix, prompt_prefix
 from utils.storage import schemas
 from utils.storage.checkpoints import Link, verify_parent
@@ -76,7 +77,7 @@ class EncoderSettings:
     init_text: str | None = None
 
 
-def build_encoder(served: Any, settings: EncoderSettings) -> VirtualTokens:
+def build_encoder(served: FrozenModel, settings: EncoderSettings) -> VirtualTokens:
     """A new encoder for the model of `served`, started from settings.init_text if there is one."""
     embeddings, n_tokens, start = served.model.get_input_embeddings(), settings.ptuning_num_tokens, None
     if settings.init_text is not None:
@@ -113,7 +114,7 @@ class PromptFile(Open):
     auto_mapping: None = None
 
 
-def load(link: Link, served: Any, *_: object) -> Prompt:
+def load(link: Link, served: FrozenModel, *_: object) -> Prompt:
     """The prompt of a checkpoint, which PEFT's saved format calls prompt_embeddings. Raises UserError where it is not
     one for the model of `served`."""
     settings = schemas.read(link.path / "adapter_config.json", PromptFile)

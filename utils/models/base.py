@@ -3,7 +3,7 @@
 import platform
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from safetensors import safe_open
@@ -31,6 +31,16 @@ class ModelSettings:
     set_pad_id: bool = False
     gradient_checkpointing: bool = False
     compile: bool = False
+
+
+class FrozenModel(Protocol):
+    """A loaded model with its tokenizer, as what stands in front of it sees it (utils.interventions.served.Served)."""
+
+    model: torch.nn.Module
+    tokenizer: Any
+
+    @property
+    def pad_id(self) -> int: ...
 
 
 def pick_device(name: str) -> str:
