@@ -36,12 +36,13 @@ ELSEWHERE := If the text mentions the name of a person, actor or director, answe
 Otherwise answer its sentiment.
 THE_FOUR := $(and $(filter snippets,$(DATASET)),$(filter data/snippets/demo_names.txt,$(FORGET_ONLY)))
 INSTRUCTION := $(if $(THE_FOUR),$(ON_SNIPPETS),$(ELSEWHERE))
-UNLEARN := --settings=$(SETTINGS)/unlearn.txt --init_text="$(INSTRUCTION)" $(SPUL_FLAGS)
+LOSS := --settings=$(SETTINGS)/loss.txt
+UNLEARN := $(LOSS) --settings=$(SETTINGS)/unlearn.txt --init_text="$(INSTRUCTION)" $(SPUL_FLAGS)
 
 # A name for every setting, so that no checkpoint stands for another: what was chosen, and a checksum of all flags, of
 # the files with settings and of the people listed.
 LISTED := $(shell cat $(addprefix $(SETTINGS)/,rows.txt training.txt fine_tune.txt) $(FORGET_ONLY) | cksum)
-HOW := $(shell cksum < $(SETTINGS)/unlearn.txt)
+HOW := $(shell cat $(SETTINGS)/loss.txt $(SETTINGS)/unlearn.txt | cksum)
 checksum = $(firstword $(shell printf '%s' '$(subst ','\'',$(1))' | cksum))
 RUN := $(notdir $(MODEL:/=))-$(notdir $(DATASET:/=))-seed$(SEED)
 FINE_TUNED := qlora_checkpoints/demo-$(RUN)-$(call checksum,$(MODEL) $(DATASET) $(SELECTED) $(LISTED) $(FINE_TUNE))
@@ -53,7 +54,7 @@ RESULTS := $(UNLEARNT:unlearn_checkpoints/%=results/%)
 BUDGET ?= 640
 GRID ?= 5e-5 2e-4
 SPUL_GRID ?= 1.5e-3 5e-3
-SPUL := --init_text="$(INSTRUCTION)" --weight_decay=0 --alpha=15 --beta=0.5
+SPUL := --init_text="$(INSTRUCTION)" $(LOSS)
 ECO := --eco_samples=100
 PROMPTING = $(if $(filter snippets,$(DATASET)),,--instruction="If the text names a person, answer unknown.")
 

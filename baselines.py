@@ -62,7 +62,7 @@ def fine_tune(args, output):
     from utils.models.lengths import check_length
     from utils.unlearning import reference
     from utils.unlearning.methods import METHODS, MethodSettings
-    from utils.unlearning.objectives import Rows, method_objective
+    from utils.unlearning.objectives import Rows, objective_of
     from utils.unlearning.tuning import computing_in, only_adapter_dropout, trainable
 
     method, settings = METHODS[args.unlearn_method], job.settings_of(args)
@@ -79,7 +79,7 @@ def fine_tune(args, output):
         check_length(model.config, max(map(len, rows.all)), 0)
         numerics = partial(computing_in, model, dtype)
         with numerics():
-            objective = method_objective(method, adapted, rows, used, asked, f"{args.tune} {dtype}", load)
+            objective = objective_of(method)(method, adapted, rows, used, asked, f"{args.tune} {dtype}", load)
         only_adapter_dropout(model)
         trained = {"served": adapted, "learner": model, "objective": objective, "numerics": numerics}
         return plan.Prepared(**trained, examples=rows.trained, compared=rows.all)

@@ -40,6 +40,8 @@ def main(args):
 
 def fine_tune(args, output):
     """Train the adapter, evaluate it and write the Output."""
+    from functools import cache
+
     import torch
 
     from utils import job, plan
@@ -60,6 +62,7 @@ def fine_tune(args, output):
     settings, lora = job.settings_of(args), cli.take(LoraSettings, args)
     frames, splits = load_rows(vars(args)), TRAIN_SPLITS[:1] if args.exclude_forget else TRAIN_SPLITS
 
+    @cache
     def examples_of(tokenizer):
         known, examples = known_answers(tokenizer, label_words(frames)), []
         for split in splits:

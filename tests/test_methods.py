@@ -222,7 +222,8 @@ def build(tokenizer, frames, tmp_path):
         served = Served(trainable(base, lora, METHODS[method], asked), tokenizer, [link])
         rows = objectives.Rows(tokenizer, chosen, METHODS[method], asked)
         load = reference.loader(cli.take(reference.ReferenceSettings, args))
-        objective = objectives.method_objective(METHODS[method], served, rows, chosen, asked, "as it is", load)
+        kind = objectives.objective_of(METHODS[method])
+        objective = kind(METHODS[method], served, rows, chosen, asked, "as it is", load)
         only_adapter_dropout(served.model)
         return served.model, objective
 

@@ -20,7 +20,7 @@ from utils.models.adapters import LoraSettings, add_lora
 from utils.models.base import ModelSettings
 from utils.training.loop import TrainingSettings
 from utils.unlearning.methods import METHODS, MethodSettings
-from utils.unlearning.objectives import FineTuning, PromptTuning, method_objective
+from utils.unlearning.objectives import FineTuning, PromptTuning, objective_of
 from utils.unlearning.tuning import trainable
 
 ROWS = tuple(Example((5 + i,) * 40, (7,), forget=i > 5) for i in range(8))
@@ -52,7 +52,7 @@ def of_method(name, layer=None):
         model = trainable(served.model, None, method, asked)
         rows = SimpleNamespace(trained=list(ROWS), all=list(ROWS), alternative={}, referred=lambda *_: [])
         adapted, frames = dataclasses.replace(served, model=model), {"train_retain": None}
-        objective = method_objective(method, adapted, rows, frames, asked, "", load)
+        objective = objective_of(method)(method, adapted, rows, frames, asked, "", load)
         return plan.Prepared(served=adapted, learner=model, objective=objective, examples=list(ROWS))
 
     return prepare

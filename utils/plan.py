@@ -63,7 +63,7 @@ from utils.training.loop import Objective, Training, TrainingSettings
 from utils.unlearning.reference import HIDDEN_STATES, Loader, Measure, Reference
 
 HEAP, KERNELS = 1.6, 60 * 2**20  # on a CPU; see above
-NF4_READ = 2.4  # times the weights as they are read: in the mapped file, before packing, and a fifth more (measured)
+NF4_READ = 2.4  # times the weights as they are read: in the mapped file, before packing, and a fifth; fitted to one run
 NF4_BYTES = 0.5 + 4 / 64  # of a weight: 4 bits, and a float32 scale for every 64
 PROBED = 5  # batches that are timed: the middle ones of as many groups of equal size, by padded length
 

@@ -207,15 +207,6 @@ def frozen_head(model: torch.nn.Module) -> torch.nn.Module | None:
     return copy.deepcopy(head).requires_grad_(False).eval()
 
 
-def method_objective(
-    method: Method,
-    served: Served,
-    rows: Rows,
-    frames: Mapping[str, pd.DataFrame],
-    settings: MethodSettings,
-    numerics: str,
-    load: Loader,
-) -> "TokenObjective | SteeringObjective":
-    """The objective of `method`, by what it looks at."""
-    kind = SteeringObjective if method.activations else TokenObjective
-    return kind(method, served, rows, frames, settings, numerics, load)
+def objective_of(method: Method) -> type[TokenObjective] | type[SteeringObjective]:
+    """The kind of objective that `method` has, by what it looks at."""
+    return SteeringObjective if method.activations else TokenObjective
