@@ -179,7 +179,7 @@ def test_collate_pads_on_the_right_by_length(plain):
     assert batch.rows.tolist() == [0, 1, 1, 1, 1, 1]
     assert batch.positions.tolist() == [2, 0, 1, 2, 3, 4]
     assert batch.targets.tolist() == [8, 6, 7, 8, 9, 4]
-    assert batch.forget.tolist() == [False, True]
+    assert (batch.forget_tokens.tolist(), batch.retain_tokens.tolist()) == ([1, 2, 3, 4, 5], [0])
     assert batch.targets.dtype == torch.int64
 
 

@@ -290,7 +290,7 @@ def _batch(rows: int, tokens: int, completion: int) -> Batch:
     """A Batch of that shape; its numbers mean nothing."""
     zeros = torch.zeros(rows * completion, dtype=torch.long)
     ids = torch.zeros(rows, tokens, dtype=torch.long)
-    return Batch(ids, ids, zeros, zeros, zeros, zeros[:rows].bool(), zeros[:0], zeros)
+    return Batch(ids, ids, zeros, zeros, zeros, zeros[:0], zeros)
 
 
 def _alive_at_most(work: Callable[[], object]) -> int:

@@ -29,8 +29,8 @@ class Batch:
     """B rows, right-padded to T tokens, with the N completion tokens of all rows listed flat.
 
     input_ids, attention_mask: (B, T). Completion token n stands in row `rows[n]`, is predicted at position
-    `positions[n]` and is `targets[n]`; all (N,). `forget`: (B,) bool. forget_tokens, retain_tokens: which of the N
-    belong to rows to forget, and which to the others.
+    `positions[n]` and is `targets[n]`; all (N,). forget_tokens, retain_tokens: which of the N belong to rows to forget,
+    and which to the others.
     """
 
     input_ids: torch.Tensor
@@ -38,7 +38,6 @@ class Batch:
     rows: torch.Tensor
     positions: torch.Tensor
     targets: torch.Tensor
-    forget: torch.Tensor
     forget_tokens: torch.Tensor
     retain_tokens: torch.Tensor
 
@@ -58,10 +57,8 @@ def collate(examples: Sequence[Example], pad_id: int, device: torch.device | str
         targets += example.completion
     kinds = [examples[row].forget for row in rows]
     places = ([n for n, forget in enumerate(kinds) if forget == wanted] for wanted in (True, False))
-    flat = [torch.tensor(values, dtype=torch.long) for values in (rows, positions, targets, *places)]
-    forget = torch.tensor([example.forget for example in examples])
-    tensors = (input_ids, attention_mask, *flat[:3], forget, *flat[3:])
-    return Batch(*(tensor.to(device) for tensor in tensors))
+    flat = (torch.tensor(values, dtype=torch.long) for values in (rows, positions, targets, *places))
+    return Batch(*(tensor.to(device) for tensor in (input_ids, attention_mask, *flat)))
 
 
 def epoch_batches(
