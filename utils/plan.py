@@ -6,7 +6,7 @@ Rows, tokens, steps and padding are counted on the tokenised rows themselves. Th
 
     process     what this process holds once libraries and rows are loaded, and 60 MiB that the first step adds for
                 kernels; with nf4 also the weights as they are read before they are packed, in the wider of --dtype
-                and the file's type: 2.4 times, as NF4_READ says (nothing on a GPU)
+                and the file's type: 2.6 times, as NF4_READ says (nothing on a GPU)
     weights     the frozen parameters in --dtype; nf4: 4 bits and 1/64 of a float32 for each in a linear layer
     trained     what is learnt, in float32: a parameter and AdamW's two moments, 12 bytes each; the gradient is part of
                 the step. With --tune=full all parameters, and none is frozen (rmu: those of three layers, the others
@@ -63,7 +63,7 @@ from utils.training.loop import Objective, Training, TrainingSettings
 from utils.unlearning.reference import HIDDEN_STATES, Loader, Measure, Reference
 
 HEAP, KERNELS = 1.6, 60 * 2**20  # on a CPU; see above
-NF4_READ = 2.4  # times the weights as they are read: in the mapped file, before packing, and a fifth; fitted to one run
+NF4_READ = 2.6  # times the weights as they are read: in the mapped file, before packing, and a fifth; fitted to one run
 NF4_BYTES = 0.5 + 4 / 64  # of a weight: 4 bits, and a float32 scale for every 64
 PROBED = 5  # batches that are timed: the middle ones of as many groups of equal size, by padded length
 
