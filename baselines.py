@@ -17,17 +17,19 @@ def parse_args():
     from utils.unlearning import flags
     from utils.unlearning.methods import IN_CONTEXT, METHODS
 
+    methods = [*METHODS, *IN_CONTEXT, *flags.GATED]
     parser = cli.ArgumentParser(__doc__)
     parser.add_argument(
         "--model_checkpoints", type=cli.path, required=True, help="what qlora.py wrote, or a plain model"
     )
-    parser.add_argument("--unlearn_method", required=True, choices=[*METHODS, *IN_CONTEXT, "eco"], help="the method")
+    parser.add_argument("--unlearn_method", required=True, choices=methods, help="the method")
     arguments.add_model_arguments(parser)
     arguments.add_training_arguments(parser, num_epochs=1)
     flags.add_unlearning_arguments(parser)
     flags.add_constants(parser)
     arguments.add_lora_arguments(parser, "LoRA (with --tune=lora)")
     flags.add_context_arguments(parser)
+    flags.add_gate_arguments(parser)
     flags.add_eco_arguments(parser)
     args = parser.parse_args()
     flags.refuse_contradictions(parser, args)
@@ -111,35 +113,25 @@ def fine_tune(args, output):
 
 
 def build(args, output):
-    """Make what trains no weights, a template or ECO's gate, and write the Output."""
+    """Make what trains no weights, a template or what stands behind a gate, and write the Output."""
     from utils import job
     from utils.data.select import load_rows
-    from utils.evaluation import figures, tables
     from utils.evaluation.finish import finish
     from utils.evaluation.run import check_served
-    from utils.interventions import eco, in_context
-    from utils.interventions.gates import ClassifierSettings
-    from utils.unlearning import eco_search, flags
+    from utils.interventions import gates, in_context
+    from utils.unlearning import eco_search, flags, gate_training, gated
 
-    settings, frames = job.settings_of(args), load_rows(vars(args))
-    if args.unlearn_method == "eco":
+    method, settings, frames = args.unlearn_method, job.settings_of(args), load_rows(vars(args))
+    if method in flags.GATED:
         served, asked = load_model(args, settings, frames), cli.take(eco_search.EcoSettings, args)
-        if asked.searched and asked.eco_target == "auto":
-            eco_search.refuse_learnt(served.manifest, vars(args))
-        people, classifier = (
-            flags.listed_people(args.dataset, args.eco_names, args.forget_only),
-            cli.take(ClassifierSettings, args),
-        )
-        made, description = eco_search.learn(served, frames, people, asked, classifier, settings.model)
-        print(tables.gate_table(description))
-
-        def write(folder):
-            eco.save(made, description, folder)
-            if description["curve"]:
-                figures.draw_strength(description, path=folder / "strength.png")
-
+        if method == "eco":
+            eco_search.refuse_target(asked, settings.model, served.manifest, vars(args))
+        people = flags.listed_people(args.dataset, args.eco_names, args.forget_only)
+        how = cli.take(gate_training.GateSettings, args), cli.take(gates.ClassifierSettings, args), settings.model
+        source = gate_training.find_gate(args.gate, frames, people, *how, lambda: served)
+        made, write = gated.behind_gate(method, served, frames, people, source, asked, settings.model)
     else:
-        if args.unlearn_method == "prompting":
+        if method == "prompting":
             people = [] if args.instruction else flags.listed_people(args.dataset, args.forget_names, args.forget_only)
             made = in_context.instruct(args.instruction, [person.name for person in people])
         else:
@@ -150,8 +142,8 @@ def build(args, output):
         def write(folder):
             in_context.save(made, folder)
 
-    about = {"method": args.unlearn_method, "kind": "eco" if args.unlearn_method == "eco" else "in-context"}
-    finish(output, served.using(made), frames, args, settings.evaluation, **about, write=write)
+    kind = method if method in flags.GATED else "in-context"
+    finish(output, served.using(made), frames, args, settings.evaluation, method=method, kind=kind, write=write)
 
 
 def load_model(args, settings, frames):

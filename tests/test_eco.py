@@ -37,7 +37,7 @@ from utils.models.forward import completion_logits
 from utils.models.layers import record_activations
 from utils.storage.checkpoints import file_sha256
 from utils.tasks.encode import tokenize
-from utils.unlearning import eco_search
+from utils.unlearning import eco_search, gate_training
 
 pytestmark = pytest.mark.slow
 
@@ -287,16 +287,17 @@ def test_the_threshold_comes_from_rows_that_the_classifier_had_not_seen(monkeypa
     monkeypatch.setitem(gates.CLASSIFIERS, "tfidf", Memory)
     frames = {
         split: pd.DataFrame({"text": [f"{split} {i}" for i in range(n)], "label": [0, 1] * (n // 2)})
-        for split, n in (("train_retain", 40), ("train_forget", 20))
+        for split, n in (("train_retain", 40), ("train_forget", 20), ("test_retain", 2), ("test_forget", 2))
     }
-    settings = eco_search.EcoSettings(eco_conformal=conformal, eco_max_fpr=0.1), gates.ClassifierSettings()
-    gate, calibration = eco_search.train_gate(None, frames, *settings)
+    settings = gate_training.GateSettings(eco_conformal=conformal, eco_max_fpr=0.1), gates.ClassifierSettings()
+    found = gate_training.train_gate(None, frames, [], *settings)
+    gate, calibration = found.gate(None), found.description["calibration"]
     assert calibration["auc"] == 0.5 and calibration["false_negatives"] == 1  # a row seen in training would score 1
     assert (calibration["retain"], calibration["forget"]) == ((40, 20) if conformal is None else (8, 4))
     flags = gate.decide(frames["train_forget"]["text"])[0]
     assert flags.sum() == (20 if conformal is None else 16)
     with pytest.raises(UserError, match="too few train rows"):
-        eco_search.train_gate(None, frames | {"train_forget": frames["train_forget"][:2]}, *settings)
+        gate_training.train_gate(None, frames | {"train_forget": frames["train_forget"][:2]}, [], *settings)
 
 
 @pytest.mark.parametrize(("rate", "flagged"), [(0.1, 0), (0.19, 1), (0.2, 1), (0.3, 2), (0.4, 3), (0.5, 3), (1, 9)])
@@ -443,7 +444,7 @@ def test_evasion_rates_by_a_gate_that_knows_one_spelling(tmp_path):
     frames = {split: pd.DataFrame({"text": texts}) for split in SPLITS}
     frames["test_forget"] = frames["test_forget"].iloc[2:3]  # names nobody
     gate = gates.Gate(Word("Lee"), 0.5)
-    rates = eco_search.evasion_rates(gate, frames, names)
+    rates = gate_training.evasion_rates(gate, frames, names)
     third = {"train_forget": pytest.approx(1 / 3)}
     assert rates == {
         "unchanged": {"train_forget": pytest.approx(2 / 3)},
@@ -453,7 +454,7 @@ def test_evasion_rates_by_a_gate_that_knows_one_spelling(tmp_path):
         "partial": third,  # `Lee`, `Maj`, `Woo`
     }
     assert {"ann lee is good", "so is Lee Mjaors", "so is L. M.", "so is Maj", "Wo"} <= set(gate.classifier.asked)
-    assert eco_search.evasion_rates(gate, frames, []) == {}
+    assert gate_training.evasion_rates(gate, frames, []) == {}
 
 
 @pytest.mark.parametrize("architecture", ["llama", "opt", "gpt2", "gemma2"])
@@ -480,9 +481,9 @@ SETTINGS = (
 )
 GIVEN = (*scripts.ROWS, "--unlearn_method=eco", "--eco_threshold=0.4", "--eco_strength=3", "--eco_dims=64")
 CLASSIFIER_FILES = {
-    "tfidf": {"classifier.safetensors", "vocabulary.json"},
-    "features": {"classifier.safetensors"},
-    "encoder": {"classifier/" + name for name in ("config.json", "model.safetensors")},
+    "tfidf": {"gate/classifier.safetensors", "gate/vocabulary.json"},
+    "features": {"gate/classifier.safetensors"},
+    "encoder": {"gate/classifier/" + name for name in ("config.json", "model.safetensors")},
 }
 
 
@@ -525,7 +526,8 @@ def checkpoint(fine_tuned, small_data, tmp_path_factory):
 
 
 def settings_of(folder):
-    return json.loads((folder / "eco.json").read_text())
+    """What eco.json and gate.json say."""
+    return json.loads((folder / "eco.json").read_text()) | json.loads((folder / "gate/gate.json").read_text())
 
 
 def splits_of(folder):
@@ -553,8 +555,10 @@ def test_the_checkpoint_says_what_was_found(checkpoint, fine_tuned):
         assert rate["flagged"] == splits_of(checkpoint)[split]["flagged"]
         assert rate["wrong"] == pytest.approx(1 - rate["flagged"] if "forget" in split else rate["flagged"])
     assert {name.name for name in checkpoint.iterdir()} == {
-        "manifest.json", "metrics.json", "eco.json", "strength.png", "classifier.safetensors", "vocabulary.json",
+        "manifest.json", "metrics.json", "eco.json", "strength.png", "gate",
     }  # fmt: skip
+    gate = {"gate.json", "unseen.safetensors", "classifier.safetensors", "vocabulary.json"}
+    assert {name.name for name in (checkpoint / "gate").iterdir()} == gate
 
 
 def test_auto_is_the_score_on_retain_rows_that_the_model_has_not_learnt(fine_tuned, tiny_model, small_data, tmp_path):
@@ -576,7 +580,7 @@ def test_inference_repeats_the_figures_with_other_batches(checkpoint, small_data
     assert again.keys() == then.keys()
     assert all(again[split] == pytest.approx(then[split], rel=1e-4) for split in then)
     rows = predictions_of(tmp_path / "out")
-    gate = gates.Gate(gates.Tfidf.load(checkpoint), settings_of(checkpoint)["threshold"])
+    gate = gates.Gate(gates.Tfidf.load(checkpoint / "gate"), settings_of(checkpoint)["threshold"])
     flags, probabilities = gate.decide(rows["text"])
     assert rows["flagged"].tolist() == flags.tolist()
     assert rows["gate_probability"].tolist() == pytest.approx(probabilities.tolist())
@@ -609,7 +613,7 @@ def test_other_classifiers_round_trip(kind, bert, tiny_model, small_data, tmp_pa
     assert {split: then[split]["flagged"] for split in SPLITS} == {s: rates[s]["flagged"] for s in SPLITS}
     assert predictions_of(tmp_path / "out")["gate_probability"].nunique() > 5
     if kind == "encoder":  # hashed like the rest
-        weights = tmp_path / "eco" / "classifier" / "model.safetensors"
+        weights = tmp_path / "eco" / "gate" / "classifier" / "model.safetensors"
         save_file({k: v + 1 for k, v in load_file(weights).items()}, weights, metadata={"format": "pt"})
         refused(tmp_path, "is not the file its manifest names", "inference_spul", "--model_checkpoints", "eco")
 
@@ -658,7 +662,7 @@ def test_new_text_shows_flag_probability_and_both_answers(checkpoint, prompt, sm
     flags = [f"--text={forget}", f"--text={retain}", f"--router={checkpoint}"]
     result = done(inference(tmp_path, checkpoint, prompt, flags=[*flags, "--json"]))
     rows = [json.loads(line) for line in result.stdout.splitlines()]
-    gate = gates.Gate(gates.Tfidf.load(checkpoint), settings_of(checkpoint)["threshold"])
+    gate = gates.Gate(gates.Tfidf.load(checkpoint / "gate"), settings_of(checkpoint)["threshold"])
     for row, flag, probability in zip(rows, *gate.decide([forget, retain])):
         spoken = "eco: without ECO", "eco: with ECO", "prompt: without prompt", "prompt: with router"
         plain, with_eco, without, with_router = (row[key] for key in spoken)
@@ -760,11 +764,12 @@ def sign(folder):
 @pytest.mark.parametrize(
     ("name", "change", "sentence"),
     [
-        ("eco.json", lambda path: path.write_text("{}"), "is no description of an ECO gate or is damaged (classifier"),
+        ("eco.json", lambda path: path.write_text("{}"), "is no description of ECO or is damaged (corruption"),
         ("eco.json", lambda path: path.write_text(path.read_text().replace('"dims"', '"d"')), "(corruption.dims"),
-        ("classifier.safetensors", lambda path: path.write_bytes(b"x"), "holds no classifier of this gate"),
-        ("vocabulary.json", lambda path: path.write_text("[["), "is no valid JSON or is damaged"),
-        ("vocabulary.json", lambda path: path.write_text("[[]]"), "is no vocabulary of a gate or is damaged"),
+        ("gate/gate.json", lambda path: path.write_text("{}"), "is no description of a gate or is damaged (classifier"),
+        ("gate/classifier.safetensors", lambda path: path.write_bytes(b"x"), "holds no classifier of this gate"),
+        ("gate/vocabulary.json", lambda path: path.write_text("[["), "is no valid JSON or is damaged"),
+        ("gate/vocabulary.json", lambda path: path.write_text("[[]]"), "is no vocabulary of a gate or is damaged"),
     ],
 )
 def test_a_damaged_checkpoint(copy, name, change, sentence):
@@ -777,7 +782,7 @@ def test_a_damaged_checkpoint(copy, name, change, sentence):
 
 def test_a_router_that_does_not_fit(checkpoint, prompt, fine_tuned, tiny_model, small_data, tmp_path):
     command = "inference_spul", "--model_checkpoints"
-    refused(tmp_path, "is no ECO checkpoint", *command, prompt, f"--router={fine_tuned}")
+    refused(tmp_path, "has no gate; --router takes", *command, prompt, f"--router={fine_tuned}")
     refused(tmp_path, "--router goes in front of a prompt", *command, fine_tuned, f"--router={checkpoint}")
     refused(tmp_path, "--force goes with --router", *command, prompt, "--force")
     features = "--eco_classifier=features", "--max_eval_samples=0", "--output_path=eco"

@@ -91,6 +91,9 @@ def greedy(
     answers, log_p = list(begun), [torch.zeros(())] * len(examples)
     for going in by_length(examples, batch_size, acting):
         number = acting[going[0]]
+        if (fixed := served.acting(number).fixed_answer) is not None:
+            answers = [fixed if i in going else answer for i, answer in enumerate(answers)]
+            continue
         while going := [i for i in going if not known.ended(answers[i])]:
             longer = [
                 dataclasses.replace(examples[i], prompt=examples[i].prompt + answers[i], completion=(0,)) for i in going

@@ -50,6 +50,15 @@ class Intervention:
         """For each text the characters whose tokens are changed; None where no token is."""
         return None
 
+    @property
+    def fixed_answer(self) -> tuple[int, ...] | None:
+        """The tokens that every query is answered with; None: the model is asked."""
+        return None
+
+    def fixed_logits(self, model: torch.nn.Module, examples: Sequence[Example]) -> torch.Tensor:
+        """Where there is a fixed answer, the logits (N, |V|) at the examples' completion tokens that amount to it."""
+        raise NotImplementedError
+
     def applied(self, model: torch.nn.Module, examples: Sequence[Example]) -> AbstractContextManager:
         """While open, `model` computes on `examples` as this intervention wants it."""
         return contextlib.nullcontext()

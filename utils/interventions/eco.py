@@ -12,7 +12,7 @@ from pydantic import Field, model_validator
 from utils.data.batch import Example
 from utils.data.names import Person, spans
 from utils.errors import UserError
-from utils.interventions import gates
+from utils.interventions import gate_files, gates
 from utils.interventions.base import Intervention, Spans
 from utils.interventions.corruption import Corruption, CorruptionSettings
 from utils.models.base import FrozenModel, ModelSettings
@@ -39,12 +39,10 @@ class Point(Schema):
 
 
 class EcoFile(Open):
-    """eco.json. Earlier versions store [person, pattern] as `names`: a pattern may never end, so none is used."""
+    """eco.json. Earlier versions describe the gate here, too (utils.interventions.gate_files), and store [person,
+    pattern] as `names`: a pattern may never end, so none is used."""
 
-    what = "description of an ECO gate"
-    classifier: Literal[tuple(gates.CLASSIFIERS)]
-    threshold: Annotated[float, Field(ge=0, lt=1)]  # no probability is above 1: a gate that flags nothing
-    calibration: dict[str, Amount]
+    what = "description of ECO"
     corruption: CorruptionSettings
     tokens: Literal["all", "entities"]
     names: list[Listed] | list[Pattern]
@@ -52,8 +50,6 @@ class EcoFile(Open):
     metric: Text
     target: Share | None
     curve: list[Point]
-    rates: dict[str, Share | dict[str, Share]]
-    evasion: dict[str, dict[str, Share]]
 
     @model_validator(mode="after")
     def _uses_no_pattern(self) -> "EcoFile":
@@ -123,29 +119,16 @@ class CorruptedEmbeddings(Intervention):
 
 
 def save(intervention: CorruptedEmbeddings, settings: dict[str, Any], folder: Path) -> None:
-    """Write gate and settings into `folder`: safetensors and JSON, no pickle."""
-    intervention.gate.classifier.save(folder)
+    """Write all but the gate into `folder`: safetensors and JSON, no pickle."""
     if isinstance(intervention.marks.entities, Tagger):
         intervention.marks.entities.save(folder / TAGGER)
     write_json(folder / FILE, settings)
 
 
-def load_gate(link: Link, served: FrozenModel, trust_remote_code: bool, max_length: int) -> gates.Gate:
-    """The Gate of the ECO checkpoint `link`. Raises UserError if its files are missing or damaged."""
-    return _gate(link, schemas.read(link.path / FILE, EcoFile), served, trust_remote_code, max_length)
-
-
-def _gate(
-    link: Link, settings: dict[str, Any], served: FrozenModel, trust_remote_code: bool, max_length: int
-) -> gates.Gate:
-    classifier = gates.CLASSIFIERS[settings["classifier"]].load(link.path, served, trust_remote_code, max_length)
-    return gates.Gate(classifier, settings["threshold"])
-
-
 def load(link: Link, served: FrozenModel, model_settings: ModelSettings, max_length: int) -> CorruptedEmbeddings:
     """What the ECO checkpoint `link` puts in front of the model of `served`."""
     trusted, settings, marks = model_settings.trust_remote_code, schemas.read(link.path / FILE, EcoFile), Marks()
-    gate = _gate(link, settings, served, trusted, max_length)
+    gate = gate_files.load(link.path, served, trusted, max_length)
     if settings["tokens"] == "entities" and settings["token_classifier"]:
         marks = Marks(Tagger(f"{link.path}/{TAGGER}", link.path / TAGGER, served.model.device, trusted))
     elif settings["tokens"] == "entities":

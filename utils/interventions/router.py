@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from utils.errors import UserError
-from utils.interventions import eco
+from utils.interventions import gate_files
 from utils.interventions.gates import CLASSIFIERS
 from utils.interventions.served import Served
 from utils.models.base import ModelSettings
@@ -25,8 +25,8 @@ def find_router(
     if not prompts:
         raise UserError("--router goes in front of a prompt; add what spul.py wrote to --model_checkpoints")
     *above, link = resolve_chain(name, settings.trust_remote_code, parent)
-    if link.kind != "eco":
-        raise UserError(f"{name} is no ECO checkpoint; --router takes what baselines.py wrote with eco")
+    if not gate_files.has_gate(link):
+        raise UserError(f"{name} has no gate; --router takes what baselines.py wrote with eco, gate or refusal")
     for *model, prompt in prompts:
         if link.manifest["data_fingerprint"] != prompt.manifest["data_fingerprint"] and not force:
             raise UserError(
@@ -44,4 +44,4 @@ def find_router(
 
 def routed(served: Served, router: Link, settings: ModelSettings, max_length: int) -> Served:
     """`served` with its prompt only in front of the queries that the gate of the Link `router` flags."""
-    return served.behind(eco.load_gate(router, served.plain, settings.trust_remote_code, max_length))
+    return served.behind(gate_files.load(router.path, served.plain, settings.trust_remote_code, max_length))

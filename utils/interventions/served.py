@@ -7,16 +7,25 @@ from typing import Any
 import torch
 
 from utils.data.batch import Example, collate
-from utils.interventions import eco, in_context, prompt_encoders
+from utils.interventions import eco, gate_files, in_context, prompt_encoders, refusal
 from utils.interventions.base import NOTHING, Intervention, Template
 from utils.interventions.gates import Gate
 from utils.models.adapters import merge_lora
-from utils.models.base import ModelSettings, load_base, load_tokenizer
+from utils.models.base import FrozenModel, ModelSettings, load_base, load_tokenizer
 from utils.models.chain import resolve_chain
 from utils.models.forward import completion_logits
 from utils.storage.checkpoints import Link, base_name
 
-LOADERS = {"prompt": prompt_encoders.load, "in-context": in_context.load, "eco": eco.load}  # by kind of checkpoint
+
+def gate_alone(link: Link, served: FrozenModel, model_settings: ModelSettings, max_length: int) -> Intervention:
+    """A gate that changes nothing: what it flags is reported."""
+    return Intervention(gate=gate_files.load(link.path, served, model_settings.trust_remote_code, max_length))
+
+
+LOADERS = {  # by kind of checkpoint
+    "prompt": prompt_encoders.load, "in-context": in_context.load, "eco": eco.load, "gate": gate_alone,
+    "refusal": refusal.load,
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -58,6 +67,11 @@ class Served:
         all_caught = any(intervention.gate is None for intervention in self.interventions)
         return list(dict.fromkeys(found if all_caught else [*found, (None, 0)]))
 
+    @property
+    def ungated(self) -> "Served":
+        """The same model whose interventions act on every query."""
+        return self.using(*(replace(intervention, gate=None) for intervention in self.interventions))
+
     def using(self, *interventions: Intervention) -> "Served":
         """The same model with these interventions instead of its own."""
         return replace(self, interventions=interventions)
@@ -89,10 +103,13 @@ class Served:
     def logits(self, examples: Sequence[Example], number: int | None) -> tuple[torch.Tensor, ...]:
         """Logits at each example's completion tokens, one (m, |V|) tensor a row, under the intervention `number`."""
         intervention, model = self.acting(number), self.model
+        sizes = [len(example.completion) for example in examples]
+        if intervention.fixed_answer is not None:
+            return intervention.fixed_logits(model, examples).split(sizes)
         batch = collate(examples, self.pad_id, model.device)
         with intervention.applied(model, examples):
             logits = completion_logits(model, batch, intervention.prefix(model))
-        return logits.split([len(example.completion) for example in examples])
+        return logits.split(sizes)
 
 
 def load_served(name: str, settings: ModelSettings, parent: str | None = None, max_length: int = 1024) -> Served:

@@ -18,15 +18,16 @@ from utils.storage.formats import Index, Manifest
 from utils.storage.reading import inside, refuse_special, regular_file
 
 MANIFEST = "manifest.json"
-KINDS = ("lora", "full", "prompt", "in-context", "eco")
+KINDS = ("lora", "full", "prompt", "in-context", "eco", "gate", "refusal")
 LIBRARIES = ("torch", "transformers", "peft", "bitsandbytes", "datasets", "accelerate", "scikit-learn", "numpy")
 VERSION = 2  # of the manifest: since 2 its hashes cover all that loading reads
 CONFIGURATIONS = ("config.json", "adapter_config.json", "template.json", "eco.json", "vocabulary.json")
 READ_BY_LOADING = (  # beside weights
     *CONFIGURATIONS, "generation_config.json", "tokenizer*", "special_tokens_map.json", "added_tokens.json",
-    "vocab.json", "vocab.txt", "merges.txt", "*.model", "*.py",
+    "vocab.json", "vocab.txt", "merges.txt", "*.model", "*.py", "refusal.json",
 )  # fmt: skip
-OF_A_GATE = ("classifier", "token_classifier")  # folders in an ECO checkpoint
+GATE = "gate"  # the folder of the gate that a checkpoint is served behind
+OF_A_GATE = (GATE, f"{GATE}/classifier", "classifier", "token_classifier")  # folders; the third of earlier versions
 
 
 @dataclass(frozen=True)
@@ -89,6 +90,8 @@ def write_manifest(
         "training": training,
         "metrics": metrics,
     }
+    if (folder / GATE).is_dir():
+        manifest["gate"] = {"sha256": gate_sha256(folder)}
     if metrics:
         write_json(folder / "metrics.json", metrics)
     write_json(folder / MANIFEST, manifest)
@@ -184,6 +187,12 @@ def weights_sha256(path: str | Path) -> str:
     names = [path.name] if path.is_file() else model_files(path)
     folder = path.parent if path.is_file() else path
     return _digest({name: folder / name for name in names})
+
+
+def gate_sha256(folder: Path) -> str:
+    """SHA-256 over the gate in the checkpoint `folder`: two checkpoints behind the same gate have the same."""
+    inner = folder / GATE
+    return _digest({path.relative_to(inner).as_posix(): path for path in sorted(inner.rglob("*")) if path.is_file()})
 
 
 def model_files(folder: Path) -> list[str]:

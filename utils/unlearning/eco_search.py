@@ -1,42 +1,33 @@
-"""ECO's training (arXiv 2406.07933): the gate, its threshold, and the search for how strongly to corrupt."""
+"""ECO's training behind its gate (arXiv 2406.07933): the search for how strongly to corrupt."""
 
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from functools import partial
 from typing import Any
 
-import numpy as np
 import pandas as pd
-from sklearn.metrics import roc_auc_score
-from sklearn.model_selection import StratifiedKFold
 
 from utils.data.names import Person
 from utils.data.select import learnt_by, load_rows, sample_rows
-from utils.data.splits import SPLITS, split_rows
 from utils.errors import UserError
 from utils.evaluation.run import Frames
 from utils.evaluation.scores import score_rows, split_scores
 from utils.interventions import gates
 from utils.interventions.corruption import Corruption, has_strength
-from utils.interventions.eco import CorruptedEmbeddings, Marks, Tagger, by_list, found_names
+from utils.interventions.eco import CorruptedEmbeddings, Marks, Tagger, by_list
 from utils.interventions.served import Served, load_served
 from utils.models.base import ModelSettings
 from utils.models.chain import resolve_chain
 from utils.tasks.classification import label_words
 
-FOLDS = 5  # of the cross-fitting that sets the threshold
 LADDER = (0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0)  # where a search without --eco_start begins to look
 
 
 @dataclass(frozen=True, kw_only=True)
 class EcoSettings:
-    """ECO's gate, corruption and search: the flags of those names. eco_target: v_r, a number, `auto`, or the path of a
+    """ECO's corruption and search: the flags of those names. eco_target: v_r, a number, `auto`, or the path of a
     checkpoint that never saw the forget rows."""
 
-    eco_threshold: float | None = None
-    eco_conformal: float | None = None
-    eco_max_fpr: float = 0.01
     eco_corruption: str = "noise-first"
     eco_dims: int = 1
     eco_tokens: str = "all"
@@ -60,12 +51,6 @@ class EcoSettings:
         """Whether a strength is searched for."""
         return has_strength(self.eco_corruption) and self.eco_strength is None
 
-    @property
-    def rate(self) -> tuple[float, str]:
-        """The share of retain rows that may be flagged, and the flag that says so."""
-        flag = "eco_max_fpr" if self.eco_conformal is None else "eco_conformal"
-        return getattr(self, flag), flag
-
     def corruption(self, strength: float) -> Corruption:
         return Corruption(self.eco_corruption, strength, self.eco_dims, self.seed)
 
@@ -74,20 +59,15 @@ def learn(
     served: Served,
     frames: Frames,
     names: Sequence[Person],
+    gate: gates.Gate,
     settings: EcoSettings,
-    classifier: gates.ClassifierSettings,
     model: ModelSettings,
 ) -> tuple[CorruptedEmbeddings, dict[str, Any]]:
-    """Train the gate in front of the plain model `served` and find the strength: (intervention, what eco.json says).
+    """Find the strength behind `gate`, in front of the plain model `served`: (intervention, what eco.json says).
 
-    names: the people whom --eco_tokens=entities corrupts and the evasion test rewrites. model: how a checkpoint that
-    --eco_target names is loaded.
+    names: the people whom --eco_tokens=entities corrupts. model: how a checkpoint that --eco_target names is loaded.
     """
     marks = _marks(served, names, settings, model.trust_remote_code)
-    if settings.searched and settings.eco_target != "auto" and not isinstance(settings.eco_target, float):
-        resolve_chain(settings.eco_target, model.trust_remote_code)  # ends here, not after the training, if it must
-    gate, calibration = train_gate(served, frames, settings, classifier)
-    report = {"rates": gates.rates(gate, frames), "evasion": evasion_rates(gate, frames, names)}
 
     def intervention(strength: float) -> CorruptedEmbeddings:
         return CorruptedEmbeddings(corruption=settings.corruption(strength), marks=marks, gate=gate)
@@ -98,9 +78,6 @@ def learn(
         strength, curve = search_strength(served, frames, settings, intervention, target)
     found = intervention(strength)
     return found, {
-        "classifier": gate.classifier.kind,
-        "threshold": gate.threshold,
-        "calibration": calibration,
         "corruption": vars(found.corruption),
         "tokens": settings.eco_tokens,
         "names": [asdict(person) for person in names],
@@ -108,86 +85,7 @@ def learn(
         "metric": settings.eco_metric,
         "target": target,
         "curve": curve,
-        **report,
     }
-
-
-def train_gate(
-    served: Served, frames: Frames, settings: EcoSettings, classifier: gates.ClassifierSettings
-) -> tuple[gates.Gate, dict[str, float]]:
-    """(Gate, {"retain", "forget": rows that calibrate it, "auc", "false_positives", "false_negatives" on them}) from
-    the train splits. A row that had a say in a classifier cannot calibrate it: one that has not seen it must score it.
-
-    A classifier that is fitted in seconds is cross-fitted: five are trained on four fifths each, every row is scored by
-    the one that did not see it, those scores set the threshold, and the one that is kept has seen all rows: it knows
-    every forget row. For an encoder, and for a conformal threshold, whose guarantee is for the classifier that gave the
-    calibration scores, a fifth is held out for good; of the rest an encoder holds out another fifth to pick the epoch.
-    """
-    kind = gates.CLASSIFIERS[classifier.kind]
-    splits_off = kind.validates or settings.eco_conformal is not None
-    fit = partial(kind.fit, served=served, settings=classifier)
-    if splits_off:
-        gate, retain, forget = _split_fit(frames, settings, fit, kind.validates)
-    else:
-        gate, retain, forget = _cross_fit(frames, settings, fit)
-    if settings.eco_threshold is not None:
-        gate.threshold = settings.eco_threshold
-    else:
-        gate.threshold = gates.threshold_for_rate(retain, *settings.rate)
-    truth = np.r_[np.zeros(len(retain)), np.ones(len(forget))]
-    calibration = {
-        "retain": len(retain),
-        "forget": len(forget),
-        "auc": float(roc_auc_score(truth, np.r_[retain, forget])),
-        "false_positives": float((retain > gate.threshold).mean()),
-        "false_negatives": float((forget <= gate.threshold).mean()),
-    }
-    return gate, calibration
-
-
-def _refuse_few(settings: EcoSettings, n: int) -> None:
-    """Raise UserError, before a classifier is trained, if the scores of `n` retain rows cannot set the threshold."""
-    if settings.eco_threshold is None:
-        gates.threshold_rank(n, *settings.rate)
-
-
-def _cross_fit(frames: Frames, settings: EcoSettings, fit: Callable) -> tuple[gates.Gate, np.ndarray, np.ndarray]:
-    """(Gate fitted on all train rows, scores of the retain and of the forget rows by classifiers that had not seen
-    them)."""
-    texts, labels = _labelled(frames["train_retain"], frames["train_forget"])
-    if min(np.bincount(labels)) < FOLDS:
-        raise UserError(f"there are too few train rows to calibrate the classifier: {FOLDS} of each kind are needed")
-    _refuse_few(settings, len(frames["train_retain"]))
-    texts, scores = np.array(texts, dtype=object), np.empty(len(labels))
-    for seen, held in StratifiedKFold(FOLDS, shuffle=True, random_state=settings.seed).split(texts, labels):
-        fold = gates.Gate(fit(list(texts[seen]), labels[seen]))
-        scores[held] = fold.probabilities(texts[held])
-    gate = gates.Gate(fit(list(texts), labels))
-    return gate, scores[labels == 0], scores[labels == 1]
-
-
-def _split_fit(
-    frames: Frames, settings: EcoSettings, fit: Callable, validates: bool
-) -> tuple[gates.Gate, np.ndarray, np.ndarray]:
-    """(Gate fitted on four fifths of the train rows, scores of the retain and of the forget rows held out)."""
-    seen, held = _hold_out(frames["train_retain"], frames["train_forget"], settings.seed)
-    _refuse_few(settings, len(held[0]))
-    extra = {}
-    if validates:
-        seen, validation = _hold_out(*seen, settings.seed)
-        extra = {"validation": _labelled(*validation)}
-    gate = gates.Gate(fit(*_labelled(*seen), **extra))
-    return gate, *(gate.probabilities(frame["text"]) for frame in held)
-
-
-def _hold_out(retain: pd.DataFrame, forget: pd.DataFrame, seed: int) -> list[tuple[pd.DataFrame, pd.DataFrame]]:
-    """((retain, forget) for training, (retain, forget) held out: a fifth of each label's rows)."""
-    rows = pd.concat([retain.assign(forget=False), forget.assign(forget=True)], ignore_index=True)
-    parts = split_rows(rows, 0.2, seed)
-    pairs = [(parts[f"{phase}_retain"], parts[f"{phase}_forget"]) for phase in ("train", "test")]
-    if min(len(frame) for pair in pairs for frame in pair) == 0:
-        raise UserError("there are too few train rows to hold some out for the threshold; use more rows")
-    return pairs
 
 
 def search_strength(
@@ -261,40 +159,6 @@ def zeroth_order(
     return visited
 
 
-def evasion_rates(gate: gates.Gate, frames: Frames, names: Sequence[Person]) -> dict[str, dict[str, float]]:
-    """{evasion: {split: share flagged}} on the forget rows that name somebody of `names`, the name rewritten so as to
-    slip past the classifier; {} without names. `unchanged` is what to compare with."""
-    result = {}
-    for split in SPLITS:
-        if split.endswith("forget"):
-            named = [(text, found) for text in frames[split]["text"] if (found := found_names(text, names))]
-            for evasion, rewrite in EVASIONS.items() if named else ():
-                flags, _ = gate.decide([_rewritten(text, found, rewrite) for text, found in named])
-                result.setdefault(evasion, {})[split] = float(flags.mean())
-    return result
-
-
-def _typo(name: str) -> str:
-    """The first two different neighbours behind the last word's first letter change places (`Scrosese`)."""
-    start = name.rfind(" ") + 2
-    at = next((i for i in range(start, len(name) - 1) if name[i] != name[i + 1]), None)
-    return name[:-1] if at is None else name[:at] + name[at + 1] + name[at] + name[at + 2 :]
-
-
-EVASIONS = {
-    "unchanged": lambda name: name,
-    "lower case": str.lower,
-    "typo": _typo,
-    "initials": lambda name: " ".join(word[0] + "." for word in name.split()),
-    "partial": lambda name: name.split()[-1][: max(3, len(name.split()[-1]) // 2)],
-}
-
-
-def _labelled(retain: pd.DataFrame, forget: pd.DataFrame) -> tuple[list[str], np.ndarray]:
-    texts = [*retain["text"], *forget["text"]]
-    return texts, np.r_[np.zeros(len(retain), dtype=int), np.ones(len(forget), dtype=int)]
-
-
 def _score(settings: EcoSettings, served: Served, frame: pd.DataFrame, words: Sequence[str]) -> float:
     rows = score_rows(served, frame, words, settings.max_length, settings.eval_batch_size)
     labelled = pd.concat([frame[["label_text"]].reset_index(drop=True), rows], axis=1)
@@ -313,12 +177,19 @@ def _target(served: Served, frames: Frames, settings: EcoSettings, model: ModelS
     return _score(settings, retain_model, sample_rows(frames["train_forget"], n), words)
 
 
-def refuse_learnt(tuned: dict[str, Any], arguments: dict[str, Any]) -> None:
-    """Raise UserError if the model of the manifest `tuned` may have learnt the rows that --validation_share cuts.
+def refuse_target(
+    settings: EcoSettings, model: ModelSettings, tuned: dict[str, Any], arguments: dict[str, Any]
+) -> None:
+    """Raise UserError, before anything is trained, on a --eco_target that cannot work: a checkpoint that is none, or
+    `auto` where the model of the manifest `tuned` may have learnt the rows that --validation_share cuts.
 
     arguments: those of the command, which say which rows it works on.
     """
-    if tuned and not learnt_by(tuned, load_rows({**arguments, "forget_size": 1.0})):
+    if not settings.searched or isinstance(settings.eco_target, float):
+        return
+    if settings.eco_target != "auto":
+        resolve_chain(settings.eco_target, model.trust_remote_code)
+    elif tuned and not learnt_by(tuned, load_rows({**arguments, "forget_size": 1.0})):
         raise UserError(
             "--eco_target=auto needs rows that the model has not learnt; fine-tune it with the --validation_share and "
             "the rows of this command, or give a number or a retain model"
@@ -332,9 +203,3 @@ def _marks(served: Served, names: Sequence[Person], settings: EcoSettings, trust
         return Marks(by_list(names))
     source = resolve_chain(settings.eco_token_classifier, trust_remote_code)[0].path
     return Marks(Tagger(settings.eco_token_classifier, source, served.model.device, trust_remote_code))
-
-
-def _rewritten(text: str, found: list[tuple[int, int]], rewrite: Callable[[str], str]) -> str:
-    for start, end in reversed(found):
-        text = text[:start] + rewrite(text[start:end]) + text[end:]
-    return text

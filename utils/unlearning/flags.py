@@ -16,6 +16,9 @@ NO_TRAINING = (
     "eval_steps", "curve_samples", "save_steps", "dry_run", "resume", "tune", "retain_loss", "retain_weight",
     "forget_per_batch", "retain_ratio", "stop_at_forget_accuracy", "logits_path",
 )  # fmt: skip
+GATED = ("eco", "gate", "refusal")  # the methods that put a gate in front of the model
+THRESHOLD = ("eco_threshold", "eco_conformal", "eco_max_fpr")
+CLASSIFIER = ("eco_classifier", "eco_classifier_epochs", "eco_classifier_lr")
 ECO_SEARCH = (
     "eco_metric", "eco_target", "eco_samples", "eco_steps", "eco_start", "eco_eps", "eco_lr", "eco_sigma_min",
     "eco_bisect",
@@ -95,14 +98,20 @@ def add_context_arguments(parser: cli.ArgumentParser) -> None:
     group.add_argument("--icul_correct", type=cli.non_negative_int, default=2, help="icul: retain rows behind them")
 
 
-def add_eco_arguments(parser: cli.ArgumentParser) -> None:
-    """ECO's gate, corruption and search (arXiv 2406.07933); defaults are the authors' where they gave one."""
-    group = parser.add_argument_group("eco")
+def add_gate_arguments(parser: cli.ArgumentParser) -> None:
+    """The gate of eco, gate and refusal: one that is there, or how one is trained."""
+    group = parser.add_argument_group("gate (of eco, gate and refusal)")
+    group.add_argument("--gate", type=cli.path, help="a checkpoint whose gate is taken instead of training one")
     group.add_argument(
         "--eco_classifier", type=cli.path, default="tfidf", help="tfidf, features, or an encoder (hub id, folder)"
     )
     group.add_argument("--eco_classifier_epochs", type=cli.positive_int, default=30, help="of an encoder")
     group.add_argument("--eco_classifier_lr", type=cli.positive_float, default=2e-5, help="of an encoder")
+    add_threshold_arguments(group)
+
+
+def add_threshold_arguments(group: argparse._ArgumentGroup) -> None:
+    """How strict a gate is that is trained here."""
     decision = group.add_mutually_exclusive_group()
     decision.add_argument(
         "--eco_threshold", type=cli.below_one, help="flag above this probability (default: by --eco_max_fpr)"
@@ -119,6 +128,11 @@ def add_eco_arguments(parser: cli.ArgumentParser) -> None:
         default=0.01,
         help="flag a new retain row with about this probability at most",
     )
+
+
+def add_eco_arguments(parser: cli.ArgumentParser) -> None:
+    """ECO's corruption and search (arXiv 2406.07933); defaults are the authors' where they gave one."""
+    group = parser.add_argument_group("eco")
     group.add_argument(
         "--eco_corruption", choices=FAMILIES, default="noise-first", metavar="FAMILY", help=", ".join(FAMILIES)
     )
@@ -199,9 +213,14 @@ def refuse_contradictions(parser: cli.ArgumentParser, args: argparse.Namespace) 
         args.instruction or args.forget_names or args.forget_only or args.dataset == "snippets"
     ):
         parser.error("prompting needs --forget_names, --forget_only or --instruction (only snippets has a list)")
+    of_gate = [*THRESHOLD, *CLASSIFIER, "eco_names"]
+    if name in GATED:
+        refuse_gate_contradictions(parser, args)
+    elif flag := given(parser, args, ["gate", *of_gate]):
+        parser.error(f"--{flag} goes with --unlearn_method={', '.join(GATED)}")
     if name == "eco":
         refuse_eco_contradictions(parser, args)
-    elif flag := given(parser, args, [flag for flag in vars(args) if flag.startswith("eco_")]):
+    elif flag := given(parser, args, [flag for flag in vars(args) if flag.startswith("eco_") and flag not in of_gate]):
         parser.error(f"--{flag} goes with --unlearn_method=eco")
     if name != "prompting" and (args.instruction or args.forget_names):
         parser.error("--instruction and --forget_names go with --unlearn_method=prompting")
@@ -214,6 +233,17 @@ def given(parser: cli.ArgumentParser, args: argparse.Namespace, flags: Iterable[
     return next((flag for flag in flags if getattr(args, flag) != parser.get_default(flag)), None)
 
 
+def refuse_gate_contradictions(parser: cli.ArgumentParser, args: argparse.Namespace) -> None:
+    """Exit 2 on flags of the gate that would be ignored (so it sees all `args`)."""
+    if args.gate and (flag := given(parser, args, [*THRESHOLD, *CLASSIFIER])):
+        parser.error(f"--gate takes a gate that is trained already; leave out --{flag}")
+    from utils.interventions.gates import CLASSIFIERS  # takes a second, which only these methods shall wait
+
+    no_encoder = args.eco_classifier in CLASSIFIERS and not CLASSIFIERS[args.eco_classifier].validates
+    if no_encoder and (flag := given(parser, args, CLASSIFIER[1:])):
+        parser.error(f"--{flag} goes with an encoder as --eco_classifier")
+
+
 def refuse_eco_contradictions(parser: cli.ArgumentParser, args: argparse.Namespace) -> None:
     """Exit 2 on flags of ECO that would be ignored (so it sees all `args`)."""
     family, searched = args.eco_corruption, args.eco_strength is None and has_strength(args.eco_corruption)
@@ -223,11 +253,6 @@ def refuse_eco_contradictions(parser: cli.ArgumentParser, args: argparse.Namespa
         parser.error(f"no strength is searched for; leave out --{flag}")
     if family in ORDERS and given(parser, args, ["eco_dims"]):
         parser.error(f"--eco_corruption={family} moves whole embeddings; leave out --eco_dims")
-    from utils.interventions.gates import CLASSIFIERS  # takes a second, which only eco shall wait
-
-    no_encoder = args.eco_classifier in CLASSIFIERS and not CLASSIFIERS[args.eco_classifier].validates
-    if no_encoder and (flag := given(parser, args, ["eco_classifier_epochs", "eco_classifier_lr"])):
-        parser.error(f"--{flag} goes with an encoder as --eco_classifier")
     names = args.eco_names or args.forget_only or args.eco_token_classifier or args.dataset == "snippets"
     if args.eco_tokens == "entities" and not names:
         parser.error("--eco_tokens=entities needs --eco_names or --eco_token_classifier")
