@@ -91,7 +91,7 @@ def fine_tune(args, output):
         plan.print_plan(plan.Run(**source, prepare=prepare, **vars(settings)), frames)
     if args.dry_run == "plan":
         return
-    served = load_model(args, settings, frames)
+    served = job.load_frozen(args.model_checkpoints, args.parent_path, settings, frames)
     dtype = served.model.dtype
     load = plan.blank_reference if args.dry_run else reference.loader(cli.take(reference.ReferenceSettings, args))
     prepared = prepare(served, load)
@@ -123,7 +123,8 @@ def build(args, output):
 
     method, settings, frames = args.unlearn_method, job.settings_of(args), load_rows(vars(args))
     if method in flags.GATED:
-        served, asked = load_model(args, settings, frames), cli.take(eco_search.EcoSettings, args)
+        served = job.load_frozen(args.model_checkpoints, args.parent_path, settings, frames)
+        asked = cli.take(eco_search.EcoSettings, args)
         if method == "eco":
             eco_search.refuse_target(asked, settings.model, served.manifest, vars(args))
         people = flags.listed_people(args.dataset, args.eco_names, args.forget_only)
@@ -136,7 +137,7 @@ def build(args, output):
             made = in_context.instruct(args.instruction, [person.name for person in people])
         else:
             made = in_context.demonstrate(frames, args.icul_flipped, args.icul_correct, args.seed)
-        served = load_model(args, settings, frames)
+        served = job.load_frozen(args.model_checkpoints, args.parent_path, settings, frames)
         check_served(served.using(made), frames, args.max_length)
 
         def write(folder):
@@ -144,19 +145,6 @@ def build(args, output):
 
     kind = method if method in flags.GATED else "in-context"
     finish(output, served.using(made), frames, args, settings.evaluation, method=method, kind=kind, write=write)
-
-
-def load_model(args, settings, frames):
-    """The model of --model_checkpoints, which must be one that can be unlearnt and that the rows fit."""
-    from utils.evaluation.run import check_served, note_other_length
-    from utils.interventions.served import load_served
-    from utils.models.chain import refuse_prompted, resolve_chain
-
-    refuse_prompted(resolve_chain(args.model_checkpoints, args.trust_remote_code, args.parent_path))
-    served = load_served(args.model_checkpoints, settings.model, args.parent_path)
-    check_served(served, frames, args.max_length)
-    note_other_length(served, [text for frame in frames.values() for text in frame["text"]], args.max_length)
-    return served
 
 
 if __name__ == "__main__":

@@ -27,9 +27,9 @@ def parse_args():
     arguments.add_model_arguments(parser)
     arguments.add_training_arguments(parser, num_epochs=10)
     flags.add_spul_arguments(parser)
+    flags.add_behind_arguments(parser)
     args = parser.parse_args()
-    if args.forget_per_batch >= args.train_batch_size:
-        parser.error("--forget_per_batch must be smaller than --train_batch_size")
+    flags.refuse_spul_contradictions(parser, args)
     return args
 
 
@@ -46,18 +46,18 @@ def main(args):
 
 def learn_prompt(args, output):
     """Train the prompt, evaluate it and write the Output."""
+    from functools import cache
+
     import torch
 
     from utils import job, plan
     from utils.data.select import learnt_by, load_rows
     from utils.evaluation.finish import finish, show_merged
-    from utils.evaluation.run import check_rows, note_other_length
-    from utils.interventions import prompt_encoders
-    from utils.interventions.served import load_served
-    from utils.models.chain import refuse_prompted, resolve_chain
+    from utils.interventions import gate_files, prompt_encoders
+    from utils.models.chain import resolve_chain
     from utils.models.lengths import check_length
-    from utils.unlearning import reference
-    from utils.unlearning.objectives import PromptTuning, prompt_rows
+    from utils.unlearning import behind, reference
+    from utils.unlearning.objectives import PromptTuning
 
     asked, settings = cli.take(prompt_encoders.EncoderSettings, args), job.settings_of(args)
     p = asked.ptuning_num_tokens
@@ -66,41 +66,45 @@ def learn_prompt(args, output):
     elif args.logits_path:
         note_once("without L_kl (--beta=0) there is no reference, so --logits_path is not used")
     frames = load_rows(vars(args))
-    retain = frames["train_retain"]
 
-    def prepare(served, load):
-        examples = prompt_rows(served.tokenizer, frames, args.max_length, args.seed)
-        check_length(served.model.config, max(map(len, examples)), p)
-        compared = load(served, examples, range(len(retain)), {"train_retain": retain}) if args.beta else None
+    @cache
+    def load_model():
+        return job.load_frozen(args.model_checkpoints, args.parent_path, settings, frames, p)
+
+    gate, start = behind.find_gate(args, frames, settings.model, load_model), None
+
+    def prepare(served, load, frozen=None):
+        rows = behind.training_rows(served, frames, settings.evaluation, gate, frozen)
+        check_length(served.model.config, max(map(len, rows.examples)), p)
+        kept = {"train_retain": rows.retain}
+        compared = load(served, rows.examples, range(len(rows.retain)), kept) if args.beta else None
         torch.manual_seed(args.seed)
         encoder = prompt_encoders.build_encoder(served, asked).to(served.model.device)
-        objective = PromptTuning(served.model, encoder, examples, served.pad_id, compared, args.alpha, args.beta)
-        return plan.Prepared(served=served, learner=encoder, objective=objective, examples=examples)
+        terms = rows.examples, served.pad_id, compared, args.alpha, args.beta, rows.shares
+        objective = PromptTuning(served.model, encoder, *terms)
+        beside = [link for link in (start, gate and gate.link) if link]
+        return plan.Prepared(served=served, learner=encoder, objective=objective, examples=rows.examples, beside=beside)
 
     if args.dry_run:
         source = {"name": args.model_checkpoints, "parent": args.parent_path}
         plan.print_plan(plan.Run(**source, prepare=prepare, p=p, **vars(settings)), frames)
     if args.dry_run == "plan":
         return
-    chain = resolve_chain(args.model_checkpoints, args.trust_remote_code, args.parent_path)
-    refuse_prompted(chain)
-    if args.init_checkpoint:
-        start = resolve_chain(args.init_checkpoint, args.trust_remote_code)[-1]
-        prompt_encoders.refuse_other_start(start, chain[-1])
-    served = load_served(args.model_checkpoints, settings.model, args.parent_path)
-    check_rows(served.model.config, served.tokenizer, frames, args.max_length, p)
-    note_other_length(served, [text for frame in frames.values() for text in frame["text"]], args.max_length)
-    before = [] if args.dry_run else show_merged(served, frames, settings.evaluation)
+    start = resolve_chain(args.init_checkpoint, args.trust_remote_code)[-1] if args.init_checkpoint else None
+    served = load_model()
+    if start:
+        prompt_encoders.refuse_other_start(start, served.chain[-1])
+    before, frozen = ([], None) if args.dry_run else show_merged(served, frames, settings.evaluation)
     if args.forget_size == 1 and served.manifest and not learnt_by(served.manifest, frames):
         note_once(f"{args.model_checkpoints} was fine-tuned on other rows than the ones selected here")
     load = plan.blank_reference if args.dry_run else reference.loader(cli.take(reference.ReferenceSettings, args))
-    prepared = prepare(served, load)
-    encoder = prepared.learner
-    if args.init_checkpoint:
+    prepared = prepare(served, load, frozen)
+    encoder, in_front = prepared.learner, gate.gate(served) if gate else None
+    if start:
         prompt_encoders.load_encoder(encoder, start)
 
     def prompted():
-        return served.using(prompt_encoders.Prompt(vectors=encoder().detach()))
+        return served.using(prompt_encoders.Prompt(vectors=encoder().detach(), gate=in_front))
 
     done = job.train(prepared, prompted, frames, output, args, settings, warmup=0.1, evaluations=2)
     if done is None:
@@ -110,10 +114,12 @@ def learn_prompt(args, output):
     def write(folder):
         prompt_encoders.save(encoder, args.model_checkpoints, folder)
         served.tokenizer.save_pretrained(folder)
+        if gate:
+            gate_files.save(in_front, gate.description, gate.unseen, folder)
 
     finish(
-        output, prompted(), frames, args, settings.evaluation, method="SPUL", kind="prompt", write=write,
-        before=before, cost=cost, log=log,
+        output, prompted(), frames, args, settings.evaluation, method="SPUL behind a gate" if gate else "SPUL",
+        kind="prompt", write=write, before=before, cost=cost, log=log, frozen=frozen,
     )  # fmt: skip
 
 

@@ -144,7 +144,7 @@ def test_what_unlearns_counts_whole_answers(tokenizer, stars):
     frames = load_splits(str(stars))
     asked = MethodSettings(unlearn_method="dpo", max_length=96, retain_loss="ce")
     rows = objectives.Rows(tokenizer, {split: frames[split] for split in TRAIN_SPLITS}, METHODS["dpo"], asked)
-    of_spul = objectives.prompt_rows(tokenizer, frames, 96, 42)
+    of_spul = sum(objectives.prompt_rows(tokenizer, frames, 96, 42), [])
     assert all(example.completion[-1] == tokenizer.eos_token_id for example in [*rows.all, *of_spul])
 
 

@@ -22,7 +22,7 @@ from utils.data.load import load_splits
 from utils.data.select import fingerprint, select_rows
 from utils.data.splits import SPLITS, TRAIN_SPLITS
 from utils.errors import note_once
-from utils.interventions import prompt_encoders, served
+from utils.interventions import prompt_encoders
 from utils.interventions.prompt_encoders import EncoderSettings, build_encoder
 from utils.interventions.served import load_served
 from utils.models.base import load_base
@@ -323,7 +323,7 @@ def test_only_the_encoder_changes_and_all_of_it(fine_tuned, small_data, tmp_path
 
     before = tree(fine_tuned)
     with (
-        mock.patch.object(served, "load_served", watched_load),
+        mock.patch.object(job, "load_served", watched_load),
         mock.patch.object(prompt_encoders, "build_encoder", watched_build),
     ):
         prompt_after(tmp_path, fine_tuned, small_data, "out")

@@ -9,9 +9,10 @@ from typing import Any
 from utils import cli, plan
 from utils.data.select import fingerprint
 from utils.data.splits import TRAIN_SPLITS
-from utils.evaluation.run import EvaluationSettings, Frames, accuracies
-from utils.interventions.served import Served
+from utils.evaluation.run import EvaluationSettings, Frames, accuracies, check_rows, note_other_length
+from utils.interventions.served import Served, load_served
 from utils.models.base import ModelSettings
+from utils.models.chain import refuse_prompted, resolve_chain
 from utils.storage.outputs import Output, state_path
 from utils.tasks.classification import label_words
 from utils.training.loop import Training, TrainingSettings
@@ -30,6 +31,16 @@ class Settings:
 def settings_of(args: Namespace) -> Settings:
     """The Settings that a command's `args` give; the only place that reads all of them for all three."""
     return Settings(*(cli.take(kind, args) for kind in (ModelSettings, TrainingSettings, EvaluationSettings)))
+
+
+def load_frozen(name: str, parent: str | None, settings: Settings, frames: Frames, p: int = 0) -> Served:
+    """The model `name`, which must be one that can be unlearnt and that the rows of `frames` fit, with `p`
+    virtual tokens in front. parent: where its parent lies, if it was moved. Raises UserError otherwise."""
+    refuse_prompted(resolve_chain(name, settings.model.trust_remote_code, parent))
+    served, length = load_served(name, settings.model, parent), settings.evaluation.max_length
+    check_rows(served.model.config, served.tokenizer, frames, length, p)
+    note_other_length(served, [text for frame in frames.values() for text in frame["text"]], length)
+    return served
 
 
 def train(
@@ -64,7 +75,7 @@ def train(
         recorded=saved_arguments(args),
         state_path=state_path(output),
         fingerprint=fingerprint({split: frames[split] for split in trained_on}),
-        chain=prepared.served.chain,
+        chain=[*prepared.served.chain, *prepared.beside],
         warmup=warmup,
         evaluate=evaluate,
         log_path=None if args.dry_run else output.log_path,

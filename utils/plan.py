@@ -30,7 +30,7 @@ import time
 import weakref
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import pandas as pd
@@ -71,14 +71,16 @@ PROBED = 5  # batches that are timed: the middle ones of as many groups of equal
 @dataclass(frozen=True, kw_only=True)
 class Prepared:
     """What a script trains. served: the model with the adapter that it got. learner: holds the parameters that learn.
-    examples: the rows. compared: those that the numbers of its reference count, where they are others. numerics: the
-    context in which everything is computed."""
+    examples: the rows. compared: those that the numbers of its reference count, where they are others. beside: other
+    checkpoints that it depends on, which a resumed run must find unchanged. numerics: the context in which everything
+    is computed."""
 
     served: Served
     learner: torch.nn.Module
     objective: Objective
     examples: list[Example]
     compared: list[Example] | None = None
+    beside: list[Link] = field(default_factory=list)
     numerics: Callable[[], AbstractContextManager] = contextlib.nullcontext
 
     @property

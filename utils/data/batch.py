@@ -88,7 +88,7 @@ def epoch_batches(
         retain = sorted(rng.choice(retain, kept, replace=False))
     if length_pool is None:
         length_pool = min(50, (len(retain) + len(forget)) // (4 * batch_size))
-    if forget_per_batch:
+    if forget_per_batch and retain:  # a strict gate may leave none
         retain = rng.permutation(retain)
         n_batches = -(-len(retain) // (batch_size - forget_per_batch))
         passes = -(-n_batches * forget_per_batch // len(forget))

@@ -7,6 +7,8 @@ from pathlib import Path
 from time import perf_counter
 from typing import Any
 
+import pandas as pd
+
 from utils import distributed
 from utils.data.select import fingerprint
 from utils.data.splits import TRAIN_SPLITS
@@ -33,17 +35,18 @@ def finish(
     trained_on: Sequence[str] = TRAIN_SPLITS,
     cost: dict[str, Any] | None = None,
     log: list[dict] | None = None,
+    frozen: pd.DataFrame | None = None,
 ) -> None:
     """Evaluate `served` under the name `method` and write the Output, a checkpoint of this `kind`.
 
     write: function(folder) that puts the weights there. before: records that go in front of its own. trained_on: the
-    splits. cost, log: of a utils.training.loop.Training, where there was one. Nothing is evaluated with
-    settings.max_eval_samples = 0.
+    splits. cost, log: of a utils.training.loop.Training, where there was one. frozen: rows that the frozen model was
+    evaluated on. Nothing is evaluated with settings.max_eval_samples = 0.
     """
     records, words = before, label_words(frames)
     if settings.max_eval_samples != 0:
         start = perf_counter()
-        splits, _ = evaluate_splits(served, frames, words, settings, method)
+        splits, _ = evaluate_splits(served, frames, words, settings, method, frozen)
         entry = make_record(method, output, served.base_name, settings, splits, perf_counter() - start, cost)
         records = [*(before or []), entry]
     if not distributed.is_main():
@@ -61,14 +64,14 @@ def finish(
     print(f"wrote {output}")
 
 
-def show_merged(served: Served, frames: Frames, settings: EvaluationSettings) -> list[dict]:
-    """Print the accuracy before and after LoRA was merged into the unquantised base; returns the merged model's record,
-    or nothing with settings.max_eval_samples = 0."""
+def show_merged(served: Served, frames: Frames, settings: EvaluationSettings) -> tuple[list[dict], pd.DataFrame | None]:
+    """Print the accuracy before and after LoRA was merged into the unquantised base: ([the merged model's record], its
+    scored rows), or ([], None) with settings.max_eval_samples = 0."""
     if settings.max_eval_samples == 0:
-        return []
+        return [], None
     start, last = perf_counter(), served.chain[-1]
-    splits, _ = evaluate_splits(served, frames, label_words(frames), settings, "before SPUL")
+    splits, rows = evaluate_splits(served, frames, label_words(frames), settings, "before SPUL")
     method = "merged" if last.kind == "lora" else "base"
     after = make_record(method, last.path, served.base_name, settings, splits, perf_counter() - start)
     print(tables.table([*(served.manifest.get("metrics") or []), after]))
-    return [after]
+    return [after], rows

@@ -105,7 +105,8 @@ def method_names(chains: Sequence[list[Link]]) -> list[str]:
         arguments = last.manifest["arguments"] if last.manifest else {}
         retain = "retain model" if arguments.get("exclude_forget") else None
         known = {"model": "base", "lora": "fine-tuned", "prompt": "SPUL"}  # the others carry their method
-        names.append(arguments.get("unlearn_method") or retain or known[last.kind])
+        gated = "SPUL behind a gate" if last.kind == "prompt" and "gate" in last.manifest else None
+        names.append(arguments.get("unlearn_method") or retain or gated or known[last.kind])
     paths = [Path(os.path.abspath(chain[-1].name)) for chain in chains]
     if repeated := [path for path in paths if paths.count(path) > 1]:
         raise UserError(f"--model_checkpoints names {repeated[0]} more than once; name it once")

@@ -12,7 +12,7 @@ from transformers import PreTrainedConfig
 from utils.data.select import learnt_by, sample_rows
 from utils.data.splits import SPLITS, UNLEARNING_LABELS
 from utils.errors import UserError, note_once
-from utils.evaluation.scores import score_rows, split_scores
+from utils.evaluation.scores import SCORED, score_rows, split_scores
 from utils.interventions.base import Template
 from utils.interventions.served import Served
 from utils.models.lengths import check_length, check_tokens, position_limit, vocabulary_size
@@ -44,7 +44,12 @@ Frames = Mapping[str, pd.DataFrame]
 
 
 def evaluate_splits(
-    served: Served, frames: Frames, words: Sequence[str], settings: EvaluationSettings, description: str
+    served: Served,
+    frames: Frames,
+    words: Sequence[str],
+    settings: EvaluationSettings,
+    description: str,
+    frozen: pd.DataFrame | None = None,
 ) -> tuple[dict[str, dict], pd.DataFrame]:
     """Score the four splits (at most settings.max_eval_samples rows each); returns (splits, rows).
 
@@ -53,14 +58,17 @@ def evaluate_splits(
     rows that name somebody who is not to be forgotten, where the data has that column. A prompt that reacts to length,
     or to any name, has not learnt whom to forget. `<test split>:not_nested` are the rows that overlap no train row,
     where the data has a column `nested`. rows: the scored rows with a `split` column, in file order. description: of
-    the progress bar. Raises UserError where a loss is not finite.
+    the progress bar. frozen: `rows` of the model without interventions, so that what these let through is not computed
+    again. Raises UserError where a loss is not finite.
     """
     frames = {split: sample_rows(frames[split], settings.max_eval_samples, settings.rows_seed) for split in SPLITS}
     scored = {}
     total = sum(map(len, frames.values()))
     with tqdm(total=total, desc=description, unit="row", dynamic_ncols=True, mininterval=1) as progress:
         for split, frame in frames.items():
-            results = score_rows(served, frame, words, settings.max_length, settings.eval_batch_size, progress)
+            sizes = settings.max_length, settings.eval_batch_size
+            known = None if frozen is None else frozen.loc[frozen["split"] == split, SCORED]
+            results = score_rows(served, frame, words, *sizes, progress, known)
             others = frame.drop(columns=results.columns, errors="ignore")
             scored[split] = pd.concat([others, results], axis=1).assign(split=split)
     if not all(np.isfinite(rows["loss"]).all() for rows in scored.values()):

@@ -14,6 +14,8 @@ from utils.evaluation.answering import by_length, greedy, tokenized
 from utils.interventions.served import Served
 from utils.tasks.answers import KnownAnswers, Tokens, known_answers
 
+SCORED = ["label_prediction", "label_probabilities", "label_mass", "loss", "prediction", "correct"]  # of every row
+
 
 @torch.inference_mode()
 def score_rows(
@@ -23,6 +25,7 @@ def score_rows(
     max_length: int,
     batch_size: int,
     progress: tqdm | None = None,
+    frozen: pd.DataFrame | None = None,
 ) -> pd.DataFrame:
     """One row of results per row of `frame` (text, label_text): prediction, correct, label_prediction,
     label_probabilities, label_mass, loss.
@@ -32,8 +35,9 @@ def score_rows(
     label_probabilities: {word: f(word | text)}, scaled to sum to 1. label_mass: their sum before scaling. loss:
     - log f(label | text), nats. With a gate also flagged and gate_probability.
 
-    max_length: most tokens of a row; its text is cut. batch_size: rows a pass. The order is that of `frame`. Several
-    processes each score a part, and every one returns all rows.
+    max_length: most tokens of a row; its text is cut. batch_size: rows a pass. frozen: these results by the model
+    without interventions, which are taken where none acts. The order is that of `frame`. Several processes each score a
+    part, and every one returns all rows.
     """
     known = known_answers(served.tokenizer, words)
     texts = list(frame["text"])
@@ -41,7 +45,14 @@ def score_rows(
     labels = list(frame["label_text"])
     examples = tokenized(served, texts, labels, known, max_length, acting)
     results, answers = {}, {}
-    for batch_rows, n_rows in distributed.deal(by_length(examples, batch_size, acting)):
+    batches = by_length(examples, batch_size, acting)
+    if frozen is not None:
+        kept = [i for i, number in enumerate(acting) if number is None]
+        results = {i: {**row, **said[i]} for i, row in zip(kept, frozen.iloc[kept].to_dict("records"))}
+        batches = [rows for rows in batches if acting[rows[0]] is not None]
+        if progress is not None:
+            progress.update(len(kept))
+    for batch_rows, n_rows in distributed.deal(batches):
         if not batch_rows:
             continue
         number, chosen = acting[batch_rows[0]], [examples[i] for i in batch_rows]

@@ -41,10 +41,11 @@ class GateFile(Open):
 
 
 class GateSource(Protocol):
-    """A gate and what is known of it. description: gate.json."""
+    """A gate and what is known of it. description: gate.json. link: of the checkpoint that it comes from."""
 
     description: dict[str, Any]
     unseen: Unseen
+    link: Link | None
 
     def gate(self, served: FrozenModel) -> gates.Gate:
         """The gate itself, in front of the model of `served`."""

@@ -9,8 +9,9 @@ from peft import PromptEmbedding, PromptEncoder, PromptEncoderConfig, PromptTuni
 from safetensors.torch import save_file
 
 from utils.errors import UserError, note_once
+from utils.interventions import gate_files
 from utils.interventions.base import Intervention
-from utils.models.base import FrozenModel
+from utils.models.base import FrozenModel, ModelSettings
 from utils.models.forward import Prefix, prompt_prefix
 from utils.storage import schemas
 from utils.storage.checkpoints import Link, verify_parent
@@ -114,14 +115,19 @@ class PromptFile(Open):
     auto_mapping: None = None
 
 
-def load(link: Link, served: FrozenModel, *_: object) -> Prompt:
-    """The prompt of a checkpoint, which PEFT's saved format calls prompt_embeddings. Raises UserError where it is not
-    one for the model of `served`."""
+def load(link: Link, served: FrozenModel, model_settings: ModelSettings, max_length: int) -> Prompt:
+    """The prompt of a checkpoint, which PEFT's saved format calls prompt_embeddings, with its gate if it has one.
+
+    Raises UserError where it is not one for the model of `served`.
+    """
     settings = schemas.read(link.path / "adapter_config.json", PromptFile)
     width = served.model.get_input_embeddings().weight.shape[1]
     expected = {"prompt_embeddings": Like((settings["num_virtual_tokens"], width))}
     tensors = read_tensors(link.path / "adapter_model.safetensors", expected, "prompt for this model")
-    return Prompt(vectors=tensors["prompt_embeddings"].to(served.model.device))
+    gate = None
+    if gate_files.has_gate(link):
+        gate = gate_files.load(link.path, served, model_settings.trust_remote_code, max_length)
+    return Prompt(vectors=tensors["prompt_embeddings"].to(served.model.device), gate=gate)
 
 
 def save(encoder: VirtualTokens, base: str, folder: Path) -> None:

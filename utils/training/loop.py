@@ -68,9 +68,9 @@ class Training:
     parameters: {name: float32 Parameter}. examples: the training rows, whose numbers `loss` gets. recorded: the
     arguments by which a resumed run is known again (utils.training.state.saved_arguments). state_path: the file that
     holds everything needed to continue. fingerprint: the hash of the data (utils.data.select.fingerprint). chain: Links
-    of the frozen model. warmup: the share of the steps in which the learning rate rises. evaluate: function() ->
-    {split: accuracy}, called every settings.eval_steps steps. log_path: a file that gets each line of the log at once.
-    `cost`, after `run`: {"steps", "seconds_per_step" (median), "peak_memory_bytes"}.
+    of the frozen model, and of all else that the run depends on. warmup: the share of the steps in which the learning
+    rate rises. evaluate: function() -> {split: accuracy}, called every settings.eval_steps steps. log_path: a file that
+    gets each line of the log at once. `cost`, after `run`: {"steps", "seconds_per_step" (median), "peak_memory_bytes"}.
 
     Started by `accelerate launch`, every process runs the same Training, and the rows of a step are shared out
     (utils.distributed). That changes only the order of float additions and the places that dropout draws.

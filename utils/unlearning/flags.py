@@ -17,6 +17,7 @@ NO_TRAINING = (
     "forget_per_batch", "retain_ratio", "stop_at_forget_accuracy", "logits_path",
 )  # fmt: skip
 GATED = ("eco", "gate", "refusal")  # the methods that put a gate in front of the model
+TRAINED_HERE = ("tfidf", "features")  # gates that spul.py trains before the prompt
 THRESHOLD = ("eco_threshold", "eco_conformal", "eco_max_fpr")
 CLASSIFIER = ("eco_classifier", "eco_classifier_epochs", "eco_classifier_lr")
 ECO_SEARCH = (
@@ -58,6 +59,30 @@ def add_spul_arguments(parser: cli.ArgumentParser) -> None:
     start.add_argument(
         "--init_checkpoint", type=cli.path, help="start from the encoder of an earlier spul.py checkpoint"
     )
+
+
+def add_behind_arguments(parser: cli.ArgumentParser) -> None:
+    """The gate that spul.py trains a prompt behind."""
+    group = parser.add_argument_group("behind a gate")
+    group.add_argument(
+        "--gate", type=cli.path,
+        help="train and serve the prompt behind this gate: tfidf or features, which is trained first, or a checkpoint "
+        "that has one (baselines.py --unlearn_method=gate)",
+    )  # fmt: skip
+    add_threshold_arguments(group)
+
+
+def refuse_spul_contradictions(parser: cli.ArgumentParser, args: argparse.Namespace) -> None:
+    """Exit 2 on flags of spul.py that would be ignored, or that cannot work together (so it sees all `args`)."""
+    if args.forget_per_batch >= args.train_batch_size:
+        parser.error("--forget_per_batch must be smaller than --train_batch_size")
+    flag = given(parser, args, THRESHOLD)
+    if flag and not args.gate:
+        parser.error(f"--{flag} goes with --gate")
+    if flag and args.gate not in TRAINED_HERE:
+        parser.error(f"--gate={args.gate} is trained already; leave out --{flag}")
+    if args.gate and args.retain_ratio:
+        parser.error("--retain_ratio draws from all retain rows; leave it out with --gate, which leaves few of them")
 
 
 def add_unlearning_arguments(parser: cli.ArgumentParser) -> None:

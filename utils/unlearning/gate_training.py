@@ -1,7 +1,7 @@
 """A gate is trained on the train splits, and its threshold set by rows that its classifier was not fitted to."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -47,6 +47,7 @@ class TrainedGate:
     trained: gates.Gate
     description: dict[str, Any]
     unseen: Unseen
+    link: None = None
 
     def gate(self, served: FrozenModel) -> gates.Gate:
         return self.trained
@@ -61,12 +62,14 @@ def find_gate(
     model: ModelSettings,
     load: Callable[[], FrozenModel],
 ) -> GateSource:
-    """The gate of the checkpoint `name`; without one a gate that is trained here with these settings.
+    """The gate of the checkpoint `name`. One that is trained here with these settings where there is no name, or where
+    it is that of a classifier (gates.CLASSIFIERS).
 
     names: the people whose names the evasion test rewrites. load: gives the model, which only some classifiers need.
     Raises UserError where the checkpoint has no gate, one of other rows, or one that reads another model's states.
     """
-    if name is None:
+    if name is None or name in gates.CLASSIFIERS:
+        classifier = replace(classifier, eco_classifier=name or classifier.eco_classifier)
         kind = gates.CLASSIFIERS[classifier.kind]
         return train_gate(load() if kind.reads_states or kind.validates else None, frames, names, settings, classifier)
     *above, link = resolve_chain(name, model.trust_remote_code)

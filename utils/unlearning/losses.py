@@ -5,6 +5,8 @@ terms are means over rows, each over its own rows, so a function takes the numbe
 whole optimisation step, of which the tensors may be one part (micro-batches then add up to the exact step).
 """
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
@@ -48,6 +50,34 @@ def spul_loss(
         parts["L_kl"] = mean_over_rows(kl, n_retain)
         loss = loss + beta * parts["L_kl"]
     return loss, parts
+
+
+@dataclass(frozen=True)
+class Shares:
+    """What becomes of equation 4 behind a gate. forget, retain: the shares of the rows that it flags, in [0, 1]; those
+    are computed. *_constant: what the others add to L_f and L_r."""
+
+    forget: float
+    retain: float
+    forget_constant: float = 0.0
+    retain_constant: float = 0.0
+
+
+def behind_gate(parts: dict[str, Tensor], shares: Shares, of_step: float, alpha: float, beta: float) -> Parts:
+    """Equation 4 over all rows of the served model, from its parts over the flagged rows (`spul_loss`).
+
+    A row that is let through is answered by the frozen model: no L_kl, and no gradient. of_step: the share of the
+    step's rows that `parts` are about, so that the constants of micro-batches add up to one.
+    """
+    scaled = {
+        "L_f": shares.forget * parts["L_f"] + of_step * shares.forget_constant,
+        "L_r": shares.retain * parts["L_r"] + of_step * shares.retain_constant,
+    }
+    loss = scaled["L_f"] + alpha * scaled["L_r"]
+    if "L_kl" in parts:
+        scaled["L_kl"] = shares.retain * parts["L_kl"]
+        loss = loss + beta * scaled["L_kl"]
+    return loss, scaled
 
 
 def with_retain_weight(parts: dict[str, Tensor], weight: float) -> Parts:

@@ -22,7 +22,7 @@ from utils.tasks.answers import known_answers
 from utils.tasks.classification import draw_unlearning_labels, label_words
 from utils.tasks.encode import tokenize
 from utils.unlearning import losses
-from utils.unlearning.losses import Parts
+from utils.unlearning.losses import Parts, Shares
 from utils.unlearning.methods import CompletionTokens, Method, MethodSettings
 from utils.unlearning.reference import Loader, Reference
 from utils.unlearning.rmu import SteeringObjective
@@ -42,17 +42,20 @@ class FineTuning:
         return losses.mean_over_rows(nll, n_forget + n_retain), {}
 
 
-def prompt_rows(tokenizer: Any, frames: Mapping[str, pd.DataFrame], max_length: int, seed: int) -> list[Example]:
-    """What SPUL trains on: the retain rows with their labels, then the forget rows with a word drawn by `seed`."""
+def prompt_rows(
+    tokenizer: Any, frames: Mapping[str, pd.DataFrame], max_length: int, seed: int
+) -> tuple[list[Example], list[Example]]:
+    """What SPUL trains on: the retain rows with their labels, and the forget rows with a word drawn by `seed`."""
     retain, forget = frames["train_retain"], frames["train_forget"]
     encode = partial(tokenize, tokenizer, max_length=max_length, answers=known_answers(tokenizer, label_words(frames)))
     words = draw_unlearning_labels(len(forget), seed)
-    return encode(retain["text"], retain["label_text"]) + encode(forget["text"], words, forget=True)
+    return encode(retain["text"], retain["label_text"]), encode(forget["text"], words, forget=True)
 
 
 class PromptTuning:
     """SPUL's loss of the virtual tokens that `encoder` gives (equation 4). reference: what the model says without
-    them, about the retain rows; None without L_kl."""
+    them, about the retain rows; None without L_kl. shares: where a gate has chosen the rows (utils.unlearning.behind),
+    what these are of all."""
 
     def __init__(
         self,
@@ -63,7 +66,9 @@ class PromptTuning:
         reference: Reference | None,
         alpha: float,
         beta: float,
+        shares: Shares | None = None,
     ) -> None:
+        self.shares = shares
         self.model, self.encoder, self.examples, self.pad_id = model, encoder, examples, pad_id
         self.reference, self.alpha, self.beta = reference, alpha, beta
 
@@ -77,7 +82,10 @@ class PromptTuning:
             kl = losses.token_kl(before, logits[batch.retain_tokens])
         nll = losses.token_nll(logits, batch.targets)
         of_forget, of_retain = nll[batch.forget_tokens], nll[batch.retain_tokens]
-        return losses.spul_loss(of_forget, of_retain, kl, n_forget, n_retain, self.alpha, self.beta)
+        loss, parts = losses.spul_loss(of_forget, of_retain, kl, n_forget, n_retain, self.alpha, self.beta)
+        if self.shares is None:
+            return loss, parts
+        return losses.behind_gate(parts, self.shares, len(rows) / (n_forget + n_retain), self.alpha, self.beta)
 
 
 class Rows:
