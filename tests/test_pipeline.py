@@ -18,6 +18,7 @@ from peft import PeftConfig
 from safetensors.torch import load_file, safe_open, save_file
 from scripts import call, done, manifest_of, metrics_of, names, refused, start, tree
 
+from utils import job
 from utils.data.load import load_splits
 from utils.data.select import fingerprint, select_rows
 from utils.data.splits import SPLITS, TRAIN_SPLITS

@@ -13,6 +13,7 @@ from utils.interventions.served import Served
 from utils.models.base import ModelSettings
 from utils.storage.checkpoints import Link
 
+NAMES = {"prompt": "prompt", "eco": "ECO", "refusal": "refusal"}  # kinds whose answers are shown beside the model's own
 PRINTED_TOGETHER = 4  # batches of new texts: sorted by length among them they are padded less
 
 
@@ -24,12 +25,10 @@ def variants_of(
     prefix: of the names.
     """
     kind = served.chain[-1].kind
-    if kind == "prompt":
-        found = {"without prompt": served.plain, "with prompt": served}
-        if router:
+    if kind in NAMES:
+        found = {f"without {NAMES[kind]}": served.plain, f"with {NAMES[kind]}": served}
+        if router and kind == "prompt":
             found["with router"] = routed(served, router, settings, max_length)
-    elif kind == "eco":
-        found = {"without ECO": served.plain, "with ECO": served}
     else:
         found = {"answer": served}
     return {f"{prefix}{name}": model for name, model in found.items()}
