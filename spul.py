@@ -56,8 +56,8 @@ def learn_prompt(args, output):
     from utils.interventions import gate_files, prompt_encoders
     from utils.models.chain import resolve_chain
     from utils.models.lengths import check_length
-    from utils.unlearning import behind, reference
-    from utils.unlearning.objectives import PromptTuning
+    from utils.unlearning import behind, hiding, reference
+    from utils.unlearning.objectives import PromptTuning, prompt_rows
 
     asked, settings = cli.take(prompt_encoders.EncoderSettings, args), job.settings_of(args)
     p = asked.ptuning_num_tokens
@@ -66,6 +66,7 @@ def learn_prompt(args, output):
     elif args.logits_path:
         note_once("without L_kl (--beta=0) there is no reference, so --logits_path is not used")
     frames = load_rows(vars(args))
+    hidden = hiding.find(cli.take(hiding.HidingSettings, args), frames, settings.model, prompt_rows)
 
     @cache
     def load_model():
@@ -81,8 +82,8 @@ def learn_prompt(args, output):
         torch.manual_seed(args.seed)
         encoder = prompt_encoders.build_encoder(served, asked).to(served.model.device)
         terms = rows.examples, served.pad_id, compared, args.alpha, args.beta, rows.shares
-        objective = PromptTuning(served.model, encoder, *terms)
-        beside = [link for link in (start, gate and gate.link) if link]
+        objective = PromptTuning(served.model, encoder, *terms, hidden.term(served, rows.examples, p))
+        beside = [link for link in (start, gate and gate.link, hidden.link) if link]
         return plan.Prepared(served=served, learner=encoder, objective=objective, examples=rows.examples, beside=beside)
 
     if args.dry_run:

@@ -11,13 +11,14 @@ import torch
 class Example:
     """One row as token ids: `prompt` (template with the text) and `completion` (the answer's tokens).
 
-    forget: whether it is a row to forget. marked: the prompt positions that a corruption changes, if one is applied.
-    Its length is the number of tokens that the model reads: all but the last of the completion.
+    forget: whether it is a row to forget; None: neither kind, it is read for its logits alone. marked: the prompt
+    positions that a corruption changes, if one is applied. Its length is the number of tokens that the model reads: all
+    but the last of the completion.
     """
 
     prompt: tuple[int, ...]
     completion: tuple[int, ...]
-    forget: bool = False
+    forget: bool | None = False
     marked: tuple[int, ...] = ()
 
     def __len__(self) -> int:
@@ -30,7 +31,7 @@ class Batch:
 
     input_ids, attention_mask: (B, T). Completion token n stands in row `rows[n]`, is predicted at position
     `positions[n]` and is `targets[n]`; all (N,). forget_tokens, retain_tokens: which of the N belong to rows to forget,
-    and which to the others.
+    and which to rows to keep.
     """
 
     input_ids: torch.Tensor

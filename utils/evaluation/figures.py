@@ -116,7 +116,7 @@ def draw_curves(log: list[dict]) -> pyplot.Figure:
     figure, axes = pyplot.subplots(1, 1 + bool(accuracies), figsize=(5 + 5 * bool(accuracies), 3.6), squeeze=False)
     steps = [line["step"] for line in losses]
     names = [key for key in losses[0] if key.startswith("L_")] or ["loss"]
-    for style, name in zip(("-", "--", ":"), names):
+    for style, name in zip(("-", "--", ":", "-."), names):
         axes[0][0].plot(
             steps,
             [line[name] for line in losses],

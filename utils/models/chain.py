@@ -165,10 +165,11 @@ def stored_quantization(config: PreTrainedConfig) -> str | None:
     return "4-bit" if stored.get("load_in_4bit") else stored.get("quant_method", "quantised")
 
 
-def refuse_prompted(chain: Sequence[Link]) -> None:
-    """Raise UserError if the last Link is a prompt: what trains or instructs a model takes the model itself."""
+def refuse_prompted(chain: Sequence[Link], flag: str = "--model_checkpoints") -> None:
+    """Raise UserError if the last Link, which `flag` named, is a prompt: what trains or instructs a model takes the
+    model itself."""
     if chain[-1].kind in PROMPTED:
-        raise UserError(f"{chain[-1].path} already is a prompt; --model_checkpoints takes what it was made on")
+        raise UserError(f"{chain[-1].path} already is a prompt; {flag} takes what it was made on")
 
 
 def loading_arguments(path: Path) -> dict[str, str | bool]:

@@ -52,6 +52,14 @@ def add_spul_arguments(parser: cli.ArgumentParser) -> None:
     group.add_argument("--alpha", type=cli.non_negative_float, default=0.5, help="weight of L_r")
     group.add_argument("--beta", type=cli.non_negative_float, default=0.5, help="weight of L_kl")
     group.add_argument(
+        "--hide", type=cli.non_negative_float, default=0.0, metavar="W",
+        help="weight of L_hide, which keeps the label of a forget row from standing out among the label words",
+    )  # fmt: skip
+    group.add_argument(
+        "--hide_like", type=cli.path, metavar="CHECKPOINT",
+        help="--hide makes them as likely as this model does, qlora.py --exclude_forget say (default: equally likely)",
+    )  # fmt: skip
+    group.add_argument(
         "--prompt_encoder", choices=["mlp", "lstm", "embedding"], default="mlp", help="what produces the virtual tokens"
     )
     start = group.add_mutually_exclusive_group()
@@ -76,6 +84,8 @@ def refuse_spul_contradictions(parser: cli.ArgumentParser, args: argparse.Namesp
     """Exit 2 on flags of spul.py that would be ignored, or that cannot work together (so it sees all `args`)."""
     if args.forget_per_batch >= args.train_batch_size:
         parser.error("--forget_per_batch must be smaller than --train_batch_size")
+    if args.hide_like and not args.hide:
+        parser.error("--hide_like says what --hide aims at; give --hide a weight above 0")
     flag = given(parser, args, THRESHOLD)
     if flag and not args.gate:
         parser.error(f"--{flag} goes with --gate")

@@ -24,6 +24,15 @@ def token_kl(reference_logits: Tensor, logits: Tensor) -> Tensor:
     return (reference.exp() * (reference - model)).sum(-1)
 
 
+def word_kl(reference: Tensor, log_p: Tensor) -> Tensor:
+    """KL( r || q ) of each row, q = softmax of log f(word | x) over the label words: the term of L_hide (ours).
+
+    reference (B, n_words): r, whose rows sum to 1 and may hold zeros. log_p (B, n_words): nats, each word with all its
+    tokens. Returns (B,) nats.
+    """
+    return torch.nn.functional.kl_div(log_p.log_softmax(-1), reference, reduction="none").sum(-1)
+
+
 def mean_over_rows(per_token: Tensor, n_rows: int) -> Tensor:
     """(1 / n_rows) x the sum of `per_token` (M,) over the tokens of those rows; 0 where there are none."""
     return per_token.sum() / max(n_rows, 1)
@@ -37,18 +46,24 @@ def spul_loss(
     n_retain: int,
     alpha: float,
     beta: float,
+    hide: float = 0.0,
+    hidden: Tensor | None = None,
 ) -> Parts:
-    """L = L_f + alpha L_r + beta L_kl (equation 4), and its parts.
+    """L = L_f + alpha L_r + beta L_kl (equation 4), and its parts; with `hidden` also + hide L_hide (ours).
 
     nll_forget, nll_retain: - log f(y_i | phi, x, y_<i) of the tokens of forget rows, where y is the unlearning word,
     and of the M tokens of retain rows. kl (M,): KL( f(. | x, y_<i) || f(. | phi, x, y_<i) ) at these; None where beta
-    is 0. n_forget, n_retain: rows of each kind in the step. Returns (L, {"L_f", "L_r", "L_kl"}), scalars.
+    is 0. n_forget, n_retain: rows of each kind in the step. hidden (F,): `word_kl` of the forget rows; None where hide
+    is 0. Returns (L, {"L_f", "L_r", "L_kl", "L_hide"}), scalars.
     """
     parts = {"L_f": mean_over_rows(nll_forget, n_forget), "L_r": mean_over_rows(nll_retain, n_retain)}
     loss = parts["L_f"] + alpha * parts["L_r"]
     if kl is not None:
         parts["L_kl"] = mean_over_rows(kl, n_retain)
         loss = loss + beta * parts["L_kl"]
+    if hidden is not None:
+        parts["L_hide"] = mean_over_rows(hidden, n_forget)
+        loss = loss + hide * parts["L_hide"]
     return loss, parts
 
 
@@ -63,11 +78,14 @@ class Shares:
     retain_constant: float = 0.0
 
 
-def behind_gate(parts: dict[str, Tensor], shares: Shares, of_step: float, alpha: float, beta: float) -> Parts:
+def behind_gate(
+    parts: dict[str, Tensor], shares: Shares, of_step: float, alpha: float, beta: float, hide: float = 0.0
+) -> Parts:
     """Equation 4 over all rows of the served model, from its parts over the flagged rows (`spul_loss`).
 
-    A row that is let through is answered by the frozen model: no L_kl, and no gradient. of_step: the share of the
-    step's rows that `parts` are about, so that the constants of micro-batches add up to one.
+    A row that is let through is answered by the frozen model: no L_kl, and no gradient. What such rows would add to
+    L_hide, a constant, is left out. of_step: the share of the step's rows that `parts` are about, so that the constants
+    of micro-batches add up to one.
     """
     scaled = {
         "L_f": shares.forget * parts["L_f"] + of_step * shares.forget_constant,
@@ -77,6 +95,9 @@ def behind_gate(parts: dict[str, Tensor], shares: Shares, of_step: float, alpha:
     if "L_kl" in parts:
         scaled["L_kl"] = shares.retain * parts["L_kl"]
         loss = loss + beta * scaled["L_kl"]
+    if "L_hide" in parts:
+        scaled["L_hide"] = shares.forget * parts["L_hide"]
+        loss = loss + hide * scaled["L_hide"]
     return loss, scaled
 
 

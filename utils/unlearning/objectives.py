@@ -22,6 +22,7 @@ from utils.tasks.answers import known_answers
 from utils.tasks.classification import draw_unlearning_labels, label_words
 from utils.tasks.encode import tokenize
 from utils.unlearning import losses
+from utils.unlearning.hiding import Hiding
 from utils.unlearning.losses import Parts, Shares
 from utils.unlearning.methods import CompletionTokens, Method, MethodSettings
 from utils.unlearning.reference import Loader, Reference
@@ -55,7 +56,7 @@ def prompt_rows(
 class PromptTuning:
     """SPUL's loss of the virtual tokens that `encoder` gives (equation 4). reference: what the model says without
     them, about the retain rows; None without L_kl. shares: where a gate has chosen the rows (utils.unlearning.behind),
-    what these are of all."""
+    what these are of all. hiding: None without L_hide."""
 
     def __init__(
         self,
@@ -67,13 +68,16 @@ class PromptTuning:
         alpha: float,
         beta: float,
         shares: Shares | None = None,
+        hiding: Hiding | None = None,
     ) -> None:
-        self.shares = shares
+        self.shares, self.hiding = shares, hiding
         self.model, self.encoder, self.examples, self.pad_id = model, encoder, examples, pad_id
         self.reference, self.alpha, self.beta = reference, alpha, beta
 
     def __call__(self, rows: list[int], n_forget: int, n_retain: int) -> Parts:
-        batch = collate([self.examples[i] for i in rows], self.pad_id, self.model.device)
+        examples = [self.examples[i] for i in rows]
+        read = self.hiding.read(examples) if self.hiding else examples
+        batch = collate(read, self.pad_id, self.model.device)
         prefix = prompt_prefix(self.model, self.encoder())
         if self.reference is None:
             logits, kl = completion_logits(self.model, batch, prefix), None
@@ -82,10 +86,12 @@ class PromptTuning:
             kl = losses.token_kl(before, logits[batch.retain_tokens])
         nll = losses.token_nll(logits, batch.targets)
         of_forget, of_retain = nll[batch.forget_tokens], nll[batch.retain_tokens]
-        loss, parts = losses.spul_loss(of_forget, of_retain, kl, n_forget, n_retain, self.alpha, self.beta)
+        hidden, hide = (self.hiding(examples, logits), self.hiding.weight) if self.hiding else (None, 0.0)
+        weights = self.alpha, self.beta, hide
+        loss, parts = losses.spul_loss(of_forget, of_retain, kl, n_forget, n_retain, *weights, hidden)
         if self.shares is None:
             return loss, parts
-        return losses.behind_gate(parts, self.shares, len(rows) / (n_forget + n_retain), self.alpha, self.beta)
+        return losses.behind_gate(parts, self.shares, len(rows) / (n_forget + n_retain), *weights)
 
 
 class Rows:
