@@ -53,7 +53,8 @@ def evaluate_splits(
 ) -> tuple[dict[str, dict], pd.DataFrame]:
     """Score the four splits (at most settings.max_eval_samples rows each); returns (splits, rows).
 
-    splits: {split or slice: scores as in `split_scores`, and "flagged" of a split where there is a gate}. Slices:
+    splits: {split or slice: scores as in `split_scores`; of a split where there is a gate also the share "flagged" and
+    the accuracy on these rows, "flagged_accuracy"}. Slices:
     `<retain split>:length_matched` are retain rows with the forget rows' lengths in words. `<split>:names_other` are
     rows that name somebody who is not to be forgotten, where the data has that column. A prompt that reacts to length,
     or to any name, has not learnt whom to forget. `<test split>:not_nested` are the rows that overlap no train row,
@@ -78,7 +79,10 @@ def evaluate_splits(
         splits[part] = split_scores(rows, words)
     if served.is_gated:
         for split, rows in scored.items():
-            splits[split]["flagged"] = float(rows["flagged"].mean())
+            flags = rows["flagged"].astype(bool)
+            splits[split]["flagged"] = float(flags.mean())
+            if flags.any():
+                splits[split]["flagged_accuracy"] = float(rows["correct"][flags].mean())
     return splits, pd.concat(scored.values(), ignore_index=True)
 
 

@@ -8,10 +8,14 @@ import pandas as pd
 
 from utils.data.splits import SPLITS
 
-FORGET_SPLITS = ("train_forget", "test_forget")
+FORGET_SPLITS, RETAIN_SPLITS = ("train_forget", "test_forget"), ("train_retain", "test_retain")
 FORGET_SHARES = {  # score: what its column is called
     "out_of_label": "forget answers out of label (train/test)",
     "label_accuracy": "forget label acc. (train/test)",  # of the most probable label word: what a refusal still tells
+}
+FALSE_POSITIVES = {
+    "flagged": "retain rows flagged, % (train/test)",
+    "flagged_accuracy": "of these answered rightly, % (train/test)",
 }
 DISTANCES = [
     "accuracy gap to the retain model, points (forget/retain)",
@@ -23,18 +27,27 @@ def table(records: list[dict]) -> str:
     """The records as a Markdown table, one line each: accuracy / weighted F1 of the four splits, in percent.
 
     Then two shares of the forget rows, in percent: answers that are no label, and rows whose most probable label word
-    is their label. Behind the name of a split stands its number of rows. Where all records have it, the distance to the
-    retain model follows.
+    is their label. Behind the name of a split stands its number of rows. Where a record is of a model with a gate, the
+    share of retain rows that it flags follows, and how many of those are still answered rightly. Where all records have
+    it, the distance to the retain model follows.
     """
+    gated = any("flagged" in entry["splits"]["train_retain"] for entry in records)
     header = ["method", *(f"{split} (acc/F1)" for split in SPLITS), *FORGET_SHARES.values()]
+    header += FALSE_POSITIVES.values() if gated else []
     distances = all("distance_to_retain_model" in entry for entry in records)
     lines = [_with_counts(header, records) + DISTANCES * distances]
     for entry in records:
         splits = entry["splits"]
         cells = [f"{100 * splits[s]['accuracy']:.1f} / {100 * splits[s]['f1']:.1f}" for s in SPLITS]
         cells += [" / ".join(f"{100 * splits[s][score]:.1f}" for s in FORGET_SPLITS) for score in FORGET_SHARES]
+        if gated:
+            cells += [" / ".join(_percent(splits[s].get(score)) for s in RETAIN_SPLITS) for score in FALSE_POSITIVES]
         lines.append([entry["method"], *cells, *(_distance_cells([entry]) if distances else [])])
     return _aligned(lines)
+
+
+def _percent(share: float | None) -> str:
+    return "-" if share is None else f"{100 * share:.1f}"
 
 
 def _with_counts(header: list[str], records: list[dict]) -> list[str]:
