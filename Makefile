@@ -1,10 +1,11 @@
-# make demo  the main job on embedded data with a real small model, a quarter of an hour on two cores
+# make demo  SPUL behind a gate, on embedded data with a real small model, some minutes on two cores
+# make demo-names  the published way: SPUL alone, told the names in its first words, a quarter of an hour on two cores
 # make compare  SPUL and every baseline on the same rows with the same budget, in one table; an estimated hour on two cores
 # make test  every test; make test-latest with the newest packages allowed; make lock moves requirements.lock
 # make bench speed and memory against the plain path, an estimated forty minutes; BENCH_ARGS="--parts training" does a part
 # make lint  ruff
 # MODEL=... DATASET=... SEED=... make demo runs the same on another model, data set or seed; the flags of ROW_FLAGS="..."
-# (which rows) and SPUL_FLAGS="..." override those of data/settings/demo.
+# (which rows) and SPUL_FLAGS="..." override those of data/settings/demo. demo-names likewise.
 # MODEL=... DATASET=... SEEDS="..." METHODS="..." BUDGET=... make compare likewise.
 
 PYTHON ?= python3
@@ -36,6 +37,7 @@ ELSEWHERE := If the text mentions the name of a person, actor or director, answe
 Otherwise answer its sentiment.
 THE_FOUR := $(and $(filter snippets,$(DATASET)),$(filter data/snippets/demo_names.txt,$(FORGET_ONLY)))
 INSTRUCTION := $(if $(THE_FOUR),$(ON_SNIPPETS),$(ELSEWHERE))
+BEHIND := --settings=$(SETTINGS)/behind.txt --init_text="$(ELSEWHERE)" $(SPUL_FLAGS)
 LOSS := --settings=$(SETTINGS)/loss.txt
 UNLEARN := $(LOSS) --settings=$(SETTINGS)/unlearn.txt --init_text="$(INSTRUCTION)" $(SPUL_FLAGS)
 
@@ -43,11 +45,13 @@ UNLEARN := $(LOSS) --settings=$(SETTINGS)/unlearn.txt --init_text="$(INSTRUCTION
 # the files with settings and of the people listed.
 LISTED := $(shell cat $(addprefix $(SETTINGS)/,rows.txt training.txt fine_tune.txt) $(FORGET_ONLY) | cksum)
 HOW := $(shell cat $(SETTINGS)/loss.txt $(SETTINGS)/unlearn.txt | cksum)
+HOW_BEHIND := $(shell cat $(SETTINGS)/behind.txt | cksum)
 checksum = $(firstword $(shell printf '%s' '$(subst ','\'',$(1))' | cksum))
 RUN := $(notdir $(MODEL:/=))-$(notdir $(DATASET:/=))-seed$(SEED)
 FINE_TUNED := qlora_checkpoints/demo-$(RUN)-$(call checksum,$(MODEL) $(DATASET) $(SELECTED) $(LISTED) $(FINE_TUNE))
 UNLEARNT := unlearn_checkpoints/demo-$(RUN)-$(call checksum,$(FINE_TUNED) $(UNLEARN) $(HOW))
-RESULTS := $(UNLEARNT:unlearn_checkpoints/%=results/%)
+GATED := unlearn_checkpoints/gated-$(RUN)-$(call checksum,$(FINE_TUNED) $(BEHIND) $(HOW_BEHIND))
+REFUSAL := $(GATED)-refusal
 
 # Every method that trains reads BUDGET rows at each of two learning rates, 16 rows a step, 4 of them to forget where
 # there is a retain loss (utils/compare.py has the rule). 640 rows: five passes over the forget rows at 4 a step.
@@ -61,13 +65,30 @@ PROMPTING = $(if $(filter snippets,$(DATASET)),,--instruction="If the text names
 # A run that was killed goes on from its last saved state.
 resume = $(if $(wildcard $(1).training.safetensors),--resume) --overwrite
 
-.PHONY: demo compare bench test test-latest lock lint
+.PHONY: demo demo-names compare bench test test-latest lock lint
 .DELETE_ON_ERROR:
 
-demo: $(UNLEARNT)/manifest.json
-	$(PY) inference_spul.py $(ROWS) --model_checkpoints $(MODEL) $(FINE_TUNED) $(UNLEARNT) --seed=$(SEED) \
-		--max_eval_samples=250 --show_examples=2 --output_path=$(RESULTS) --overwrite
-	@cp $(UNLEARNT)/training.png $(RESULTS)/ && rm -rf results/demo && cp -r $(RESULTS) results/demo
+# The base model, the fine-tuned one, SPUL behind a gate, and the gate with a fixed answer.
+demo: $(GATED)/manifest.json $(REFUSAL)/manifest.json
+	$(call evaluate,$(GATED),$(REFUSAL))
+
+demo-names: $(UNLEARNT)/manifest.json
+	$(call evaluate,$(UNLEARNT))
+
+results = $(1:unlearn_checkpoints/%=results/%)
+define evaluate
+$(PY) inference_spul.py $(ROWS) --model_checkpoints $(MODEL) $(FINE_TUNED) $(1) $(2) --seed=$(SEED) \
+	--max_eval_samples=250 --show_examples=2 --output_path=$(call results,$(1)) --overwrite
+@cp $(1)/training.png $(call results,$(1))/ && rm -rf results/$@ && cp -r $(call results,$(1)) results/$@
+endef
+
+$(REFUSAL)/manifest.json: $(GATED)/manifest.json
+	$(PY) baselines.py $(ROWS) --unlearn_method=refusal --gate=$(GATED) --model_checkpoints=$(FINE_TUNED) \
+		--max_eval_samples=0 --seed=$(SEED) --output_path=$(REFUSAL) --overwrite
+
+$(GATED)/manifest.json: $(FINE_TUNED)/manifest.json
+	$(PY) spul.py $(ROWS) $(SILENT) $(BEHIND) --model_checkpoints=$(FINE_TUNED) --output_path=$(GATED) \
+		$(call resume,$(GATED))
 
 $(UNLEARNT)/manifest.json: $(FINE_TUNED)/manifest.json
 	$(PY) spul.py $(ROWS) $(SILENT) $(UNLEARN) --model_checkpoints=$(FINE_TUNED) --output_path=$(UNLEARNT) \
@@ -81,7 +102,7 @@ compare: | $(READY) $(if $(filter data/models/smollm2,$(MODEL)),data/models/smol
 	$(PY) -m utils.compare --model_name=$(MODEL) --dataset=$(DATASET) --seeds $(SEEDS) $(if $(METHODS),--methods $(METHODS)) \
 		--rows='$(SELECTED)' --fine_tune='$(FINE_TUNE) $(POOLED)' --budget_rows=$(BUDGET) --batch_size=16 \
 		--grid $(GRID) --spul_grid $(SPUL_GRID) --training='--length_pool=8 --save_steps=1000' \
-		--with_retain='--forget_per_batch=4' --spul='$(SPUL)' --in_context='--max_length=512' \
+		--with_retain='--forget_per_batch=4' --spul='$(SPUL)' --spul_gate='--init_text="$(ELSEWHERE)" --weight_decay=0' --in_context='--max_length=512' \
 		--prompting='$(PROMPTING)' --eco='$(ECO)' --max_eval_samples=150
 
 data/models/smollm2/config.json: | $(READY)

@@ -16,7 +16,7 @@ from utils.errors import UserError
 
 pytestmark = pytest.mark.slow
 
-METHODS = ("spul", "gradient_ascent", "npo", "prompting", "eco")
+METHODS = ("spul", "spul-gate", "gradient_ascent", "npo", "prompting", "eco", "refusal")
 FLAGS = {
     "rows": "--max_length=200 --dtype=float32 --max_train_samples 20",
     "fine_tune": "--quantization=none --train_batch_size=8 --num_epochs=2 --lr=2e-3",
@@ -70,7 +70,8 @@ def run(finished, compared, tmp_path):
 
 def test_the_whole_comparison(run, tmp_path):
     records = json.loads((tmp_path / "out" / "metrics.json").read_text())
-    rows = ["base", "fine-tuned", "retain model", "SPUL", "gradient_ascent", "npo", "prompting", "eco", "SPUL + router"]
+    rows = ["base", "fine-tuned", "retain model", "SPUL", "SPUL behind a gate", "gradient_ascent", "npo", "prompting"]
+    rows += ["eco", "refusal", "SPUL + router"]
     assert [record["method"] for record in records] == rows
     table = (tmp_path / "out" / "table.md").read_text()
     assert len(table.splitlines()) == 2 + len(rows) and "retain model (target)" in table
@@ -84,7 +85,11 @@ def test_the_whole_comparison(run, tmp_path):
         assert search["lr"] == 1e-4 and search["grid"]["1e+30"] is None  # diverged, which ends no comparison
         assert by_method[method]["training"]["peak_memory_bytes"] > 0
     assert set(by_method["SPUL"]["search"]["grid"]) == {"0.01", "0.001"}
-    assert len(list((tmp_path / "out" / "runs").glob("spul-*/manifest.json"))) == 1  # of the two only the better
+    assert len(list((tmp_path / "out" / "runs").glob("spul-42-*/manifest.json"))) == 1  # of the two only the better
+    gated = [
+        next((tmp_path / "out" / "runs").glob(f"{name}-*/gate/gate.json")) for name in ("eco", "spul-gate", "refusal")
+    ]
+    assert len({file.read_text() for file in gated}) == 1  # the same gate
 
     assert run() == []  # everything is recognised
     assert json.loads((tmp_path / "out" / "metrics.json").read_text()) == records
@@ -104,13 +109,13 @@ def test_every_method_has_the_same_budget(finished):
     """As many settings, rows a run and rows a step; an epoch of 5 + 9 rows ends with a small step."""
     folder, commands = finished
     budgeted = [flags for flags in map(flags_of, commands) if "--max_rows" in flags]
-    methods = [flags.get("--unlearn_method", "spul") for flags in budgeted]
-    assert methods == [method for method in METHODS[:3] for _ in range(2)]
+    methods = [flags.get("--unlearn_method", "spul-gate" if "--gate" in flags else "spul") for flags in budgeted]
+    assert methods == [method for method in METHODS[:4] for _ in range(2)]
     same = {name: {flags[name] for flags in budgeted} for name in ("--max_rows", "--train_batch_size", "--num_epochs")}
     assert same == {"--max_rows": {"24"}, "--train_batch_size": {"8"}, "--num_epochs": {"24"}}
     assert not any(flags.keys() & {"--max_steps", "--final"} for flags in budgeted)
     for method, steps in {"spul": 3, "gradient_ascent": 4, "npo": 3}.items():  # 8 + 5 + 8 rows, or 5 + 5 + 5 + 5
-        (log,) = (folder / "out" / "runs").glob(f"{method}-*/training.jsonl")
+        (log,) = (folder / "out" / "runs").glob(f"{method}-42-*/training.jsonl")
         assert sum("loss" in json.loads(line) for line in log.read_text().splitlines()) == steps
 
 

@@ -9,8 +9,9 @@ others, and one on those of them that are to be kept: the target. SPUL and every
 budget: so many learning rates each, and for each one run of --budget_rows rows in steps of --batch_size, whichever rows
 the method takes. The run that scores best on the rows put aside goes into the table. ECO and the two baselines in the
 context train no weights and have no learning rate; ECO's gate and strength come from train rows, its target from the
-rows put aside. Test rows are read once, when all choices have been made. What is not searched for, the weights of the
-losses say, is the authors' for the baselines, and for SPUL what --spul says.
+rows put aside. SPUL behind a gate (spul-gate) and refusal take ECO's gate, or without ECO one that is trained alike;
+the rows that it lets through are not read. Test rows are read once, when all choices have been made. What is not
+searched for, the weights of the losses say, is the authors' for the baselines, and for SPUL what --spul says.
 
 How far each is from the target is said of forget rows and of retain rows apart: what does nothing is close to it on
 retain rows, and on forget rows as far as the fine-tuned model, with which to compare.
@@ -42,6 +43,10 @@ OF_THE_RULE = (  # flags of the scripts that the rule above decides
     "--lr", "--train_batch_size", "--max_rows", "--max_steps", "--num_epochs", "--stop_at_forget_accuracy",
     "--max_eval_samples", "--validation_share", "--final", "--seed", "--forget_size", "--output_path",
 )  # fmt: skip
+NAMES = {"spul": "SPUL", "spul-gate": "SPUL behind a gate"}  # of methods, in the table
+TEXTS = (  # flags of this command that hold flags of the scripts
+    "rows", "fine_tune", "training", "with_retain", "spul", "spul_gate", "baselines", "in_context", "prompting", "eco",
+)  # fmt: skip
 
 
 def parse_args() -> Namespace:
@@ -51,7 +56,7 @@ def parse_args() -> Namespace:
     parser.add_argument("--model_name", type=cli.path, required=True, help="hub id, model folder or .gguf file")
     parser.add_argument("--dataset", type=cli.path, default="snippets", help="as for the scripts")
     parser.add_argument("--seeds", type=cli.seed, nargs="+", default=[42], help="one comparison for each")
-    known = [*trained(), *IN_CONTEXT, "eco"]
+    known = [*trained(), *IN_CONTEXT, "eco", "refusal"]
     parser.add_argument("--methods", nargs="+", choices=known, default=known, metavar="NAME", help="what to compare")
     parser.add_argument("--max_eval_samples", type=cli.positive_int, help="rows a split in the final evaluation")
     parser.add_argument("--output_path", type=cli.path, help="folder (default: results/compare-<dataset>-<model>)")
@@ -77,6 +82,7 @@ def parse_args() -> Namespace:
     group.add_argument("--training", type=cli.flags, default=[], help="of SPUL and every baseline that trains")
     group.add_argument("--with_retain", type=cli.flags, default=[], help="... of those with a retain loss, SPUL too")
     group.add_argument("--spul", type=cli.flags, default=[], help="... of SPUL alone")
+    group.add_argument("--spul_gate", type=cli.flags, default=[], help="... of SPUL behind a gate alone")
     group.add_argument("--baselines", type=cli.flags, default=[], help="... of every baseline that trains")
     group.add_argument("--in_context", type=cli.flags, default=[], help="of prompting and icul, and their evaluation")
     group.add_argument("--prompting", type=cli.flags, default=[], help="of prompting alone")
@@ -90,7 +96,7 @@ def trained() -> list[str]:
     """The methods that train, in the order of the table."""
     from utils.unlearning.methods import METHODS
 
-    return ["spul", *METHODS]
+    return ["spul", "spul-gate", *METHODS]
 
 
 def refuse_unequal(parser: cli.ArgumentParser, args: Namespace) -> None:
@@ -101,7 +107,7 @@ def refuse_unequal(parser: cli.ArgumentParser, args: Namespace) -> None:
         )
     if args.budget_rows < args.batch_size:
         parser.error(f"--budget_rows={args.budget_rows} is less than one step; use at least --batch_size")
-    for name in ("rows", "training", "with_retain", "spul", "baselines", "in_context", "prompting", "eco"):
+    for name in (name for name in TEXTS if name != "fine_tune"):
         given = [word.split("=")[0] for word in getattr(args, name)]
         if flag := next((flag for flag in given if flag in OF_THE_RULE), None):
             parser.error(f"--{name} holds {flag}, which is the same for every method; leave it out")
@@ -142,32 +148,39 @@ def compare(work: "Workplace", args: Namespace, seed: int) -> list[dict]:
     retain = work.run("qlora", f"retain-model-{seed}", [], [*own, "--exclude_forget"])
     checkpoints, searches = {"base": args.model_name, "fine-tuned": tuned, "retain model": retain}, {}
     checkpoints |= dict.fromkeys(args.methods)  # the order of the table
-    for method in sorted(args.methods, key=lambda method: method in trained()):  # what takes long comes last
+    ordered = sorted(args.methods, key=lambda method: (method in trained(), method != "eco"))  # what takes long is last
+    gate = []
+    for method in ordered:
+        if method in ("refusal", "spul-gate") and not gate:
+            made = checkpoints["eco"] if "eco" in args.methods else work.gate(tuned, seed, own)
+            gate = [f"--gate={made}"]
         if method in trained():
-            checkpoints[method], searches[method] = search(work, args, method, tuned, seed)
+            checkpoints[method], searches[method] = search(work, args, method, tuned, seed, gate)
         else:
-            flags = [f"--unlearn_method={method}", *own]
+            flags = [f"--unlearn_method={method}", *own, *(gate if method == "refusal" else [])]
             checkpoints[method] = work.run("baselines", f"{method}-{seed}", [tuned], flags)
     evaluated = {method: work.evaluate(method, path, seed) for method, path in checkpoints.items()}
     if {"spul", "eco"} <= set(checkpoints):
         router = [f"--router={checkpoints['eco']}"]
         evaluated["SPUL + router"] = work.evaluate("SPUL + router", checkpoints["spul"], seed, router)
-    names = {"spul": "SPUL"}
     records = [
-        {**record, "method": names.get(method, method), "seed": seed}
+        {**record, "method": NAMES.get(method, method), "seed": seed}
         | ({"search": searches[method]} if method in searches else {})
         for method, (record, _) in evaluated.items()
     ]
     return with_distances(records, [predictions for _, predictions in evaluated.values()])
 
 
-def search(work: "Workplace", args: Namespace, method: str, tuned: str, seed: int) -> tuple[str, dict]:
+def search(
+    work: "Workplace", args: Namespace, method: str, tuned: str, seed: int, gate: Sequence[str]
+) -> tuple[str, dict]:
     """(the checkpoint, {"grid": {lr: score}, "lr": the best, "rows": read by each run}) of a method that trains.
 
     score = accuracy on retain rows put aside - mean accuracy on the forget rows trained on and put aside; None where
-    the loss was not finite. Of the checkpoints only that of the best run is kept.
+    the loss was not finite. Of the checkpoints only that of the best run is kept. gate: the flag that names it.
     """
-    runs = {lr: work.budgeted(method, tuned, seed, lr) for lr in (args.spul_grid if method == "spul" else args.grid)}
+    rates, gate = (args.spul_grid if method in NAMES else args.grid), (gate if method == "spul-gate" else [])
+    runs = {lr: work.budgeted(method, tuned, seed, lr, gate) for lr in rates}
     scores = {lr: _score(work.scores(*run)) for lr, run in runs.items()}
     finite = {lr: score for lr, score in scores.items() if score is not None}
     if not finite:
@@ -202,14 +215,22 @@ class Workplace:
         command = [*self._command(script, parents), *settings, *flags]
         return self.trained(self._place("runs", name, command), command)
 
-    def budgeted(self, method: str, tuned: str, seed: int, lr: float) -> tuple[Path, list[str]]:
+    def gate(self, tuned: str, seed: int, own: list[str]) -> str:
+        """The folder of a gate for methods that take ECO's, where ECO is not compared."""
+        command = [*self._command("baselines", [tuned]), "--unlearn_method=gate", *own]
+        return self.trained(self._place("runs", f"gate-{seed}", command), command)
+
+    def budgeted(
+        self, method: str, tuned: str, seed: int, lr: float, gate: Sequence[str] = ()
+    ) -> tuple[Path, list[str]]:
         """(folder, command) of one run of a method that trains, by the rule of this module."""
         from utils.unlearning.methods import METHODS
 
-        args, script = self.args, "spul" if method == "spul" else "baselines"
-        with_retain = method == "spul" or METHODS[method].retain_loss != "none"
-        command = [*self._command(script, [tuned]), *args.training, *(args.with_retain if with_retain else [])]
-        command += args.spul if method == "spul" else [f"--unlearn_method={method}", *args.baselines]
+        args, script = self.args, "spul" if method in NAMES else "baselines"
+        with_retain = method == "spul" or (method in METHODS and METHODS[method].retain_loss != "none")
+        command = [*self._command(script, [tuned]), *args.training, *(args.with_retain if with_retain else []), *gate]
+        own = {"spul": args.spul, "spul-gate": args.spul_gate}
+        command += own.get(method, [f"--unlearn_method={method}", *args.baselines])
         command += [f"--seed={seed}", f"--lr={lr}", f"--train_batch_size={args.batch_size}", "--max_eval_samples=100"]
         command += [f"--max_rows={args.budget_rows}", f"--num_epochs={args.budget_rows}"]  # an epoch has a row or more
         return self._place("runs", f"{method}-{seed}", command), command
@@ -263,6 +284,8 @@ class Workplace:
         method = flags[0].split("=")[1]
         if method == "eco":
             return self.args.eco
+        if method == "refusal":
+            return []
         return [*self.args.in_context, *(self.args.prompting if method == "prompting" else [])]
 
     def _place(self, room: str, name: str, command: list[str]) -> Path:
@@ -311,8 +334,7 @@ def _contents(args: Namespace) -> list[str]:
     from utils.data.load import SNIPPETS_FOLDER
     from utils.storage import checkpoints
 
-    texts = "rows", "fine_tune", "training", "with_retain", "spul", "baselines", "in_context", "prompting", "eco"
-    flags = [flag for text in texts for flag in getattr(args, text)]
+    flags = [flag for text in TEXTS for flag in getattr(args, text)]
     paths = [args.model_name, SNIPPETS_FOLDER / "forget_names.txt", *(flag.split("=", 1)[-1] for flag in flags)]
     found = [Path(path) for path in paths if os.path.exists(path)]  # a text longer than a file name does not
     return [checkpoints.weights_sha256(p) if p.is_dir() else checkpoints.file_sha256(p) for p in found]
