@@ -328,7 +328,7 @@ def test_unseen_scores_come_back_as_they_were(tmp_path, small_data, tiny_model):
         folder.mkdir()
         gate_files.save(made.gate(served), made.description, made.unseen, folder)
         link = dataclasses.make_dataclass("L", ["path", "name", "kind"])(folder, "x", "gate")
-        stored = gate_files.StoredGate(link, False, 96)
+        stored = gate_files.StoredGate(link, {split: len(frames[split]) for split in TRAIN_SPLITS}, False, 96)
         for split in TRAIN_SPLITS:
             assert np.array_equal(stored.unseen[split], made.unseen[split])
             assert ((stored.unseen[split] == SEEN).mean() > 0.5) == (conformal is not None)

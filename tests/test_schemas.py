@@ -15,7 +15,7 @@ from safetensors.torch import load_file, safe_open, save_file
 from scripts import call, done, refused, stop_at
 
 from utils.errors import UserError
-from utils.interventions import eco, gates
+from utils.interventions import eco, gate_files, gates
 from utils.interventions.served import load_served
 from utils.models.adapters import lora_config
 from utils.models.chain import resolve_chain
@@ -385,34 +385,51 @@ def test_finite_without_a_copy():
 
 @pytest.mark.parametrize("threshold", ["NaN", "true", "[0.5]", '"0.5"', "null", "1", "1.0000001", "-0.1", "Infinity"])
 def test_a_gate_does_not_fail_open(forest, threshold):
-    file = forest / GATE / "eco.json"
+    file = forest / GATE / "gate/gate.json"
     text = file.read_text()
     file.write_text(text.replace('"threshold": 0.4', f'"threshold": {threshold}'))
     assert file.read_text() != text
     sign(forest / GATE)
-    says(forest, "eco.json is no", GATE)
-    says(forest, "eco.json is no", PROMPT, "--router=eco", "--force")
+    says(forest, "gate.json is no", GATE)
+    says(forest, "gate.json is no", PROMPT, "--router=eco", "--force")
 
 
 ECO = {
-    "classifier": [None, "word", 3],
     "corruption": [None, {}, {"family": "noise-first", "strength": "3", "dims": 1, "seed": 0}],
     "tokens": ["some", None],
     "names": [None, [3], [{"name": "A"}], [{"name": "A", "spellings": "A"}]],
     "token_classifier": [3],
     "curve": [3, [3]],
-    "rates": [3, {"train_forget": "1"}],
+}
+OF_A_GATE = {"classifier": [None, "word", 3], "rates": [3, {"train_forget": "1"}], "calibration": [{"auc": -1.0}]}
+
+
+@pytest.mark.parametrize("field", [*ECO, *OF_A_GATE])
+def test_a_gate_of_other_types(forest, field):
+    name, schema = ("eco.json", eco.EcoFile) if field in ECO else ("gate/gate.json", gate_files.GateFile)
+    file = forest / GATE / name
+    whole = json.loads(file.read_text())
+    for value in (ECO | OF_A_GATE)[field]:
+        file.write_text(json.dumps(whole | {field: value}))
+        with pytest.raises(UserError, match=f"{file.name} is no description of"):
+            schemas.read(file, schema)
+
+
+UNSEEN = {
+    "a row too few": lambda t: {split: rows[:-1] for split, rows in t.items()},
+    "not a number": lambda t: t["train_retain"].fill_(float("nan")),
+    "above 1": lambda t: t["train_forget"].fill_(1.5),
+    "another split": lambda t: {"train_retain": t["train_retain"], "test_forget": t["train_forget"]},
 }
 
 
-@pytest.mark.parametrize("field", ECO)
-def test_a_gate_of_other_types(forest, field):
-    file = forest / GATE / "eco.json"
-    whole = json.loads(file.read_text())
-    for value in ECO[field]:
-        file.write_text(json.dumps(whole | {field: value}))
-        with pytest.raises(UserError, match="eco.json is no description of an ECO gate"):
-            schemas.read(file, eco.EcoFile)
+@pytest.mark.parametrize("damage", UNSEEN)
+def test_scores_of_other_rows_train_no_prompt(forest, damage):
+    """What a gate flagged of the train rows decides what a prompt is trained on."""
+    edit_tensors(forest / GATE / "gate/unseen.safetensors", UNSEEN[damage])
+    sign(forest / GATE)
+    command = f"--model_checkpoints={ADAPTER}", "--dataset=data", *scripts.SPUL, f"--gate=./{GATE}", "--output_path=new"
+    scripts.refused(forest, "unseen.safetensors holds no scores of these rows", "spul", *command)
 
 
 def test_no_pattern_of_a_checkpoint_is_used(forest):
@@ -437,7 +454,7 @@ CLASSIFIERS = {
 
 @pytest.mark.parametrize("damage", CLASSIFIERS)
 def test_a_classifier_is_whole(forest, damage):
-    edit_tensors(forest / GATE / "classifier.safetensors", CLASSIFIERS[damage])
+    edit_tensors(forest / GATE / "gate/classifier.safetensors", CLASSIFIERS[damage])
     sign(forest / GATE)
     says(forest, "classifier.safetensors holds no classifier of this gate", GATE)
 

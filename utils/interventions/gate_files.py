@@ -1,6 +1,7 @@
 """A gate on the disk: the folder `gate` of whatever checkpoint is served behind one, safetensors and JSON alone."""
 
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, Literal, Protocol
 
@@ -9,7 +10,6 @@ import torch
 from pydantic import Field
 from safetensors.torch import save_file
 
-from utils.data.splits import TRAIN_SPLITS
 from utils.errors import UserError
 from utils.interventions import gates
 from utils.models.base import FrozenModel
@@ -54,23 +54,27 @@ class GateSource(Protocol):
 
 @dataclass(frozen=True, eq=False)
 class StoredGate:
-    """The gate of the checkpoint `link`, which is loaded when it is asked for."""
+    """The gate of the checkpoint `link`, which is loaded when it is asked for. sizes: {train split: its rows}."""
 
     link: Link
+    sizes: dict[str, int]
     trust_remote_code: bool
     max_length: int
 
-    @property
+    @cached_property
     def description(self) -> dict[str, Any]:
         return _read(self.link.path)[1]
 
-    @property
+    @cached_property
     def unseen(self) -> Unseen:
-        """Raises UserError where the checkpoint is of a version that did not keep them."""
+        """Raises UserError where the checkpoint is of a version that did not keep them, and where they are damaged."""
         folder, _ = _read(self.link.path)
-        if not (folder / UNSEEN).exists():
+        file, what = folder / UNSEEN, "scores of these rows"
+        if not file.exists():
             raise UserError(f"the gate of {self.link.name} is of an earlier version; train it again")
-        tensors = read_tensors(folder / UNSEEN, {s: Like((None,), ("float64",)) for s in TRAIN_SPLITS}, "scores")
+        tensors = read_tensors(file, {split: Like((n,), ("float64",)) for split, n in self.sizes.items()}, what)
+        if any(not (((values >= 0) & (values <= 1)) | (values == SEEN)).all() for values in tensors.values()):
+            raise UserError(f"{file} holds no {what} (one is no probability); train the checkpoint again")
         return {split: tensor.numpy() for split, tensor in tensors.items()}
 
     def gate(self, served: FrozenModel) -> gates.Gate:

@@ -80,7 +80,8 @@ def find_gate(
             f"the gate of {name} was trained on other data than the rows selected here; give this command the flags "
             "for rows that it was trained with, or train a gate on these"
         )
-    found = StoredGate(link, model.trust_remote_code, classifier.max_length)
+    sizes = {split: len(frames[split]) for split in TRAIN_SPLITS}
+    found = StoredGate(link, sizes, model.trust_remote_code, classifier.max_length)
     if gates.CLASSIFIERS[found.description["classifier"]].reads_states and above[-1].sha256 != load().chain[-1].sha256:
         raise UserError(f"the gate of {name} reads the hidden states of another model; train one on this model")
     return found
