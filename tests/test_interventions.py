@@ -10,6 +10,7 @@ from scripted import one
 from utils.evaluation.answering import answer_texts
 from utils.evaluation.scores import score_rows
 from utils.interventions import eco, gates, in_context
+from utils.interventions.base import Intervention
 from utils.interventions.corruption import Corruption
 from utils.interventions.prompt_encoders import Prompt
 from utils.interventions.served import Served
@@ -28,6 +29,16 @@ class Word(gates.Classifier):
 
     def probabilities(self, texts):
         return np.array([0.9 if self.word in text.split() else 0.1 for text in texts])
+
+
+class Sure(gates.Classifier):
+    """Gives every text the same probability."""
+
+    def __init__(self, probability):
+        self.probability = probability
+
+    def probabilities(self, texts):
+        return np.full(len(texts), self.probability)
 
 
 def gate(word):
@@ -56,7 +67,7 @@ def scored(served, texts=TEXTS):
     return score_rows(served, frame, WORDS, 200, 2)
 
 
-def test_the_first_that_flags_a_query_acts_on_it(served, kinds):
+def test_one_of_those_that_flag_a_query_acts_on_it(served, kinds):
     acting, said = served.using(*kinds).decide(TEXTS)
     assert acting == [0, 1, None, 0, None]
     assert [row["flagged"] for row in said] == [True, True, False, True, False]
@@ -64,6 +75,33 @@ def test_the_first_that_flags_a_query_acts_on_it(served, kinds):
     assert served.decide(TEXTS) == ([None] * 5, [{}] * 5)
     ungated = in_context.instruct("Say unknown.", [])
     assert served.using(kinds[1], ungated).decide(TEXTS)[0] == [1, 0, 1, 0, 1]
+    assert served.using(ungated, kinds[1], ungated).decide(TEXTS)[0] == [0, 1, 0, 1, 0]
+    assert served.using(ungated).decide(TEXTS) == ([0] * 5, [{}] * 5)
+    assert served.using(*kinds).decide([]) == ([], [])
+
+
+def by_margin(served, *pairs):
+    """What is decided on one text by gates of these (probability, threshold)."""
+    gate = lambda p, threshold: gates.Gate(Sure(p), threshold)  # noqa: E731
+    with np.errstate(all="raise"):
+        (acting,), (said,) = served.using(*(Intervention(gate=gate(*pair)) for pair in pairs)).decide(["a film"])
+    return acting, said["flagged"], said["gate_probability"]
+
+
+def test_the_gate_whose_probability_lies_furthest_above_its_threshold_in_log_odds(served):
+    """By hand: logit(0.9) - logit(0.5) = 2.197, logit(0.6) - logit(0.1) = 2.603, logit(0.95) - logit(0.9) = 0.747."""
+    assert gates.Gate(Sure(0.9), 0.5).margins(np.array([0.9, 0.5])) == pytest.approx([2.19722, 0], abs=1e-5)
+    assert by_margin(served, (0.9, 0.5), (0.6, 0.1), (0.95, 0.9)) == (1, True, 0.6)
+    assert by_margin(served, (0.9, 0.5), (0.99, 0.995)) == (0, True, 0.9)
+    assert by_margin(served, (0.4, 0.5), (0.2, 0.9)) == (None, False, 0.4)
+    assert by_margin(served, (0.9, 0.5), (0.9, 0.5)) == (0, True, 0.9)
+
+
+def test_probabilities_of_0_and_1_and_a_threshold_of_0_are_compared_too(served):
+    assert by_margin(served, (1.0, 0.9), (1.0, 0.5)) == (1, True, 1.0)
+    assert by_margin(served, (0.9, 0.5), (0.1, 0.0)) == (1, True, 0.1)
+    assert by_margin(served, (0.0, 0.0), (0.0, 0.5), (1e-320, 0.0)) == (2, True, 1e-320)
+    assert by_margin(served, (0.0, 0.0), (0.0, 0.5))[:2] == (None, False)
 
 
 def test_each_row_is_what_its_own_intervention_makes_it(served, kinds):

@@ -28,9 +28,14 @@ class Template(Protocol):
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Intervention:
-    """The base of every kind, and itself the one that changes nothing. A kind overrides what it does differently."""
+    """The base of every kind, and itself the one that changes nothing. A kind overrides what it does differently.
+
+    gate: flags the queries that it acts on; None: it acts on all. request: the name of the unlearning request that it
+    serves; None where requests are not told apart.
+    """
 
     gate: Gate | None = None
+    request: str | None = None
 
     @property
     def template(self) -> Template | None:

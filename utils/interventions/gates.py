@@ -13,6 +13,7 @@ import pandas as pd
 import torch
 from pydantic import ConfigDict, RootModel, model_validator
 from safetensors.torch import save_file
+from scipy.special import logit
 from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import roc_auc_score
@@ -104,6 +105,14 @@ class Gate:
         """(flags, probabilities), both (n,): bool, and in [0, 1]."""
         probabilities = self.probabilities(texts)
         return probabilities > self.threshold, probabilities
+
+    def margins(self, probabilities: np.ndarray) -> np.ndarray:
+        """(n,) float64: how far `probabilities` (n,) lie above the threshold, in log odds; below it less than 0.
+
+        By this gates of different thresholds are compared. Every margin is finite: 0 and 1 count as the float64 next
+        to them.
+        """
+        return _log_odds(probabilities) - _log_odds(self.threshold)
 
     def probabilities(self, texts: Sequence[str]) -> np.ndarray:
         """(n,) in [0, 1]."""
@@ -423,6 +432,12 @@ def _stacked(parts: list[Any]) -> Any:
     from scipy.sparse import hstack
 
     return hstack(parts).tocsr()
+
+
+def _log_odds(probabilities: np.ndarray | float) -> np.ndarray:
+    """logit(p), same shape, float64."""
+    limits = np.finfo(np.float64)
+    return logit(np.clip(np.asarray(probabilities, dtype=np.float64), limits.tiny, 1 - limits.epsneg))
 
 
 def _logistic(x: np.ndarray) -> np.ndarray:

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import torch
 
 from utils.data.batch import Example, collate
@@ -30,8 +31,12 @@ LOADERS = {  # by kind of checkpoint
 
 @dataclass(frozen=True)
 class Served:
-    """chain: the Links that it was loaded from, base first. Of the `interventions` the first that flags a query acts on
-    it; on a query that none flags the model answers alone."""
+    """chain: the Links that it was loaded from, base first.
+
+    Of the `interventions` whose gates flag a query one acts on it: that whose probability lies furthest above its
+    threshold, in log odds; of equal ones the first. On all other queries the first intervention without a gate acts;
+    where there is none the model answers alone.
+    """
 
     model: torch.nn.Module
     tokenizer: Any
@@ -80,20 +85,27 @@ class Served:
         """The same model, whose interventions act only on the queries that `gate` flags."""
         return self.using(*(replace(intervention, gate=gate) for intervention in self.interventions))
 
-    def decide(self, texts: Sequence[str]) -> tuple[list[int | None], list[dict[str, bool | float]]]:
-        """For each text the number of the intervention that acts on it, or None; and what the gates said:
-        {"flagged", "gate_probability" (the highest)}, empty where there is no gate."""
-        acting: list[int | None] = [None] * len(texts)
-        said: list[dict] = [{} for _ in texts]
-        for number, intervention in enumerate(self.interventions):
-            if intervention.gate is None:
-                acting = [number if other is None else other for other in acting]
-                continue
-            for i, (flag, probability) in enumerate(zip(*intervention.gate.decide(texts))):
-                if flag and acting[i] is None:
-                    acting[i] = number
-                said[i]["flagged"] = said[i].get("flagged", False) or bool(flag)
-                said[i]["gate_probability"] = max(said[i].get("gate_probability", 0.0), float(probability))
+    def decide(self, texts: Sequence[str]) -> tuple[list[int | None], list[dict[str, bool | float | str | None]]]:
+        """For each text the number of the intervention that acts on it, or None; and what the gates said.
+
+        That is {"flagged", "gate_probability" (of the gate with the largest margin), and "request" (of the intervention
+        that acts) where requests are told apart}; empty where there is no gate.
+        """
+        gated = [number for number, intervention in enumerate(self.interventions) if intervention.gate is not None]
+        rest = next((number for number in range(len(self.interventions)) if number not in gated), None)
+        if not gated or not len(texts):
+            return [rest] * len(texts), [{} for _ in texts]
+        gates = [self.interventions[number].gate for number in gated]
+        flags, probabilities = map(np.array, zip(*(gate.decide(texts) for gate in gates)))  # both (gates, texts)
+        margins = np.array([gate.margins(found) for gate, found in zip(gates, probabilities)])
+        chosen = np.where(flags.any(axis=0), np.where(flags, margins, -np.inf).argmax(axis=0), margins.argmax(axis=0))
+        acting = [gated[best] if flags[best, i] else rest for i, best in enumerate(chosen)]
+        said = [
+            {"flagged": bool(flags[best, i]), "gate_probability": float(probabilities[best, i])}
+            for i, best in enumerate(chosen)
+        ]
+        if any(intervention.request is not None for intervention in self.interventions):
+            said = [row | {"request": self.acting(number).request} for row, number in zip(said, acting)]
         return acting, said
 
     def acting(self, number: int | None) -> Intervention:
@@ -119,7 +131,11 @@ def load_served(name: str, settings: ModelSettings, parent: str | None = None, m
     parent: where the parent of `name` lies, if it was moved. max_length: of a gate that reads hidden states. Raises
     UserError where something is missing, damaged or not the recorded parent.
     """
-    chain = resolve_chain(name, settings.trust_remote_code, parent)
+    return load_chain(resolve_chain(name, settings.trust_remote_code, parent), settings, max_length)
+
+
+def load_chain(chain: list[Link], settings: ModelSettings, max_length: int = 1024) -> Served:
+    """The same of a chain that is resolved already."""
     tokenizer = load_tokenizer(chain, settings.set_pad_id, settings.trust_remote_code)
     served = Served(load_base(chain[0], settings), tokenizer, chain)
     for link in chain[1:]:
