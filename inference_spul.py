@@ -2,23 +2,18 @@ r"""Evaluate checkpoints of any kind on the four splits, or answer new text with
 
 python inference_spul.py --dataset=sst2 --model_checkpoints=[local path to checkpoints] --forget_size=1.0
 
-Several paths after --model_checkpoints give one table. Writes metrics.json and predictions.jsonl to
-saved_results/<checkpoint>-<dataset>, or to --output_path.
+Several paths after --model_checkpoints give one table; with --together they are unlearning requests that one model
+serves. Writes metrics.json and predictions.jsonl to saved_results/<checkpoint>-<dataset>, or to --output_path.
 """
 
 import hashlib
 import os
 from pathlib import Path
-from time import perf_counter
 
 from utils import cli
 from utils.errors import note_once
 
 LONGEST_NAME = 150  # characters of a default output folder
-PREDICTION_COLUMNS = [
-    "method", "checkpoint", "split", "text", "label_text", "prediction", "correct", "label_prediction",
-    "label_probabilities", "label_mass", "loss",
-]  # fmt: skip
 
 
 def parse_args():
@@ -26,7 +21,7 @@ def parse_args():
 
     parser = cli.ArgumentParser(__doc__)
     parser.add_argument(
-        "--model_checkpoints", type=cli.path, nargs="+", required=True, help="what spul.py or qlora.py wrote, or models"
+        "--model_checkpoints", type=cli.path, nargs="+", help="what spul.py or qlora.py wrote, or models"
     )
     arguments.add_model_arguments(parser)
     parser.add_argument("--forget_size", type=cli.fraction, default=1.0, help="share of train_forget that was unlearnt")
@@ -53,8 +48,10 @@ def parse_args():
         help="answer every text of this .txt (a line each), .csv, .jsonl or .parquet file",
     )
     group.add_argument("--json", action="store_true", help="print the answers as JSON lines instead of a table")
+    arguments.add_request_arguments(parser)
     parser.set_defaults(dataset=None)  # default: what the checkpoint was trained on, so that --text needs no hub
     args = parser.parse_args()
+    arguments.refuse_request_contradictions(parser, args)
     if args.max_eval_samples == 0:
         parser.error("--max_eval_samples=0 leaves nothing to evaluate")
     if args.force and not args.router:
@@ -69,39 +66,49 @@ def parse_args():
 
 
 def main(args):
-    from utils import distributed
-    from utils.data.load import dataset_name
+    from utils import distributed, job
     from utils.data.select import load_rows
-    from utils.evaluation import figures, tables
+    from utils.evaluation import figures, requests, tables
+    from utils.evaluation.evaluate import CheckpointSettings, evaluate_checkpoints
     from utils.storage import checkpoints, files, outputs
     from utils.tasks.classification import label_words
 
     if args.logits_path:
         note_once("inference compares nothing with a reference, so --logits_path is not used")
-    new_text = args.text or args.input_file
+    if args.add or args.revoke:
+        return edit(args)
+    asked, new_text = None, args.text or args.input_file
+    if args.requests or args.together:
+        asked = requests.find_requests(cli.take(requests.RequestSettings, args))
+        args.model_checkpoints = [requests.path_of(request) for request in asked]
+        if new_text:
+            return predict(args, [], asked)
     if not args.dataset:
         manifest = checkpoints.first_manifest(args.model_checkpoints)
         if new_text and "label_words" in manifest:
             return predict(args, manifest["label_words"])
-        args.dataset = manifest["arguments"]["dataset"] if manifest else "sst2"
+        known = manifest["arguments"]["dataset"] if manifest else "sst2"
+        args.dataset = requests.dataset_of(asked) if asked else known
     frames = load_rows(vars(args))
     words = label_words(frames)
     if new_text:
         return predict(args, words)
 
-    names = "+".join(Path(os.path.abspath(name)).name for name in args.model_checkpoints)
-    if len(names) > LONGEST_NAME:
-        digest = hashlib.sha256(names.encode()).hexdigest()[:8]
-        names = f"{names[:LONGEST_NAME]}...{len(args.model_checkpoints)}-{digest}"
-    name = args.output_path or f"saved_results/{names}-{dataset_name(args.dataset)}"
-    with outputs.claim([name], args) as output:
-        records, predictions = evaluate(args, frames, words)
+    settings = job.settings_of(args)
+    with outputs.claim([args.output_path or default_name(args)], args) as output:
+        how = frames, words, settings.model, settings.evaluation
+        if asked:
+            records, predictions = requests.evaluate_requests(asked, *how)
+        else:
+            records, predictions = evaluate_checkpoints(cli.take(CheckpointSettings, args), *how)
         if distributed.is_main():
             with output.new_folder() as folder:
                 files.write_json(folder / "metrics.json", records)
                 predictions.to_json(folder / "predictions.jsonl", orient="records", lines=True)
                 figures.draw_comparison(records, path=folder / "comparison.png")
     print(tables.table(records))
+    if asked:
+        print(f"\n{tables.request_tables(records[0]['requests'])}")
     if sentence := tables.meaning(records):
         print(f"\n{sentence}")
     if args.show_examples:
@@ -109,71 +116,45 @@ def main(args):
     print(f"wrote {output}")
 
 
-def evaluate(args, frames, words):
-    """One record per checkpoint, and a DataFrame with one prediction per checkpoint and row."""
-    import pandas as pd
+def default_name(args):
+    """The output folder of an evaluation without --output_path."""
+    from utils.data.load import dataset_name
 
-    from utils import job
-    from utils.evaluation.record import make_record, method_names, with_distances
-    from utils.evaluation.run import check_served, evaluate_splits, note_other_length, note_other_rows
-    from utils.interventions.router import find_router, routed
-    from utils.interventions.served import load_served
-    from utils.models.chain import resolve_chain
-
-    settings = job.settings_of(args)
-    chains = [resolve_chain(name, args.trust_remote_code, args.parent_path) for name in args.model_checkpoints]
-    router = find_router(args.router, chains, settings.model, args.parent_path, args.force)
-    note_other_rows(chains, frames, args.forget_size)
-    records, predictions, names = [], [], method_names(chains)
-    texts = [text for frame in frames.values() for text in frame["text"]]
-    for method, name in zip(names, args.model_checkpoints):
-        served = load_served(name, settings.model, args.parent_path, args.max_length)
-        check_served(served, frames, args.max_length)
-        note_other_length(served, texts, args.max_length)
-        variants = {method: served}
-        if router and served.chain[-1].kind == "prompt":
-            variants[f"{method} + router"] = routed(served, router, settings.model, args.max_length)
-        for variant, model in variants.items():
-            start, manifest = perf_counter(), model.manifest
-            splits, rows = evaluate_splits(model, frames, words, settings.evaluation, variant)
-            seconds, training = perf_counter() - start, manifest.get("training")
-            entry = make_record(variant, name, model.base_name, settings.evaluation, splits, seconds, training)
-            records.append({**entry, "seed": manifest.get("seed", entry["seed"])})
-            columns = [*PREDICTION_COLUMNS, *(["flagged", "gate_probability"] if model.is_gated else [])]
-            predictions.append(rows.assign(method=variant, checkpoint=str(name))[columns])
-        del served, model, variants  # two models need not fit at once
-    return with_distances(records, predictions), pd.concat(predictions, ignore_index=True)
+    names = "+".join(Path(os.path.abspath(name)).name for name in args.model_checkpoints)
+    if len(names) > LONGEST_NAME:
+        digest = hashlib.sha256(names.encode()).hexdigest()[:8]
+        names = f"{names[:LONGEST_NAME]}...{len(args.model_checkpoints)}-{digest}"
+    return f"saved_results/{names}-{dataset_name(args.dataset)}"
 
 
-def predict(args, words):
-    """Print each checkpoint's answer to each new text; for a prompt, without and with it side by side.
+def predict(args, words, asked=None):
+    """Print the answers to the new texts. words: the label words for checkpoints that record none of their own.
 
-    Lines appear as they are answered, those of several checkpoints with the last one: two models need not fit at once.
-    words: the label words for models that record none of their own.
+    asked: the requests that are served together, instead of one checkpoint after the other.
     """
     from utils import job
-    from utils.data.load import read_texts
-    from utils.evaluation.predict import answer_rows, variants_of
-    from utils.evaluation.run import check_texts, note_other_length
-    from utils.interventions.router import find_router
-    from utils.interventions.served import load_served
-    from utils.models.chain import resolve_chain
+    from utils.evaluation.evaluate import CheckpointSettings
+    from utils.evaluation.predict import TextSettings, predict_checkpoints, predict_together
 
-    settings, several = job.settings_of(args), len(args.model_checkpoints) > 1
-    texts = [*(args.text or []), *(read_texts(args.input_file) if args.input_file else [])]
-    rows = [{"text": text} for text in texts]
-    named = args.model_checkpoints if args.router else []
-    chains = [resolve_chain(name, args.trust_remote_code, args.parent_path) for name in named]
-    router = find_router(args.router, chains, settings.model, args.parent_path, args.force)
-    for number, name in enumerate(args.model_checkpoints, 1):
-        served = load_served(name, settings.model, args.parent_path, args.max_length)
-        own_words = served.manifest.get("label_words", words)
-        check_texts(served, texts, own_words, args.max_length)
-        note_other_length(served, texts, args.max_length)
-        prefix, last = f"{Path(name).name}: " if several else "", number == len(args.model_checkpoints)
-        variants = variants_of(served, router, settings.model, args.max_length, prefix)
-        answer_rows(rows, variants, own_words, args.max_length, args.eval_batch_size, args.json, last)
-        del served, variants
+    model, texts = job.settings_of(args).model, cli.take(TextSettings, args)
+    if asked:
+        predict_together(asked, model, texts)
+    else:
+        predict_checkpoints(cli.take(CheckpointSettings, args), words, model, texts)
+
+
+def edit(args):
+    """Add a request to the ledger or revoke one, and print the ledger."""
+    from utils import distributed
+    from utils.evaluation.tables import ledger_table
+    from utils.interventions import ledger
+
+    def change():
+        if args.add:
+            return ledger.add(args.requests, *args.add, args.trust_remote_code, args.parent_path)
+        return ledger.revoke(args.requests, args.revoke)
+
+    print(ledger_table(distributed.on_main(change)))
 
 
 if __name__ == "__main__":

@@ -126,3 +126,48 @@ def add_retain_ratio(group: argparse._ArgumentGroup) -> None:
         metavar="R",
         help="each epoch uses R retain rows per forget row, drawn anew every epoch (default: all retain rows)",
     )
+
+
+def add_request_arguments(parser: cli.ArgumentParser) -> None:
+    """Several unlearning requests that one model serves, from the command line or from a ledger."""
+    group = parser.add_argument_group("several unlearning requests over one model")
+    group.add_argument(
+        "--together", action="store_true", help="serve all --model_checkpoints, each with its gate, as one model"
+    )
+    group.add_argument(
+        "--request_names", nargs="+", metavar="NAME",
+        help="what they are called (default: the distinct part of each path)",
+    )  # fmt: skip
+    group.add_argument(
+        "--requests", type=cli.path, metavar="FILE",
+        help="serve the active requests of this ledger instead of --model_checkpoints",
+    )  # fmt: skip
+    edit = group.add_mutually_exclusive_group()
+    edit.add_argument(
+        "--add", type=cli.named_path, metavar="NAME=PATH", help="only add this checkpoint to the ledger as a request"
+    )
+    edit.add_argument("--revoke", type=cli.text, metavar="NAME", help="only revoke this request of the ledger")
+
+
+def refuse_request_contradictions(parser: cli.ArgumentParser, args: argparse.Namespace) -> None:
+    """End the command if flags do not go together. All of its `args` are needed: --add and --revoke replace the rest
+    of the command."""
+    edit = "add" if args.add else "revoke" if args.revoke else None
+    if edit and not args.requests:
+        parser.error(f"--{edit} goes with --requests")
+    if not args.requests and not args.model_checkpoints:
+        parser.error("the following arguments are required: --model_checkpoints, or --requests")
+    if args.requests:
+        taken = {"model_checkpoints": args.model_checkpoints, "together": args.together, "router": args.router}
+        if given := [name for name, value in taken.items() if value]:
+            parser.error(f"--requests serves what its ledger names; leave out --{given[0]}")
+    if args.request_names and not args.together:
+        parser.error("--request_names goes with --together")
+    if args.request_names and len(args.request_names) != len(args.model_checkpoints):
+        parser.error("--request_names needs one name for each of the --model_checkpoints")
+    if args.together and args.router:
+        parser.error("--together serves checkpoints behind gates of their own; leave out --router")
+    kept = {"requests", "parent_path", "trust_remote_code", edit}
+    given = [name for name in vars(args) if name not in kept and getattr(args, name) != parser.get_default(name)]
+    if edit and given:
+        parser.error(f"--{edit} only edits the ledger; leave out --{given[0]}")

@@ -145,6 +145,14 @@ def path(text: str) -> str:
     return expanded
 
 
+def named_path(value: str) -> tuple[str, str]:
+    """(NAME, PATH) of `NAME=PATH`, for argparse."""
+    name, _, rest = value.partition("=")
+    if not name or not rest:
+        raise argparse.ArgumentTypeError(f"{value!r} is not NAME=PATH")
+    return text(name), path(rest)
+
+
 def text(value: str) -> str:
     """A text with something to see in it, for argparse. It may begin with a dash (`ArgumentParser` takes care)."""
     from utils.data.splits import is_text

@@ -3,18 +3,83 @@
 import json
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
+from utils.data.load import read_texts
 from utils.evaluation.answering import answer_texts
-from utils.interventions.router import routed
-from utils.interventions.served import Served
+from utils.evaluation.evaluate import CheckpointSettings
+from utils.evaluation.run import check_texts, note_other_length
+from utils.interventions.router import find_router, routed
+from utils.interventions.served import Served, load_served
+from utils.interventions.together import Request, serve_together
 from utils.models.base import ModelSettings
+from utils.models.chain import resolve_chain
 from utils.storage.checkpoints import Link
 
 NAMES = {"prompt": "prompt", "eco": "ECO", "refusal": "refusal"}  # kinds whose answers are shown beside the model's own
 PRINTED_TOGETHER = 4  # batches of new texts: sorted by length among them they are padded less
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextSettings:
+    """Which texts are answered and how: the flags of those names. Those of `text` come before those of input_file."""
+
+    text: Sequence[str] | None = None
+    input_file: str | None = None
+    json: bool = False
+    max_length: int = 1024
+    eval_batch_size: int = 32
+
+    def rows(self) -> list[dict[str, Any]]:
+        """[{"text"}, ...]. Raises UserError where the file cannot be read."""
+        read = read_texts(self.input_file) if self.input_file else []
+        return [{"text": text} for text in [*(self.text or []), *read]]
+
+
+def predict_checkpoints(
+    asked: CheckpointSettings, words: Sequence[str], model: ModelSettings, settings: TextSettings
+) -> None:
+    """Print each checkpoint's answer to each new text; for a prompt, without and with it side by side.
+
+    Lines appear as they are answered, those of several checkpoints with the last one: two models need not fit at once.
+    words: the label words for models that record none of their own.
+    """
+    rows, names = settings.rows(), asked.model_checkpoints
+    named = names if asked.router else []
+    chains = [resolve_chain(name, model.trust_remote_code, asked.parent_path) for name in named]
+    router = find_router(asked.router, chains, model, asked.parent_path, asked.force)
+    for number, name in enumerate(names, 1):
+        served = load_served(name, model, asked.parent_path, settings.max_length)
+        prefix, last = f"{Path(name).name}: " if len(names) > 1 else "", number == len(names)
+        variants = variants_of(served, router, model, settings.max_length, prefix)
+        _answer_all(rows, served, variants, served.manifest.get("label_words", words), settings, last)
+        del served, variants
+
+
+def predict_together(requests: Sequence[Request], model: ModelSettings, settings: TextSettings) -> None:
+    """Print the answer to each new text of the frozen model alone, and with all `requests`, and which of them acted."""
+    rows, served = settings.rows(), serve_together(requests, model, settings.max_length)
+    variants = {"without requests": served.plain, "with requests": served}
+    _answer_all(rows, served, variants, requests[0].link.manifest["label_words"], settings, True)
+
+
+def _answer_all(
+    rows: list[dict[str, Any]],
+    served: Served,
+    variants: Mapping[str, Served],
+    words: Sequence[str],
+    settings: TextSettings,
+    last: bool,
+) -> None:
+    """`answer_rows` of texts that fit the model. last: print them."""
+    texts = [row["text"] for row in rows]
+    check_texts(served, texts, words, settings.max_length)
+    note_other_length(served, texts, settings.max_length)
+    answer_rows(rows, variants, words, settings.max_length, settings.eval_batch_size, settings.json, last)
 
 
 def variants_of(
@@ -81,5 +146,6 @@ def shown(row: dict[str, Any], as_json: bool) -> str:
         if variant != "text":
             gate = f", gate {100 * value['gate_probability']:.1f} %" if "flagged" in value else ""
             gate += {True: ": flagged", False: ": let through"}.get(value.get("flagged"), "")
+            gate += f" by {value['request']}" if value.get("request") else ""
             lines.append(f"    {variant:15} {value['answer']} ({100 * value['probability']:.1f} %{gate})")
     return "\n".join(lines)

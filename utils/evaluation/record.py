@@ -117,6 +117,12 @@ def method_names(chains: Sequence[list[Link]]) -> list[str]:
     ]
 
 
+def distinct_names(names: Sequence[str]) -> list[str]:
+    """For each of several paths as much of its end as tells it from the others."""
+    paths = [Path(os.path.abspath(name)) for name in names]
+    return [str(distinct_part(path, paths)) for path in paths]
+
+
 def distinct_part(path: Path, among: Sequence[Path]) -> Path:
     """The shortest end of `path` that no other of `among` ends in."""
     ends = (Path(*path.parts[-n:]) for n in range(1, len(path.parts)))

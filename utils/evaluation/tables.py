@@ -137,6 +137,36 @@ def gate_table(settings: dict[str, Any]) -> str:
     return "\n".join(text)
 
 
+def ledger_table(ledger: dict[str, Any]) -> str:
+    """The requests of a ledger as text, one line each."""
+    lines = [["request", "state", "added", "revoked", "checkpoint"]]
+    for entry in ledger["requests"]:
+        state = "active" if entry["active"] else "revoked"
+        lines.append([entry["name"], state, entry["date"], entry["revoked"] or "", entry["checkpoint"]])
+    return _aligned(lines)
+
+
+def request_tables(requests: dict[str, Any]) -> str:
+    """Which request acts on whose forget rows, in percent of train_forget / test_forget, and what each cost, as text.
+
+    requests: that of a record, as utils.evaluation.requests.evaluate_requests makes it.
+    """
+    names, owned = requests["names"], requests["interference"]
+    header = ["acts on rows of, %"]
+    header += [f"{name} n={'/'.join(str(owned[name][s]['n']) for s in FORGET_SPLITS)}" for name in owned]
+    lines = [header]
+    for name in names:
+        shares = [[own[split]["acts"][name] for split in FORGET_SPLITS] for own in owned.values()]
+        lines.append([name, *(" / ".join(f"{100 * share:.1f}" for share in pair) for pair in shares)])
+    missed = [[own[split]["none"] for split in FORGET_SPLITS] for own in owned.values()]
+    lines.append(["(none)", *(" / ".join(f"{100 * share:.1f}" for share in pair) for pair in missed)])
+    costs = [["request", "training rows", "training seconds", "bytes"]]
+    for name in names:
+        cells = [requests[key][name] for key in ("rows", "seconds", "bytes")]
+        costs.append([name, *("" if cell is None else f"{cell:,}" for cell in cells)])
+    return f"{_aligned(lines)}\n\n{_aligned(costs)}"
+
+
 def meaning(records: list[dict]) -> str | None:
     """What the last record changed against the fine-tuned or merged one, in two sentences; None without that pair."""
     before = next((entry for entry in records if entry["method"] in ("fine-tuned", "merged")), None)
