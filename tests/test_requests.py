@@ -213,6 +213,12 @@ def test_two_processes_serve_what_one_does(copy):
 # Refusals.
 
 
+@pytest.mark.parametrize("script", ["spul", "baselines"])
+def test_what_stands_in_front_of_a_model_is_no_model_to_unlearn(place, script):
+    method = ["--unlearn_method=npo"] if script == "baselines" else []
+    refused(place, "niro already is a prompt", script, "--model_checkpoints=niro", "--dataset=data", *method)
+
+
 @pytest.fixture(scope="module")
 def others(place):
     """Beside the requests one on another model, and a checkpoint without a gate."""

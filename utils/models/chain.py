@@ -27,7 +27,7 @@ class ModelConfig(Open):
     transformers_weights: Text | None = None
 
 
-PROMPTED = ("prompt", "in-context", "eco")  # kinds that stand at the end of a chain
+PROMPTED = ("prompt", "in-context", "eco", "gate", "refusal")  # kinds that stand at the end of a chain
 LOCAL_ATTENTION = (None, "eager", "sdpa", "flex_attention", "grouped_mm", "batched_mm")  # others come from the hub
 OTHER_HEADS = {
     name
