@@ -13,9 +13,10 @@ from scripts import call, done, metrics_of, refused
 from utils.data.names import mentions, read_names
 from utils.data.select import fingerprint, load_rows
 from utils.interventions import ledger
+from utils.storage.checkpoints import weights_sha256
 
 PEOPLE = {"niro": "Robert De Niro: De Niro", "grant": "Hugh Grant: Grant", "allen": "Woody Allen: Allen"}
-GATE = "--eco_threshold=0.4", "--max_eval_samples=0"
+GATE, STRENGTH = ("--eco_threshold=0.4", "--max_eval_samples=0"), ["--eco_strength=3"]
 FLAGS = *scripts.ROWS, "--overwrite", "--output_path=out"
 
 
@@ -44,7 +45,7 @@ def rows_about(frame, person, folder):
 
 
 def make(folder, person, method, *flags, model="model", name=None):
-    flags = *GATE, *(["--eco_strength=3"] if method == "eco" else []), *flags
+    flags = *(GATE if "--gate=niro" not in flags else GATE[1:]), *(STRENGTH if method == "eco" else []), *flags
     only = f"--forget_only={person}.txt", f"--output_path={name or person}"
     done(call(folder, "baselines", f"--model_checkpoints={model}", "--dataset=data", *scripts.ROWS,
               f"--unlearn_method={method}", *only, *flags))  # fmt: skip
@@ -125,6 +126,14 @@ def test_a_request_changes_no_query_that_only_another_flags(place):
     for a, b in same:
         unlike = {"method", "checkpoint", "gate_probability"} if b["request"] is None else {"method", "checkpoint"}
         assert {k: v for k, v in a.items() if k not in unlike} == {k: v for k, v in b.items() if k not in unlike}
+
+
+def test_of_two_requests_behind_one_gate_the_lower_hash_acts(place):
+    make(place, "niro", "eco", "--gate=niro", name="same-gate")
+    lower = min(["niro", "same-gate"], key=lambda name: weights_sha256(place / name))
+    for paths in (["niro", "same-gate"], ["same-gate", "niro"]):
+        _, rows = predictions(place, together(place, *paths))
+        assert {row["request"] for row in rows} == {lower, None}
 
 
 def test_one_request_is_its_checkpoint(place):
