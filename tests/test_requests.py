@@ -8,7 +8,7 @@ import pytest
 import scripts
 import several
 import tiny
-from scripts import call, done, metrics_of, refused
+from scripts import call, done, manifest_of, metrics_of, refused
 
 from utils.data.names import mentions, read_names
 from utils.data.select import fingerprint, load_rows
@@ -17,6 +17,7 @@ from utils.storage.checkpoints import weights_sha256
 
 PEOPLE = {"niro": "Robert De Niro: De Niro", "grant": "Hugh Grant: Grant", "allen": "Woody Allen: Allen"}
 GATE, STRENGTH = ("--eco_threshold=0.4", "--max_eval_samples=0"), ["--eco_strength=3"]
+ONE = ["--eval_batch_size=1"]
 FLAGS = *scripts.ROWS, "--overwrite", "--output_path=out"
 
 
@@ -117,9 +118,8 @@ def test_the_matrix_counts_which_request_acts_on_whose_rows(place):
 
 def test_a_request_changes_no_query_that_only_another_flags(place):
     """With one row a batch: in larger ones other rows stand beside it, which pads it differently."""
-    one = ["--eval_batch_size=1", "--together"]
     alone, both = (
-        predictions(place, together(place, *paths, flags=one))[1] for paths in (["allen"], ["allen", "niro"])
+        predictions(place, together(place, *paths, flags=ONE))[1] for paths in (["allen"], ["allen", "niro"])
     )
     same = [(a, b) for a, b in zip(alone, both) if b["request"] != "niro"]
     assert 5 < len(same) < len(both)
@@ -140,6 +140,20 @@ def test_one_request_is_its_checkpoint(place):
     _, rows = predictions(place, together(place, "allen"))
     _, alone = predictions(place, call(place, "inference_spul", "--model_checkpoints=allen", *FLAGS))
     assert [row["loss"] for row in rows] == [row["loss"] for row in alone] and "request" not in alone[0]
+
+
+def test_a_gated_prompt_is_a_request(place):
+    """It acts as it does alone, and its training has a cost."""
+    flags = "--gate=tfidf", *GATE, "--lr=1e-2", "--forget_only=grant.txt", "--output_path=prompt"
+    done(scripts.spul(place, "model", "data", *flags))
+    _, alone = predictions(place, call(place, "inference_spul", "--model_checkpoints=prompt", *FLAGS, *ONE))
+    _, rows = predictions(place, together(place, "niro", "prompt", flags=ONE))
+    losses = [(a["loss"], b["loss"]) for a, b in zip(alone, rows) if b["request"] == "prompt"]
+    assert losses and all(a == b for a, b in losses)
+    cost = manifest_of(place / "prompt")["training"]
+    about = metrics_of(place / "out")[0]["requests"]
+    assert about["rows"] == {"niro": None, "prompt": 8 * cost["steps"]}
+    assert about["seconds"]["prompt"] == pytest.approx(cost["steps"] * cost["seconds_per_step"], abs=0.1)
 
 
 def test_new_text_shows_which_request_acted(place):
