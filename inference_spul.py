@@ -34,6 +34,9 @@ def parse_args():
     )
     parser.add_argument("--force", action="store_true", help="take a --router that was trained on other data")
     parser.add_argument(
+        "--without_gate", action="store_true", help="add a row for what stands behind a gate, in front of every query"
+    )
+    parser.add_argument(
         "--show_examples",
         type=cli.non_negative_int,
         default=0,

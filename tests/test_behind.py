@@ -179,6 +179,26 @@ def test_the_frozen_model_answers_once(gated, fine_tuned, small_data):
     assert all(again[s]["flagged"] == splits[s]["flagged"] for s in load_splits(str(small_data)))
 
 
+def test_the_bare_prompt_is_shown_beside_the_gated_one(gated, fine_tuned, tmp_path):
+    """Behind the fine-tuned model in one command, the rows that the gate lets through are those of that model."""
+    names = ["fine-tuned", "SPUL behind a gate", "SPUL behind a gate without gate"]
+    done(inference(tmp_path, fine_tuned, gated, flags=["--without_gate", "--output_path=out"]))
+    assert [record["method"] for record in metrics_of(tmp_path / "out")] == names
+    rows = predictions_of(tmp_path / "out")
+    plain, served, bare = (rows[rows["method"] == name].reset_index() for name in names)
+    through = ~served["flagged"].astype(bool)
+    assert served["loss"][through].tolist() == plain["loss"][through].tolist()  # taken over
+    assert (bare["loss"] - served["loss"])[through].abs().max() > 1e-3
+    assert bare["loss"][~through].tolist() == pytest.approx(served["loss"][~through].tolist(), rel=1e-3, abs=1e-5)
+    done(inference(tmp_path, gated, flags=["--output_path=alone"]))
+    alone = predictions_of(tmp_path / "alone")
+    assert alone["loss"].tolist() == pytest.approx(served["loss"].tolist(), rel=1e-3, abs=1e-5)
+    told = json.loads(done(inference(tmp_path, gated, flags=["--without_gate", "--text=a film", "--json"])).stdout)
+    assert list(told) == ["text", "without prompt", "with prompt", "without gate"]
+    none = "none of --model_checkpoints has one"
+    refused(tmp_path, none, "inference_spul", "--model_checkpoints", fine_tuned, "--without_gate")
+
+
 def test_a_gate_is_trained_once_and_taken_by_others(fine_tuned, small_data, tmp_path):
     """The same gate in front of a prompt, a refusal and ECO; by its threshold's flag it is the one made on the spot."""
     gate = "--eco_max_fpr=0.5", "--output_path=gate"

@@ -165,6 +165,8 @@ def refuse_request_contradictions(parser: cli.ArgumentParser, args: argparse.Nam
         parser.error("--request_names goes with --together")
     if args.request_names and len(args.request_names) != len(args.model_checkpoints):
         parser.error("--request_names needs one name for each of the --model_checkpoints")
+    if args.without_gate and (args.together or args.requests):
+        parser.error("--without_gate is about one checkpoint at a time; leave it out with --together and --requests")
     if args.together and args.router:
         parser.error("--together serves checkpoints behind gates of their own; leave out --router")
     kept = {"requests", "parent_path", "trust_remote_code", edit}

@@ -7,6 +7,7 @@ from typing import Any
 
 import pandas as pd
 
+from utils.errors import UserError
 from utils.evaluation.record import make_record, method_names, with_distances
 from utils.evaluation.run import (
     EvaluationSettings,
@@ -16,8 +17,9 @@ from utils.evaluation.run import (
     note_other_length,
     note_other_rows,
 )
+from utils.interventions.gate_files import has_gate
 from utils.interventions.router import find_router, routed
-from utils.interventions.served import Served, load_served
+from utils.interventions.served import LOADERS, Served, load_served
 from utils.models.base import ModelSettings
 from utils.models.chain import resolve_chain
 
@@ -36,26 +38,39 @@ class CheckpointSettings:
     parent_path: str | None = None
     router: str | None = None
     force: bool = False
+    without_gate: bool = False
     forget_size: float = 1.0
 
 
 def evaluate_checkpoints(
     asked: CheckpointSettings, frames: Frames, words: Sequence[str], model: ModelSettings, settings: EvaluationSettings
 ) -> tuple[list[dict[str, Any]], pd.DataFrame]:
-    """One record per checkpoint, and one prediction per checkpoint and row; words: the label words."""
+    """One record per checkpoint, and one prediction per checkpoint and row; words: the label words.
+
+    Where a frozen model was evaluated before a checkpoint that stands in front of it, the rows that the checkpoint lets
+    through are not computed again.
+    """
     names = asked.model_checkpoints
     chains = [resolve_chain(name, model.trust_remote_code, asked.parent_path) for name in names]
     router = find_router(asked.router, chains, model, asked.parent_path, asked.force)
     note_other_rows(chains, frames, asked.forget_size)
-    records, predictions = [], []
+    records, predictions, frozen = [], [], {}
+    if asked.without_gate and not any(chain[-1].manifest and has_gate(chain[-1]) for chain in chains):
+        raise UserError("--without_gate shows what stands behind a gate; none of --model_checkpoints has one")
     for method, name in zip(method_names(chains), names):
         served = load_served(name, model, asked.parent_path, settings.max_length)
         check_model(served, frames, settings.max_length)
         variants = {method: served}
         if router and served.chain[-1].kind == "prompt":
             variants[f"{method} + router"] = routed(served, router, model, settings.max_length)
+        if asked.without_gate and served.is_gated:
+            variants[f"{method} without gate"] = served.ungated
+        model_of = tuple(link.sha256 for link in served.chain if link.kind not in LOADERS)
         for variant, one in variants.items():
-            entry, rows = evaluate_model(one, variant, name, frames, words, settings, one.manifest.get("training"))
+            cost, known = one.manifest.get("training"), frozen.get(model_of)
+            entry, rows = evaluate_model(one, variant, name, frames, words, settings, cost, known)
+            if not one.interventions:
+                frozen[model_of] = rows
             records.append({**entry, "seed": one.manifest.get("seed", entry["seed"])})
             predictions.append(rows)
         del served, one, variants  # two models need not fit at once
@@ -76,10 +91,14 @@ def evaluate_model(
     words: Sequence[str],
     settings: EvaluationSettings,
     training: dict[str, Any] | None = None,
+    frozen: pd.DataFrame | None = None,
 ) -> tuple[dict[str, Any], pd.DataFrame]:
-    """(record, predictions) of one model that is ready to answer. training: what it cost, where there was one."""
+    """(record, predictions) of one model that is ready to answer.
+
+    training: what it cost, where there was one. frozen: the predictions of the model alone, if they are known.
+    """
     start = perf_counter()
-    splits, rows = evaluate_splits(served, frames, words, settings, method)
+    splits, rows = evaluate_splits(served, frames, words, settings, method, frozen)
     entry = make_record(method, checkpoint, served.base_name, settings, splits, perf_counter() - start, training)
     columns = [*PREDICTION_COLUMNS, *(column for column in GATE_COLUMNS if served.is_gated and column in rows)]
     return entry, rows.assign(method=method, checkpoint=str(checkpoint))[columns]

@@ -55,7 +55,7 @@ def predict_checkpoints(
     for number, name in enumerate(names, 1):
         served = load_served(name, model, asked.parent_path, settings.max_length)
         prefix, last = f"{Path(name).name}: " if len(names) > 1 else "", number == len(names)
-        variants = variants_of(served, router, model, settings.max_length, prefix)
+        variants = variants_of(served, router, model, settings.max_length, prefix, asked.without_gate)
         _answer_all(rows, served, variants, served.manifest.get("label_words", words), settings, last)
         del served, variants
 
@@ -83,17 +83,24 @@ def _answer_all(
 
 
 def variants_of(
-    served: Served, router: Link | None, settings: ModelSettings, max_length: int, prefix: str = ""
+    served: Served,
+    router: Link | None,
+    settings: ModelSettings,
+    max_length: int,
+    prefix: str = "",
+    without_gate: bool = False,
 ) -> dict[str, Served]:
     """{what the answer is called: the model that gives it}: as loaded, and without what unlearning added to it.
 
-    prefix: of the names.
+    prefix: of the names. without_gate: also with what stands behind a gate, in front of every query.
     """
     kind = served.chain[-1].kind
     if kind in NAMES:
         found = {f"without {NAMES[kind]}": served.plain, f"with {NAMES[kind]}": served}
         if router and kind == "prompt":
             found["with router"] = routed(served, router, settings, max_length)
+        if without_gate and served.is_gated:
+            found["without gate"] = served.ungated
     else:
         found = {"answer": served}
     return {f"{prefix}{name}": model for name, model in found.items()}

@@ -14,9 +14,9 @@ from utils.storage import checkpoints, files
 from utils.storage.reading import read_json
 
 READ = (  # arguments that may name a file or folder
-    "model_name", "model_checkpoints", "init_checkpoint", "parent_path", "router", "requests", "gate", "dataset", "input",
-    "input_file", "forget_only", "forget_names", "eco_names", "eco_classifier", "eco_token_classifier", "eco_target",
-    "logits_path", "hide_like",
+    "model_name", "model_checkpoints", "init_checkpoint", "parent_path", "router", "requests", "gate", "dataset",
+    "input", "input_file", "forget_only", "forget_names", "eco_names", "eco_classifier", "eco_token_classifier",
+    "eco_target", "logits_path", "hide_like",
 )  # fmt: skip
 BESIDE = {  # what outputs hold beside the files that a manifest lists
     checkpoints.MANIFEST, "metrics.json", "predictions.jsonl", "comparison.png", "training.jsonl", "training.png",
