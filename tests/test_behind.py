@@ -214,7 +214,9 @@ def test_a_gate_is_trained_once_and_taken_by_others(fine_tuned, small_data, tmp_
     hashes = {manifest_of(tmp_path / name)["gate"]["sha256"] for name in ("gate", "taken", "made", "refusal", "eco")}
     assert len(hashes) == 1
 
-    done(inference(tmp_path, fine_tuned, "gate", "refusal", flags=["--output_path=out"]))
+    result = done(inference(tmp_path, fine_tuned, "gate", "refusal", flags=["--output_path=out"]))
+    assert "retain rows flagged, % (train/test)" in result.stdout
+    assert (tmp_path / "out/false_positives.png").read_bytes().startswith(b"\x89PNG")
     rows = predictions_of(tmp_path / "out")
     plain, gate, refusal = (rows[rows["method"] == m].reset_index() for m in ("fine-tuned", "gate", "refusal"))
     assert gate["loss"].tolist() == pytest.approx(plain["loss"].tolist(), rel=1e-4)  # it only says what it flags

@@ -110,6 +110,32 @@ def draw_comparison(records: list[dict]) -> pyplot.Figure:
 
 
 @picture
+def draw_false_positives(records: list[dict]) -> pyplot.Figure:
+    """Of each model with a gate: what it flags of test_retain, against how many of these rows are still answered
+    rightly, and how many rows to forget are."""
+    figure, panels = pyplot.subplots(1, 2, figsize=(10, 3.8))
+    for i, entry in enumerate(gated(records)):
+        kept, share = entry["splits"]["test_retain"], 100 * entry["splits"]["test_retain"]["flagged"]
+        style = {"marker": "osD^vPX*"[i % 8], "linestyle": "none", "color": f"C{i % 10}", "alpha": 0.8}
+        for panel, value in zip(panels, (kept.get("flagged_accuracy"), entry["splits"]["test_forget"]["accuracy"])):
+            if value is not None:
+                panel.plot(share, 100 * value, label=_plain(entry["method"]), **style)
+    for panel, title in zip(panels, ("of these answered rightly, %", "test_forget answered rightly, %")):
+        panel.set(xlabel="test_retain rows flagged, %", ylabel=title, ylim=(-4, 104))
+        panel.grid(alpha=0.3)
+        panel.spines[["top", "right"]].set_visible(False)
+    handles, labels = panels[1].get_legend_handles_labels()
+    figure.legend(handles, labels, frameon=False, loc="center left", bbox_to_anchor=(0.74, 0.5), fontsize=8)
+    figure.tight_layout(rect=(0, 0, 0.74, 1))
+    return figure
+
+
+def gated(records: list[dict]) -> list[dict]:
+    """Those of models with a gate."""
+    return [entry for entry in records if "flagged" in entry["splits"]["test_retain"]]
+
+
+@picture
 def draw_curves(log: list[dict]) -> pyplot.Figure:
     losses = [line for line in log if "loss" in line]
     accuracies = [line for line in log if "accuracy" in line]
