@@ -70,16 +70,16 @@ resume = $(if $(wildcard $(1).training.safetensors),--resume) --overwrite
 .PHONY: demo demo-names compare bench test test-latest lock lint
 .DELETE_ON_ERROR:
 
-# The base model, the fine-tuned one, SPUL behind a gate, and the gate with a fixed answer.
+# The base model, the fine-tuned one, the gate with a fixed answer, and SPUL behind that gate.
 demo: $(GATED)/manifest.json $(REFUSAL)/manifest.json
-	$(call evaluate,$(TUNED),$(GATED),$(REFUSAL))
+	$(call evaluate,$(TUNED) $(REFUSAL),$(GATED))
 
 demo-names: $(UNLEARNT)/manifest.json
 	$(call evaluate,$(FINE_TUNED),$(UNLEARNT))
 
 results = $(1:unlearn_checkpoints/%=results/%)
 define evaluate
-$(PY) inference_spul.py $(ROWS) --model_checkpoints $(MODEL) $(1) $(2) $(3) --seed=$(SEED) \
+$(PY) inference_spul.py $(ROWS) --model_checkpoints $(MODEL) $(1) $(2) --seed=$(SEED) \
 	--max_eval_samples=250 --show_examples=2 --output_path=$(call results,$(2)) --overwrite
 @cp $(2)/training.png $(call results,$(2))/ && rm -rf results/$@ && cp -r $(call results,$(2)) results/$@
 endef
