@@ -103,7 +103,7 @@ def interference(served: Served, requests: Sequence[Request]) -> dict[str, dict[
 def cost(request: Request) -> dict[str, int | float | None]:
     """{"bytes": of the checkpoint folder on the disk; "seconds", "rows": of its training, None where there was none}.
 
-    seconds: steps times the median of a step. rows: steps times the batch size.
+    seconds: steps times the median of a step. rows: steps times the batch size, the most that it may have read.
     """
     training, size = request.link.manifest.get("training"), request.link.manifest["arguments"].get("train_batch_size")
     seconds, steps = (training["seconds_per_step"], training["steps"]) if training else (None, None)
