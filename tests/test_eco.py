@@ -25,7 +25,6 @@ from transformers import (
 
 from utils.data.batch import Example, collate
 from utils.data.load import load_splits
-from utils.data.names import read_names
 from utils.data.splits import SPLITS
 from utils.errors import UserError
 from utils.evaluation.answering import answer_texts
@@ -437,26 +436,6 @@ def test_the_strength_comes_closest_to_the_target_and_is_none_below_the_minimum(
     assert strengths == sorted(set(strengths)) and tried <= set(strengths)
 
 
-def test_evasion_rates_by_a_gate_that_knows_one_spelling(tmp_path):
-    (tmp_path / "names.txt").write_text("Ann Lee: Ann Lee, Lee\nLee Majors: Lee Majors\nJo Woo: Woo\n")
-    names = read_names(tmp_path / "names.txt")
-    texts = ["Ann Lee is good", "so is Lee Majors", "nobody is", "Woo"]
-    frames = {split: pd.DataFrame({"text": texts}) for split in SPLITS}
-    frames["test_forget"] = frames["test_forget"].iloc[2:3]  # names nobody
-    gate = gates.Gate(Word("Lee"), 0.5)
-    rates = gate_training.evasion_rates(gate, frames, names)
-    third = {"train_forget": pytest.approx(1 / 3)}
-    assert rates == {
-        "unchanged": {"train_forget": pytest.approx(2 / 3)},
-        "lower case": {"train_forget": 0.0},
-        "typo": third,  # `Ann Le`, `Lee Mjaors`, `Wo`
-        "initials": {"train_forget": 0.0},
-        "partial": third,  # `Lee`, `Maj`, `Woo`
-    }
-    assert {"ann lee is good", "so is Lee Mjaors", "so is L. M.", "so is Maj", "Wo"} <= set(gate.classifier.asked)
-    assert gate_training.evasion_rates(gate, frames, []) == {}
-
-
 @pytest.mark.parametrize("architecture", ["llama", "opt", "gpt2", "gemma2"])
 def test_features_are_the_mean_state_of_the_prompt_alone_however_rows_are_batched(architecture, tokenizer):
     loaded = Served(tiny.build_model(architecture), tokenizer, [])
@@ -555,7 +534,7 @@ def test_the_checkpoint_says_what_was_found(checkpoint, fine_tuned):
         assert rate["flagged"] == splits_of(checkpoint)[split]["flagged"]
         assert rate["wrong"] == pytest.approx(1 - rate["flagged"] if "forget" in split else rate["flagged"])
     assert {name.name for name in checkpoint.iterdir()} == {
-        "manifest.json", "metrics.json", "eco.json", "strength.png", "gate",
+        "manifest.json", "metrics.json", "eco.json", "strength.png", "gate", "gate_roc.png",
     }  # fmt: skip
     gate = {"gate.json", "unseen.safetensors", "classifier.safetensors", "vocabulary.json"}
     assert {name.name for name in (checkpoint / "gate").iterdir()} == gate

@@ -135,6 +135,10 @@ def _checked(split: str, frame: pd.DataFrame, source: str) -> pd.DataFrame:
         if not set(marks) <= {0, 1}:
             raise UserError(f"{split} of {source} has a {column} that is neither 0 nor 1; fix or drop the column")
         frame = frame.assign(**{column: marks})
+    if "paraphrase" in frame:  # a row may have none: an empty cell, null or NaN
+        bad = [not isinstance(cell, str | float | None) and cell is not pd.NA for cell in frame["paraphrase"]]
+        if any(bad):
+            raise UserError(f"{split} of {source}, row {bad.index(True) + 1}: paraphrase is not text; fix the row")
     words = [word.strip() for word in frame["label_text"]]
     return frame.assign(label=labels, label_text=words).reset_index(drop=True)
 

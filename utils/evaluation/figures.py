@@ -91,6 +91,29 @@ def draw_strength(settings: dict[str, Any]) -> pyplot.Figure:
 
 
 @picture
+def draw_roc(settings: dict[str, Any]) -> pyplot.Figure:
+    """Recall against false positive rate (log scale) of a gate on plain and on rewritten test rows, each threshold
+    marked; pale, of the gate that was trained without rewritten rows. settings: what gate.json says."""
+    figure, axes = pyplot.subplots(figsize=(5.6, 4))
+    lowest = 1e-3
+    gates = {"": settings["roc"], ", not augmented": settings.get("roc_plain", {})}
+    for (suffix, curves), color in zip(gates.items(), ("black", "C1")):
+        for (rows, found), style, marker in zip(curves.items(), ("-", "--"), "os"):
+            rates, recall = np.array(found["curve"]).T
+            axes.plot(np.maximum(rates, lowest), recall, style, color=color, linewidth=1.3, label=rows + suffix)
+            at = max(found["at_threshold"][0], lowest), found["at_threshold"][1]
+            axes.plot(*at, marker, color=color, markersize=7, fillstyle="none", clip_on=False)
+    axes.plot([], [], "o", color="gray", fillstyle="none", label="threshold")
+    axes.set(xscale="log", xlim=(lowest, 1), ylim=(-0.02, 1.02))
+    axes.set(xlabel="false positive rate on rows to keep", ylabel="recall on rows to forget")
+    axes.grid(alpha=0.3)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False, loc="lower right", fontsize=8)
+    figure.tight_layout()
+    return figure
+
+
+@picture
 def draw_comparison(records: list[dict]) -> pyplot.Figure:
     """Bars of accuracy (percent) per split and method; hatched, so that it reads without colour."""
     figure, axes = pyplot.subplots(figsize=(8, 3.6))

@@ -111,9 +111,9 @@ def comparison_table(records: list[dict]) -> str:
 
 
 def gate_table(settings: dict[str, Any]) -> str:
-    """What ECO's classifier does on the four splits, and when names are rewritten, as text; shares in percent.
+    """What a gate's classifier does on the four splits, and on rewritten test rows, as text; shares in percent.
 
-    settings: what eco.json says.
+    settings: what gate.json says.
     """
     rates, held = settings["rates"], settings["calibration"]
     lines = [["split", "flagged, %", "wrong, %"]]
@@ -128,12 +128,14 @@ def gate_table(settings: dict[str, Any]) -> str:
         f"{rates['auc_train']:.3f} on train, {rates['auc_test']:.3f} on test",
         _aligned(lines),
     ]
-    if settings["evasion"]:
+    if settings.get("evasion"):  # of earlier versions
         evasions = [["names rewritten", "flagged, % (train_forget)", "flagged, % (test_forget)"]]
         for evasion, share in settings["evasion"].items():
             shares = [f"{100 * share[s]:.1f}" if s in share else "" for s in ("train_forget", "test_forget")]
             evasions.append([evasion, *shares])
         text.append(_aligned(evasions))
+    if settings.get("rewritings"):
+        text.append(_rewritings(settings))
     return "\n".join(text)
 
 
@@ -165,6 +167,33 @@ def request_tables(requests: dict[str, Any]) -> str:
         cells = [requests[key][name] for key in ("rows", "seconds", "bytes")]
         costs.append([name, *("" if cell is None else f"{cell:,}" for cell in cells)])
     return f"{_aligned(lines)}\n\n{_aligned(costs)}"
+
+
+def _rewritings(settings: dict[str, Any]) -> str:
+    """The share of rewritten test rows that a gate flags, as text; in brackets without --gate_augment.
+
+    settings: what gate.json says.
+    """
+    found, before = settings["rewritings"], settings.get("rewritings_plain", {})
+    splits = list(next(iter(found.values())))
+    lines = [["test rows rewritten", *(f"{split}, %" for split in splits), "rows"]]
+    for name, parts in found.items():
+        cells = []
+        for split in splits:
+            cell = f"{100 * parts[split]['flagged']:.1f}" if split in parts else ""
+            if split in before.get(name, {}):
+                cell += f" ({100 * before[name][split]['flagged']:.1f})"
+            cells.append(cell)
+        lines.append(
+            [name, *cells, " / ".join(str(parts[split]["rows"]) if split in parts else "0" for split in splits)]
+        )
+    text = _aligned(lines)
+    if before:
+        text += "\nin brackets: the gate trained without --gate_augment"
+    if settings["names_by"] != "list":
+        said = "capitals show where names are" if settings["names_by"] == "capitals" else "no names are known"
+        text += f"\n{said}: give a list (--forget_only or --eco_names) to rewrite the names of people"
+    return text
 
 
 def meaning(records: list[dict]) -> str | None:

@@ -17,11 +17,12 @@ from utils.storage import schemas
 from utils.storage.checkpoints import GATE, Link
 from utils.storage.files import write_json
 from utils.storage.reading import Like, read_tensors
-from utils.storage.schemas import Amount, Open, Share
+from utils.storage.schemas import Amount, Count, Open, Share
 
 FILE, EARLIER_FILE, UNSEEN = "gate.json", "eco.json", "unseen.safetensors"
 SEEN = -1.0  # in place of the probability of a row that the classifier was fitted to
 
+Pair = Annotated[list[Share], Field(min_length=2, max_length=2)]
 Unseen = dict[str, np.ndarray]
 """{train split: (n,) probabilities of its rows by a classifier that was not fitted to them, SEEN where there is none}.
 
@@ -29,15 +30,39 @@ What the gate will do on queries like them: its own probabilities of rows that i
 """
 
 
+class Rewritten(Open):
+    """Of the rows of a split that a rewriting applies to: how many there are, and the share that is flagged."""
+
+    flagged: Share
+    rows: Count
+
+
+class Roc(Open):
+    """Pairs of false positive rate and recall: the curve, and where the threshold lies."""
+
+    curve: list[Pair]
+    at_threshold: Pair
+
+
 class GateFile(Open):
-    """gate.json, or eco.json of earlier versions. A threshold of 1 is above every probability: nothing is flagged."""
+    """gate.json, or eco.json of earlier versions, which have `evasion` instead of what is said of rewritings.
+
+    A threshold of 1 is above every probability: nothing is flagged. Of a gate trained without rewritten rows there are
+    the fields that end in `_plain`, where there is one beside it.
+    """
 
     what = "description of a gate"
     classifier: Literal[tuple(gates.CLASSIFIERS)]
     threshold: Annotated[float, Field(ge=0, lt=1)]
     calibration: dict[str, Amount]
     rates: dict[str, Share | dict[str, Share]]
-    evasion: dict[str, dict[str, Share]]
+    evasion: dict[str, dict[str, Share]] = {}
+    augmented: bool = False
+    names_by: Literal["list", "capitals", "none"] = "list"
+    rewritings: dict[str, dict[str, Rewritten]] = {}
+    rewritings_plain: dict[str, dict[str, Rewritten]] = {}
+    roc: dict[str, Roc] = {}
+    roc_plain: dict[str, Roc] = {}
 
 
 class GateSource(Protocol):

@@ -21,8 +21,8 @@ READ = (  # arguments that may name a file or folder
 BESIDE = {  # what outputs hold beside the files that a manifest lists
     checkpoints.MANIFEST, "metrics.json", "predictions.jsonl", "comparison.png", "false_positives.png",
     "training.jsonl", "training.png",
-    "strength.png", "README.md", "generation_config.json", "special_tokens_map.json", "added_tokens.json",
-    "chat_template.jinja", "vocab.json", "merges.txt", "model.safetensors.index.json", ".DS_Store",
+    "strength.png", "gate_roc.png", "README.md", "generation_config.json", "special_tokens_map.json",
+    "added_tokens.json", "chat_template.jinja", "vocab.json", "merges.txt", "model.safetensors.index.json", ".DS_Store",
 }  # fmt: skip
 
 

@@ -18,7 +18,7 @@ NO_TRAINING = (
 )  # fmt: skip
 GATED = ("eco", "gate", "refusal")  # the methods that put a gate in front of the model
 TRAINED_HERE = ("tfidf", "features")  # gates that spul.py trains before the prompt
-THRESHOLD = ("eco_threshold", "eco_conformal", "eco_max_fpr")
+TRAINING = ("eco_threshold", "eco_conformal", "eco_max_fpr", "gate_augment")  # of a gate that is trained here
 CLASSIFIER = ("eco_classifier", "eco_classifier_epochs", "eco_classifier_lr")
 ECO_SEARCH = (
     "eco_metric", "eco_target", "eco_samples", "eco_steps", "eco_start", "eco_eps", "eco_lr", "eco_sigma_min",
@@ -77,7 +77,7 @@ def add_behind_arguments(parser: cli.ArgumentParser) -> None:
         help="train and serve the prompt behind this gate: tfidf or features, which is trained first, or a checkpoint "
         "that has one (baselines.py --unlearn_method=gate)",
     )  # fmt: skip
-    add_threshold_arguments(group)
+    add_gate_training_arguments(group)
 
 
 def refuse_spul_contradictions(parser: cli.ArgumentParser, args: argparse.Namespace) -> None:
@@ -86,7 +86,7 @@ def refuse_spul_contradictions(parser: cli.ArgumentParser, args: argparse.Namesp
         parser.error("--forget_per_batch must be smaller than --train_batch_size")
     if args.hide_like and not args.hide:
         parser.error("--hide_like says what --hide aims at; give --hide a weight above 0")
-    flag = given(parser, args, THRESHOLD)
+    flag = given(parser, args, TRAINING)
     if flag and not args.gate:
         parser.error(f"--{flag} goes with --gate")
     if flag and args.gate not in TRAINED_HERE:
@@ -142,11 +142,11 @@ def add_gate_arguments(parser: cli.ArgumentParser) -> None:
     )
     group.add_argument("--eco_classifier_epochs", type=cli.positive_int, default=30, help="of an encoder")
     group.add_argument("--eco_classifier_lr", type=cli.positive_float, default=2e-5, help="of an encoder")
-    add_threshold_arguments(group)
+    add_gate_training_arguments(group)
 
 
-def add_threshold_arguments(group: argparse._ArgumentGroup) -> None:
-    """How strict a gate is that is trained here."""
+def add_gate_training_arguments(group: argparse._ArgumentGroup) -> None:
+    """How strict a gate is that is trained here, and whether on rewritten rows, too."""
     decision = group.add_mutually_exclusive_group()
     decision.add_argument(
         "--eco_threshold", type=cli.below_one, help="flag above this probability (default: by --eco_max_fpr)"
@@ -163,6 +163,9 @@ def add_threshold_arguments(group: argparse._ArgumentGroup) -> None:
         default=0.01,
         help="flag a new retain row with about this probability at most",
     )
+    group.add_argument(
+        "--gate_augment", action="store_true", help="train it on rewritten rows, too: typos, initials, questions, ..."
+    )
 
 
 def add_eco_arguments(parser: cli.ArgumentParser) -> None:
@@ -178,7 +181,7 @@ def add_eco_arguments(parser: cli.ArgumentParser) -> None:
     group.add_argument(
         "--eco_names",
         type=cli.path,
-        help="list of names (default: --forget_only, or that of snippets): entities, evasion test",
+        help="list of names (default: --forget_only, or that of snippets): entities, rewritings",
     )
     group.add_argument(
         "--eco_token_classifier", type=cli.path, help="finds names for --eco_tokens=entities (hub id, folder)"
@@ -248,7 +251,7 @@ def refuse_contradictions(parser: cli.ArgumentParser, args: argparse.Namespace) 
         args.instruction or args.forget_names or args.forget_only or args.dataset == "snippets"
     ):
         parser.error("prompting needs --forget_names, --forget_only or --instruction (only snippets has a list)")
-    of_gate = [*THRESHOLD, *CLASSIFIER, "eco_names"]
+    of_gate = [*TRAINING, *CLASSIFIER, "eco_names"]
     if name in GATED:
         refuse_gate_contradictions(parser, args)
     elif flag := given(parser, args, ["gate", *of_gate]):
@@ -270,7 +273,7 @@ def given(parser: cli.ArgumentParser, args: argparse.Namespace, flags: Iterable[
 
 def refuse_gate_contradictions(parser: cli.ArgumentParser, args: argparse.Namespace) -> None:
     """Exit 2 on flags of the gate that would be ignored (so it sees all `args`)."""
-    if args.gate and (flag := given(parser, args, [*THRESHOLD, *CLASSIFIER])):
+    if args.gate and (flag := given(parser, args, [*TRAINING, *CLASSIFIER])):
         parser.error(f"--gate takes a gate that is trained already; leave out --{flag}")
     from utils.interventions.gates import CLASSIFIERS  # takes a second, which only these methods shall wait
 

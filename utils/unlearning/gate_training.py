@@ -11,14 +11,15 @@ from sklearn.metrics import roc_auc_score
 from sklearn.model_selection import StratifiedKFold
 
 from utils.data.names import Person
+from utils.data.rewritings import augment
 from utils.data.select import fingerprint
-from utils.data.splits import SPLITS, TRAIN_SPLITS, split_rows
-from utils.errors import UserError
+from utils.data.splits import TRAIN_SPLITS, split_rows
+from utils.errors import UserError, note_once
 from utils.interventions import gates
-from utils.interventions.eco import found_names
 from utils.interventions.gate_files import SEEN, GateSource, StoredGate, Unseen, has_gate
 from utils.models.base import FrozenModel, ModelSettings
 from utils.models.chain import resolve_chain
+from utils.unlearning import gate_report
 
 Frames = Mapping[str, pd.DataFrame]
 FOLDS = 5  # of the cross-fitting that sets the threshold
@@ -26,11 +27,12 @@ FOLDS = 5  # of the cross-fitting that sets the threshold
 
 @dataclass(frozen=True, kw_only=True)
 class GateSettings:
-    """Where the threshold of a gate lies: the flags of those names."""
+    """Where a gate's threshold lies, and whether it is trained on rewritten rows, too: the flags of those names."""
 
     eco_threshold: float | None = None
     eco_conformal: float | None = None
     eco_max_fpr: float = 0.01
+    gate_augment: bool = False
     seed: int = 42
 
     @property
@@ -65,7 +67,7 @@ def find_gate(
     """The gate of the checkpoint `name`. One that is trained here with these settings where there is no name, or where
     it is that of a classifier (gates.CLASSIFIERS).
 
-    names: the people whose names the evasion test rewrites. load: gives the model, which only some classifiers need.
+    names: the people whose names rewritings change. load: gives the model, which only some classifiers need.
     Raises UserError where the checkpoint has no gate, one of other rows, or one that reads another model's states.
     """
     if name is None or name in gates.CLASSIFIERS:
@@ -104,10 +106,44 @@ def train_gate(
     calibration scores, a fifth is held out for good; of the rest an encoder holds out another fifth to pick the epoch.
     served: of a classifier that reads hidden states or needs its device, else it may be None.
     """
-    kind = gates.CLASSIFIERS[classifier.kind]
-    fit = partial(kind.fit, served=served, settings=classifier)
-    if kind.validates or settings.eco_conformal is not None:
-        gate, unseen = _split_fit(frames, settings, fit, kind.validates)
+    fit = partial(gates.CLASSIFIERS[classifier.kind].fit, served=served, settings=classifier)
+    validates, plain = gates.CLASSIFIERS[classifier.kind].validates, None
+    if settings.gate_augment and validates:
+        note_once("an encoder is not trained twice: the report says nothing of it without --gate_augment")
+    elif settings.gate_augment:
+        plain = _calibrated(frames, settings, fit, validates)
+    rewriting = _augmented(fit, names, settings.seed) if settings.gate_augment else fit
+    gate, unseen, calibration = _calibrated(frames, settings, rewriting, validates)
+    description = {
+        "classifier": classifier.kind,
+        "threshold": gate.threshold,
+        "augmented": settings.gate_augment,
+        "calibration": calibration,
+        "rates": gates.rates(gate, frames),
+        **gate_report.describe(gate, plain and plain[0], frames, names, settings.seed),
+    }
+    if plain:
+        description |= {"rates_plain": gates.rates(plain[0], frames), "calibration_plain": plain[2]}
+    return TrainedGate(gate, description, unseen)
+
+
+def _augmented(fit: Callable, names: Sequence[Person], seed: int) -> Callable:
+    """`fit` on rewritten rows, too (--gate_augment). They are made of the rows that it is given, so that no row of
+    another fold, and none that is held out, has a say; validation rows stay as they are."""
+
+    def fitted(texts: Sequence[str], labels: np.ndarray, **extra: Any) -> gates.Classifier:
+        return fit(*augment(texts, labels, names, seed), **extra)
+
+    return fitted
+
+
+def _calibrated(
+    frames: Frames, settings: GateSettings, fit: Callable, validates: bool
+) -> tuple[gates.Gate, Unseen, dict[str, float]]:
+    """(Gate with its threshold, scores of rows that its classifier had not seen, "calibration"). Only the rows as they
+    are set the threshold, however `fit` rewrites: the rate that is asked for is that of plain queries."""
+    if validates or settings.eco_conformal is not None:
+        gate, unseen = _split_fit(frames, settings, fit, validates)
     else:
         gate, unseen = _cross_fit(frames, settings, fit)
     retain, forget = (unseen[split][unseen[split] != SEEN] for split in TRAIN_SPLITS)
@@ -116,21 +152,17 @@ def train_gate(
     else:
         gate.threshold = gates.threshold_for_rate(retain, *settings.rate)
     truth = np.r_[np.zeros(len(retain)), np.ones(len(forget))]
-    calibration = {
-        "retain": len(retain),
-        "forget": len(forget),
-        "auc": float(roc_auc_score(truth, np.r_[retain, forget])),
-        "false_positives": float((retain > gate.threshold).mean()),
-        "false_negatives": float((forget <= gate.threshold).mean()),
-    }
-    description = {
-        "classifier": classifier.kind,
-        "threshold": gate.threshold,
-        "calibration": calibration,
-        "rates": gates.rates(gate, frames),
-        "evasion": evasion_rates(gate, frames, names),
-    }
-    return TrainedGate(gate, description, unseen)
+    return (
+        gate,
+        unseen,
+        {
+            "retain": len(retain),
+            "forget": len(forget),
+            "auc": float(roc_auc_score(truth, np.r_[retain, forget])),
+            "false_positives": float((retain > gate.threshold).mean()),
+            "false_negatives": float((forget <= gate.threshold).mean()),
+        },
+    )
 
 
 def _refuse_few(settings: GateSettings, n: int) -> None:
@@ -180,41 +212,6 @@ def _hold_out(
     return pairs
 
 
-def evasion_rates(gate: gates.Gate, frames: Frames, names: Sequence[Person]) -> dict[str, dict[str, float]]:
-    """{evasion: {split: share flagged}} on the forget rows that name somebody of `names`, the name rewritten so as to
-    slip past the classifier; {} without names. `unchanged` is what to compare with."""
-    result = {}
-    for split in SPLITS:
-        if split.endswith("forget"):
-            named = [(text, found) for text in frames[split]["text"] if (found := found_names(text, names))]
-            for evasion, rewrite in EVASIONS.items() if named else ():
-                flags, _ = gate.decide([_rewritten(text, found, rewrite) for text, found in named])
-                result.setdefault(evasion, {})[split] = float(flags.mean())
-    return result
-
-
-def _typo(name: str) -> str:
-    """The first two different neighbours behind the last word's first letter change places (`Scrosese`)."""
-    start = name.rfind(" ") + 2
-    at = next((i for i in range(start, len(name) - 1) if name[i] != name[i + 1]), None)
-    return name[:-1] if at is None else name[:at] + name[at + 1] + name[at] + name[at + 2 :]
-
-
-EVASIONS = {
-    "unchanged": lambda name: name,
-    "lower case": str.lower,
-    "typo": _typo,
-    "initials": lambda name: " ".join(word[0] + "." for word in name.split()),
-    "partial": lambda name: name.split()[-1][: max(3, len(name.split()[-1]) // 2)],
-}
-
-
 def _labelled(retain: pd.DataFrame, forget: pd.DataFrame) -> tuple[list[str], np.ndarray]:
     texts = [*retain["text"], *forget["text"]]
     return texts, np.r_[np.zeros(len(retain), dtype=int), np.ones(len(forget), dtype=int)]
-
-
-def _rewritten(text: str, found: list[tuple[int, int]], rewrite: Callable[[str], str]) -> str:
-    for start, end in reversed(found):
-        text = text[:start] + rewrite(text[start:end]) + text[end:]
-    return text

@@ -39,6 +39,8 @@ def behind_gate(
 
     def write(folder: Path) -> None:
         gate_files.save(gate, description, source.unseen, folder)
+        if description.get("roc"):
+            figures.draw_roc(description, path=folder / "gate_roc.png")
         if method == "refusal":
             refusal.save(made, folder)
         elif method == "eco":
