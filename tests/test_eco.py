@@ -584,7 +584,7 @@ def test_other_classifiers_round_trip(kind, bert, tiny_model, small_data, tmp_pa
     done(learn(tmp_path, tiny_model, small_data, *GIVEN, *classifier, "--output_path=eco"))
     files = {name for name in tree(tmp_path / "eco") if "." in name}
     assert CLASSIFIER_FILES[kind] <= files
-    assert {name.split(".")[-1] for name in files} <= {"safetensors", "json"}
+    assert {name.split(".")[-1] for name in files} == {"safetensors", "json", "png"}
     done(inference(tmp_path, "eco", flags=["--output_path=out", "--eval_batch_size=2"]))
     again, then = splits_of(tmp_path / "out"), splits_of(tmp_path / "eco")
     assert all(again[split] == pytest.approx(then[split], rel=1e-4) for split in then)
@@ -614,7 +614,7 @@ def test_names_by_a_list_and_by_a_token_classifier(bert, tiny_model, small_data,
             rel=1e-4,
         )
     assert (losses["list"] - losses["tags"]).abs().max() > 1e-3
-    assert {name.split(".")[-1] for name in tree(tmp_path / "tags") if "." in name} == {"safetensors", "json"}
+    assert {name.split(".")[-1] for name in tree(tmp_path / "tags") if "." in name} == {"safetensors", "json", "png"}
 
 
 @pytest.fixture(scope="module")

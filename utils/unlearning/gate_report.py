@@ -14,7 +14,7 @@ from utils.data.splits import is_text
 from utils.interventions import gates
 
 Frames = Mapping[str, pd.DataFrame]
-ROWS = {"tfidf": 1000, "other": 200}  # of a split that are rewritten, at most: other classifiers run a model on each
+ROWS = {"tfidf": 1000, "other": 100}  # of a split that are rewritten, at most: other classifiers run a model on each
 UNCHANGED, PARAPHRASE = "unchanged", "paraphrase"
 Versions = dict[str, dict[str, list[str]]]
 """{rewriting: {split: texts}}; the first is UNCHANGED, the rows as they are."""
