@@ -218,10 +218,10 @@ def test_a_run_interrupted_in_its_last_evaluation_does_not_train_again(fine_tune
     done(call(tmp_path, "spul", *arguments, "--output_path=whole"))
     evaluate = evaluate_splits
 
-    def interrupt(loaded, frames, words, args, description):
+    def interrupt(loaded, frames, words, args, description, frozen=None):
         if description == "SPUL":
             raise KeyboardInterrupt
-        return evaluate(loaded, frames, words, args, description)
+        return evaluate(loaded, frames, words, args, description, frozen)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(finish, "evaluate_splits", interrupt)
