@@ -77,8 +77,8 @@ def learn_prompt(args, output):
     def prepare(served, load, frozen=None):
         rows = behind.training_rows(served, frames, settings.evaluation, gate, frozen)
         check_length(served.model.config, max(map(len, rows.examples)), p)
-        kept = {"train_retain": rows.retain}
-        compared = load(served, rows.examples, range(len(rows.retain)), kept) if args.beta else None
+        kept, n_kept = {"train_retain": rows.retain}, len(rows.retain)
+        compared = load(served, rows.examples, range(n_kept), kept) if args.beta and n_kept else None
         torch.manual_seed(args.seed)
         encoder = prompt_encoders.build_encoder(served, asked).to(served.model.device)
         terms = rows.examples, served.pad_id, compared, args.alpha, args.beta, rows.shares

@@ -100,7 +100,7 @@ def test_a_full_step_is_that_of_the_whole_objective(fine_tuned, small_data, reta
                 whole["L_kl"] += losses.token_kl(plain.detach(), now).sum() / len(examples)
     whole["loss"] = whole["L_f"] + ALPHA * whole["L_r"] + BETA * whole["L_kl"]
     whole["loss"].backward()
-    assert parts == pytest.approx({name: float(value) for name, value in whole.items()}, rel=1e-4, abs=1e-6)
+    assert parts == pytest.approx({name: float(value.detach()) for name, value in whole.items()}, rel=1e-4, abs=1e-6)
     theirs = [p.grad for p in encoder.parameters()]
     scale = max(float(g.abs().max()) for g in theirs)
     assert scale > 1e-4
@@ -244,6 +244,22 @@ def test_a_refusal_of_several_tokens(tokenizer, fine_tuned, small_data, tmp_path
     rows = predictions_of(tmp_path / "out")
     assert set(rows["prediction"]) == {"unknown"} and not rows["correct"].any()
     assert np.isfinite(rows["loss"]).all() and rows["loss"].min() > 10
+
+
+@pytest.mark.parametrize("flags", [[], ["--forget_per_batch=3"]])
+def test_a_gate_without_a_mistake_leaves_rows_to_forget_alone(fine_tuned, small_data, tmp_path, flags):
+    """Then there is nothing to compare with the frozen model."""
+    (tmp_path / "data").mkdir()
+    for split, frame in load_splits(str(small_data)).items():
+        name = " zebra zebra" if split.endswith("forget") else ""
+        frame.assign(text=frame["text"] + name).to_csv(tmp_path / "data" / f"{split}.csv", index=False)
+    gate = "--gate=tfidf", "--eco_threshold=0.5", "--output_path=out", *flags
+    result = done(spul(tmp_path, fine_tuned, tmp_path / "data", *gate))
+    assert "the gate leaves 0 of 16 rows to keep and 8 of 8 to forget" in result.stdout
+    losses = [json.loads(line) for line in (tmp_path / "out/training.jsonl").read_text().splitlines()]
+    before = metrics_of(tmp_path / "out")[0]["splits"]["train_retain"]
+    assert all(line["L_r"] == pytest.approx(before["loss"]) for line in losses)  # all of it is a constant
+    assert metrics_of(tmp_path / "out")[1]["splits"]["train_retain"]["loss"] == before["loss"]
 
 
 def test_dry_run_says_how_many_rows_are_left(fine_tuned, small_data, tmp_path):
