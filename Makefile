@@ -50,7 +50,7 @@ checksum = $(firstword $(shell printf '%s' '$(subst ','\'',$(1))' | cksum))
 RUN := $(notdir $(MODEL:/=))-$(notdir $(DATASET:/=))-seed$(SEED)
 FINE_TUNED := qlora_checkpoints/demo-$(RUN)-$(call checksum,$(MODEL) $(DATASET) $(SELECTED) $(LISTED) $(FINE_TUNE))
 UNLEARNT := unlearn_checkpoints/demo-$(RUN)-$(call checksum,$(FINE_TUNED) $(UNLEARN) $(HOW))
-# Four epochs memorise the rows as well as five, which demo-names and make compare keep for the sake of older figures.
+# Four epochs of fine-tuning save time: 90 to 98 % of the rows to forget are memorised. demo-names and compare have five.
 TUNED := $(FINE_TUNED)-4
 GATED := unlearn_checkpoints/gated-$(RUN)-$(call checksum,$(TUNED) $(BEHIND) $(HOW_BEHIND))
 REFUSAL := $(GATED)-refusal

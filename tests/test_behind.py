@@ -12,8 +12,9 @@ import tiny
 import torch
 from scripts import call, done, manifest_of, metrics_of, refused, stop_at, tree
 
+from utils.data.batch import collate
 from utils.data.load import load_splits
-from utils.data.splits import TRAIN_SPLITS, UNLEARNING_LABELS
+from utils.data.splits import TRAIN_SPLITS
 from utils.errors import UserError
 from utils.evaluation.run import EvaluationSettings, evaluate_splits
 from utils.interventions import gate_files, gates
@@ -109,15 +110,11 @@ def test_a_full_step_is_that_of_the_whole_objective(fine_tuned, small_data, reta
 
 
 def answered(model, example, vectors=None):
-    from utils.data.batch import collate
-
     prefix = None if vectors is None else prompt_prefix(model, vectors)
     return completion_logits(model, collate([example], 0, "cpu"), prefix)
 
 
 def hidden_states(served, examples):
-    from utils.data.batch import collate
-
     sizes = {i: len(example.completion) for i, example in enumerate(examples)}
     if not examples:
         return torch.zeros(0, tiny.SIZES["hidden_size"]), sizes
@@ -231,7 +228,7 @@ def test_a_gate_is_trained_once_and_taken_by_others(fine_tuned, small_data, tmp_
     assert json.loads(told)["with refusal"]["answer"] == "unknown"
 
 
-def test_a_refusal_of_several_tokens(tokenizer, fine_tuned, small_data, tmp_path):
+def test_a_refusal_of_several_tokens(fine_tuned, small_data, tmp_path):
     """`unknown` may be several tokens, and label words too."""
     frames = load_splits(str(small_data))
     for split, frame in frames.items():
@@ -371,4 +368,3 @@ def test_unseen_scores_come_back_as_they_were(tmp_path, small_data, tiny_model):
             assert np.array_equal(stored.unseen[split], made.unseen[split])
             assert ((stored.unseen[split] == SEEN).mean() > 0.5) == (conformal is not None)
         assert stored.gate(served).threshold == made.description["threshold"]
-        assert UNLEARNING_LABELS

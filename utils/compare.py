@@ -9,7 +9,7 @@ others, and one on those of them that are to be kept: the target. SPUL and every
 budget: so many learning rates each, and for each one run of --budget_rows rows in steps of --batch_size, whichever rows
 the method takes. The run that scores best on the rows put aside goes into the table. ECO and the two baselines in the
 context train no weights and have no learning rate; ECO's gate and strength come from train rows, its target from the
-rows put aside. SPUL behind a gate (spul-gate) and refusal take ECO's gate, or without ECO one that is trained alike;
+rows put aside. SPUL behind a gate (spul-gate) and refusal take ECO's gate, or without ECO one with default settings;
 the rows that it lets through are not read. Test rows are read once, when all choices have been made. What is not
 searched for, the weights of the losses say, is the authors' for the baselines, and for SPUL what --spul says.
 
@@ -152,7 +152,10 @@ def compare(work: "Workplace", args: Namespace, seed: int) -> list[dict]:
     gate = []
     for method in ordered:
         if method in ("refusal", "spul-gate") and not gate:
-            made = checkpoints["eco"] if "eco" in args.methods else work.gate(tuned, seed, own)
+            alone = ["--unlearn_method=gate", *own]
+            made = (
+                checkpoints["eco"] if "eco" in args.methods else work.run("baselines", f"gate-{seed}", [tuned], alone)
+            )
             gate = [f"--gate={made}"]
         if method in trained():
             checkpoints[method], searches[method] = search(work, args, method, tuned, seed, gate)
@@ -214,11 +217,6 @@ class Workplace:
         settings = self.args.fine_tune if script == "qlora" else self._untrained(flags)
         command = [*self._command(script, parents), *settings, *flags]
         return self.trained(self._place("runs", name, command), command)
-
-    def gate(self, tuned: str, seed: int, own: list[str]) -> str:
-        """The folder of a gate for methods that take ECO's, where ECO is not compared."""
-        command = [*self._command("baselines", [tuned]), "--unlearn_method=gate", *own]
-        return self.trained(self._place("runs", f"gate-{seed}", command), command)
 
     def budgeted(
         self, method: str, tuned: str, seed: int, lr: float, gate: Sequence[str] = ()
@@ -284,7 +282,7 @@ class Workplace:
         method = flags[0].split("=")[1]
         if method == "eco":
             return self.args.eco
-        if method == "refusal":
+        if method in ("gate", "refusal"):
             return []
         return [*self.args.in_context, *(self.args.prompting if method == "prompting" else [])]
 

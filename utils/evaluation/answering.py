@@ -92,7 +92,8 @@ def greedy(
     for going in by_length(examples, batch_size, acting):
         number = acting[going[0]]
         if (fixed := served.acting(number).fixed_answer) is not None:
-            answers = [fixed if i in going else answer for i, answer in enumerate(answers)]
+            for i in going:
+                answers[i] = fixed
             continue
         while going := [i for i in going if not known.ended(answers[i])]:
             longer = [

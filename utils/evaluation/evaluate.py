@@ -55,7 +55,7 @@ def evaluate_checkpoints(
     router = find_router(asked.router, chains, model, asked.parent_path, asked.force)
     note_other_rows(chains, frames, asked.forget_size)
     records, predictions, frozen = [], [], {}
-    if asked.without_gate and not any(chain[-1].manifest and has_gate(chain[-1]) for chain in chains):
+    if asked.without_gate and not any(has_gate(chain[-1]) for chain in chains):
         raise UserError("--without_gate shows what stands behind a gate; none of --model_checkpoints has one")
     for method, name in zip(method_names(chains), names):
         served = load_served(name, model, asked.parent_path, settings.max_length)

@@ -60,9 +60,10 @@ class Intervention:
         """The tokens that every query is answered with; None: the model is asked."""
         return None
 
-    def fixed_logits(self, model: torch.nn.Module, examples: Sequence[Example]) -> torch.Tensor:
-        """Where there is a fixed answer, the logits (N, |V|) at the examples' completion tokens that amount to it."""
-        raise NotImplementedError
+    def fixed_logits(self, model: torch.nn.Module, examples: Sequence[Example]) -> torch.Tensor | None:
+        """The logits (N, |V|) at the examples' completion tokens that a fixed answer amounts to; None: those of the
+        model."""
+        return None
 
     def applied(self, model: torch.nn.Module, examples: Sequence[Example]) -> AbstractContextManager:
         """While open, `model` computes on `examples` as this intervention wants it."""

@@ -124,7 +124,7 @@ def load(folder: Path, served: FrozenModel, trust_remote_code: bool, max_length:
 
 def has_gate(link: Link) -> bool:
     """Whether the checkpoint is served behind a gate of its own."""
-    return link.kind == "eco" or (link.path / GATE).is_dir()
+    return link.manifest is not None and (link.kind == "eco" or (link.path / GATE).is_dir())
 
 
 def _read(folder: Path) -> tuple[Path, dict[str, Any]]:

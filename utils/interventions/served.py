@@ -116,8 +116,8 @@ class Served:
         """Logits at each example's completion tokens, one (m, |V|) tensor a row, under the intervention `number`."""
         intervention, model = self.acting(number), self.model
         sizes = [len(example.completion) for example in examples]
-        if intervention.fixed_answer is not None:
-            return intervention.fixed_logits(model, examples).split(sizes)
+        if (fixed := intervention.fixed_logits(model, examples)) is not None:
+            return fixed.split(sizes)
         batch = collate(examples, self.pad_id, model.device)
         with intervention.applied(model, examples):
             logits = completion_logits(model, batch, intervention.prefix(model))

@@ -67,7 +67,7 @@ def resolve_request(name: str, path: str, trust_remote_code: bool, parent: str |
     parent: where its parent lies, if it was moved.
     """
     chain = resolve_chain(path, trust_remote_code, parent)
-    if not chain[-1].manifest or not gate_files.has_gate(chain[-1]):
+    if not gate_files.has_gate(chain[-1]):
         raise UserError(f"{path} has no gate; requests are checkpoints that carry one")
     return Request(name, chain)
 

@@ -275,6 +275,8 @@ def refuse_gate_contradictions(parser: cli.ArgumentParser, args: argparse.Namesp
     """Exit 2 on flags of the gate that would be ignored (so it sees all `args`)."""
     if args.gate and (flag := given(parser, args, [*TRAINING, *CLASSIFIER])):
         parser.error(f"--gate takes a gate that is trained already; leave out --{flag}")
+    if args.gate and args.eco_names and args.eco_tokens != "entities":
+        parser.error("--gate takes a gate that is trained already, so nothing needs --eco_names; leave it out")
     from utils.interventions.gates import CLASSIFIERS  # takes a second, which only these methods shall wait
 
     no_encoder = args.eco_classifier in CLASSIFIERS and not CLASSIFIERS[args.eco_classifier].validates
