@@ -296,6 +296,19 @@ def test_what_cannot_be_trained(gated, fine_tuned, small_data, sentence, flags):
     refused(fine_tuned.parent, sentence, *command(fine_tuned, small_data, *flags, "--output_path=new"))
 
 
+def test_a_model_with_a_folder_called_gate_has_none(fine_tuned, tiny_model, small_data, tmp_path):
+    shutil.copytree(tiny_model, tmp_path / "model")
+    (tmp_path / "model/gate").mkdir()
+    sentence = "has no gate; --gate takes"
+    refused(tmp_path, sentence, *command(fine_tuned, small_data, "--gate=./model", "--output_path=new"))
+
+
+def test_a_gate_that_is_trained_already_needs_no_names(gated, fine_tuned, small_data):
+    parent = f"--model_checkpoints={fine_tuned}", f"--dataset={small_data}", *scripts.BASELINES
+    flags = "--unlearn_method=refusal", "--gate=./gated", "--eco_names=names.txt", "--output_path=new"
+    refused(fine_tuned.parent, "so nothing needs --eco_names", "baselines", *parent, *flags)
+
+
 def test_a_run_does_not_go_on_behind_another_gate(fine_tuned, small_data, tmp_path):
     for name, rate in (("gate", 0.5), ("other", 0.6)):
         flags = f"--eco_max_fpr={rate}", f"--output_path={name}", "--max_eval_samples=0"
