@@ -113,17 +113,18 @@ def training_rows(
     served: the frozen model. settings: of lengths, batches and seed. frozen: its scored rows (utils.evaluation.run) of
     all splits, by which the rows that the gate lets through are known; None where it was not evaluated.
     """
-    kept, forget = prompt_rows(served.tokenizer, frames, settings.max_length, settings.seed)
+    how = served.tokenizer, frames, settings.max_length, settings.seed
     if gate is None:
+        kept, forget = prompt_rows(*how)
         return TrainingRows([*kept, *forget], frames["train_retain"])
     found = flagged(gate)
-    shares = found.shares
+    retain = frames["train_retain"][found.flags["train_retain"]].reset_index(drop=True)
+    (kept, forget), shares = prompt_rows(*how, retain), found.shares
     if frozen is not None:
         scored = frozen.loc[frozen["split"] == "train_retain", "loss"].to_numpy()
         shares = with_constants(found, served, forget, settings.eval_batch_size, scored)
-    chosen = [np.flatnonzero(found.flags[split]) for split in TRAIN_SPLITS]
-    examples = [rows[i] for rows, numbers in zip((kept, forget), chosen) for i in numbers]
-    return TrainingRows(examples, frames["train_retain"].iloc[chosen[0]].reset_index(drop=True), shares)
+    chosen = [forget[i] for i in np.flatnonzero(found.flags["train_forget"])]
+    return TrainingRows([*kept, *chosen], retain, shares)
 
 
 @torch.inference_mode()

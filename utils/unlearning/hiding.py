@@ -147,8 +147,7 @@ def find(
     """The Source of a run, for which the model settings.hide_like is asked, where there is one.
 
     It is loaded for this and let go, before anything else is loaded, so that two models need not fit into memory
-    together. A dry run only checks it. rows: function(tokenizer, frames, max_length, seed) -> (retain rows, forget
-    rows). Raises UserError where settings.hide_like is a prompt or has another tokenizer.
+    together. A dry run only checks it. rows: as utils.unlearning.objectives.prompt_rows. Raises UserError where settings.hide_like is a prompt or has another tokenizer.
     """
     if not settings.hide_like:
         return Source(settings, frames)
@@ -163,7 +162,7 @@ def find(
     _note_learnt(other[-1], frames)
     if settings.dry_run:
         return Source(settings, frames)
-    _, forget = rows(tokenizer, frames, settings.max_length, settings.seed)
+    _, forget = rows(tokenizer, frames, settings.max_length, settings.seed, frames["train_retain"].head(0))
     served = load_served(settings.hide_like, dataclasses.replace(model, gradient_checkpointing=False, compile=False))
     like = _shares(served, forget, words, settings.eval_batch_size)
     del served

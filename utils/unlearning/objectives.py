@@ -44,10 +44,17 @@ class FineTuning:
 
 
 def prompt_rows(
-    tokenizer: Any, frames: Mapping[str, pd.DataFrame], max_length: int, seed: int
+    tokenizer: Any,
+    frames: Mapping[str, pd.DataFrame],
+    max_length: int,
+    seed: int,
+    retain: pd.DataFrame | None = None,
 ) -> tuple[list[Example], list[Example]]:
-    """What SPUL trains on: the retain rows with their labels, and the forget rows with a word drawn by `seed`."""
-    retain, forget = frames["train_retain"], frames["train_forget"]
+    """What SPUL trains on: the retain rows with their labels, and the forget rows with a word drawn by `seed`.
+
+    retain: the rows to keep, where not all of train_retain are wanted.
+    """
+    retain, forget = frames["train_retain"] if retain is None else retain, frames["train_forget"]
     encode = partial(tokenize, tokenizer, max_length=max_length, answers=known_answers(tokenizer, label_words(frames)))
     words = draw_unlearning_labels(len(forget), seed)
     return encode(retain["text"], retain["label_text"]), encode(forget["text"], words, forget=True)
