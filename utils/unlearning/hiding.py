@@ -147,7 +147,8 @@ def find(
     """The Source of a run, for which the model settings.hide_like is asked, where there is one.
 
     It is loaded for this and let go, before anything else is loaded, so that two models need not fit into memory
-    together. A dry run only checks it. rows: as utils.unlearning.objectives.prompt_rows. Raises UserError where settings.hide_like is a prompt or has another tokenizer.
+    together. A dry run only checks it. rows: as utils.unlearning.objectives.prompt_rows. Raises UserError where
+    settings.hide_like is a prompt or has another tokenizer.
     """
     if not settings.hide_like:
         return Source(settings, frames)
