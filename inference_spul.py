@@ -109,7 +109,7 @@ def main(args):
                 files.write_json(folder / "metrics.json", records)
                 predictions.to_json(folder / "predictions.jsonl", orient="records", lines=True)
                 figures.draw_comparison(records, path=folder / "comparison.png")
-                if len(figures.gated(records)) > 1:
+                if figures.gates_differ(records):
                     figures.draw_false_positives(records, path=folder / "false_positives.png")
     print(tables.table(records))
     if asked:

@@ -213,7 +213,11 @@ def test_a_gate_is_trained_once_and_taken_by_others(fine_tuned, small_data, tmp_
 
     result = done(inference(tmp_path, fine_tuned, "gate", "refusal", flags=["--output_path=out"]))
     assert "retain rows flagged, % (train/test)" in result.stdout
-    assert (tmp_path / "out/false_positives.png").read_bytes().startswith(b"\x89PNG")
+    assert not (tmp_path / "out/false_positives.png").exists()  # of one gate there is nothing to draw
+    wide = "--eco_threshold=0", "--output_path=wide", "--max_eval_samples=0"
+    done(scripts.baselines(tmp_path, fine_tuned, small_data, "gate", *wide))
+    done(inference(tmp_path, "gate", "wide", flags=["--output_path=drawn"]))
+    assert (tmp_path / "drawn/false_positives.png").read_bytes().startswith(b"\x89PNG")
     rows = predictions_of(tmp_path / "out")
     plain, gate, refusal = (rows[rows["method"] == m].reset_index() for m in ("fine-tuned", "gate", "refusal"))
     assert gate["loss"].tolist() == pytest.approx(plain["loss"].tolist(), rel=1e-4)  # it only says what it flags

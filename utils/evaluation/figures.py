@@ -14,6 +14,7 @@ from utils.storage.files import new_file
 FILLS = ("full", "none", "left")
 matplotlib.use("Agg")
 from matplotlib import pyplot  # noqa: E402  (the backend without a screen has to be chosen first)
+from matplotlib.ticker import MaxNLocator  # noqa: E402
 
 
 def picture(draw: Callable[..., pyplot.Figure]) -> Callable[..., None]:
@@ -137,7 +138,8 @@ def draw_false_positives(records: list[dict]) -> pyplot.Figure:
     """Of each model with a gate: what it flags of test_retain, against how many of these rows are still answered
     rightly, and how many rows to forget are."""
     figure, panels = pyplot.subplots(1, 2, figsize=(10, 3.8))
-    for i, entry in enumerate(gated(records)):
+    gated = [entry for entry in records if "flagged" in entry["splits"]["test_retain"]]
+    for i, entry in enumerate(gated):
         kept, share = entry["splits"]["test_retain"], 100 * entry["splits"]["test_retain"]["flagged"]
         style = {"marker": "osD^vPX*"[i % 8], "linestyle": "none", "color": f"C{i % 10}", "alpha": 0.8}
         for panel, value in zip(panels, (kept.get("flagged_accuracy"), entry["splits"]["test_forget"]["accuracy"])):
@@ -145,6 +147,7 @@ def draw_false_positives(records: list[dict]) -> pyplot.Figure:
                 panel.plot(share, 100 * value, label=_plain(entry["method"]), **style)
     for panel, title in zip(panels, ("of these answered rightly, %", "test_forget answered rightly, %")):
         panel.set(xlabel="test_retain rows flagged, %", ylabel=title, ylim=(-4, 104))
+        panel.set_xlim(left=-0.04 * panel.get_xlim()[1])
         panel.grid(alpha=0.3)
         panel.spines[["top", "right"]].set_visible(False)
     handles, labels = panels[1].get_legend_handles_labels()
@@ -153,9 +156,9 @@ def draw_false_positives(records: list[dict]) -> pyplot.Figure:
     return figure
 
 
-def gated(records: list[dict]) -> list[dict]:
-    """Those of models with a gate."""
-    return [entry for entry in records if "flagged" in entry["splits"]["test_retain"]]
+def gates_differ(records: list[dict]) -> bool:
+    """Whether there are models behind gates that flag more and fewer rows to keep, so that a curve says something."""
+    return len({entry["splits"]["test_retain"].get("flagged") for entry in records} - {None}) > 1
 
 
 @picture
@@ -184,5 +187,7 @@ def draw_curves(log: list[dict]) -> pyplot.Figure:
             axes[0][1].plot(steps, shares, style, label=split, marker="o", markersize=3)
         axes[0][1].set(xlabel="step", ylabel="accuracy, %", ylim=(0, 101))
         axes[0][1].legend(frameon=False, ncols=2, loc="lower center", bbox_to_anchor=(0.5, 1.0))  # off the curves
+    for panel in axes[0]:
+        panel.xaxis.set_major_locator(MaxNLocator(integer=True))
     figure.tight_layout()
     return figure

@@ -96,7 +96,8 @@ def find_gate(
     people = listed_people(args.dataset, args.forget_only)
     load = planned if args.dry_run == "plan" else load
     gate = gate_training.find_gate(args.gate, frames, people, gate_settings, classifier, model, load)
-    print(tables.gate_table(gate.description))
+    if gate.link is None:  # else it was said when the gate was trained
+        print(tables.gate_table(gate.description))
     print(flagged(gate))
     return gate
 

@@ -28,10 +28,11 @@ def behind_gate(
 ) -> tuple[Intervention, Writer]:
     """(what `method` puts in front of the plain model `served`, function(folder) that writes it with its gate).
 
-    names, settings, model: as `eco_search.learn` takes them. Prints what the gate flags.
+    names, settings, model: as `eco_search.learn` takes them. Prints what a gate flags that was trained here.
     """
     gate, description = source.gate(served), source.description
-    print(tables.gate_table(description))
+    if source.link is None:  # else it was said when the gate was trained
+        print(tables.gate_table(description))
     if method == "eco":
         made, found = eco_search.learn(served, frames, names, gate, settings, model)
     else:
