@@ -57,11 +57,11 @@ def fine_tune(args, output):
     import torch
 
     from utils import job, plan
-    from utils.data.select import load_rows
     from utils.data.splits import TRAIN_SPLITS
     from utils.evaluation.finish import finish
     from utils.models.adapters import LoraSettings, save_weights
     from utils.models.lengths import check_length
+    from utils.tasks.rows import Splits, load_rows
     from utils.unlearning import reference
     from utils.unlearning.methods import METHODS, MethodSettings
     from utils.unlearning.objectives import Rows, objective_of
@@ -72,7 +72,7 @@ def fine_tune(args, output):
     if method.reference or args.retain_loss in ("kl", "activations"):
         reference.try_place(args.logits_path)
     frames = load_rows(vars(args))
-    used = {split: frames[split] for split in TRAIN_SPLITS}
+    used = Splits({split: frames[split] for split in TRAIN_SPLITS}, frames.task)
 
     def prepare(served, load):
         torch.manual_seed(args.seed)
@@ -115,10 +115,10 @@ def fine_tune(args, output):
 def build(args, output):
     """Make what trains no weights, a template or what stands behind a gate, and write the Output."""
     from utils import job
-    from utils.data.select import load_rows
     from utils.evaluation.finish import finish
     from utils.evaluation.run import check_served
     from utils.interventions import gates, in_context
+    from utils.tasks.rows import load_rows
     from utils.unlearning import eco_search, flags, gate_training, gated
 
     method, settings, frames = args.unlearn_method, job.settings_of(args), load_rows(vars(args))

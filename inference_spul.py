@@ -70,11 +70,10 @@ def parse_args():
 
 def main(args):
     from utils import distributed, job
-    from utils.data.select import load_rows
     from utils.evaluation import figures, requests, tables
     from utils.evaluation.evaluate import CheckpointSettings, evaluate_checkpoints
     from utils.storage import checkpoints, files, outputs
-    from utils.tasks.classification import label_words
+    from utils.tasks.rows import load_rows, recorded_task
 
     if args.logits_path:
         note_once("inference compares nothing with a reference, so --logits_path is not used")
@@ -85,21 +84,20 @@ def main(args):
         asked = requests.find_requests(cli.take(requests.RequestSettings, args))
         args.model_checkpoints = [requests.path_of(request) for request in asked]
         if new_text:
-            return predict(args, [], asked)
+            return predict(args, None, asked)
     if not args.dataset:
         manifest = checkpoints.first_manifest(args.model_checkpoints)
-        if new_text and "label_words" in manifest:
-            return predict(args, manifest["label_words"])
+        if new_text and (task := recorded_task(manifest)):
+            return predict(args, task)
         known = manifest["arguments"]["dataset"] if manifest else "sst2"
         args.dataset = requests.dataset_of(asked) if asked else known
     frames = load_rows(vars(args))
-    words = label_words(frames)
     if new_text:
-        return predict(args, words)
+        return predict(args, frames.task)
 
     settings = job.settings_of(args)
     with outputs.claim([args.output_path or default_name(args)], args) as output:
-        how = frames, words, settings.model, settings.evaluation
+        how = frames, settings.model, settings.evaluation
         if asked:
             records, predictions = requests.evaluate_requests(asked, *how)
         else:
@@ -132,8 +130,8 @@ def default_name(args):
     return f"saved_results/{names}-{dataset_name(args.dataset)}"
 
 
-def predict(args, words, asked=None):
-    """Print the answers to the new texts. words: the label words for checkpoints that record none of their own.
+def predict(args, task, asked=None):
+    """Print the answers to the new texts. task: that of checkpoints that record none of their own.
 
     asked: the requests that are served together, instead of one checkpoint after the other.
     """
@@ -145,7 +143,7 @@ def predict(args, words, asked=None):
     if asked:
         predict_together(asked, model, texts)
     else:
-        predict_checkpoints(cli.take(CheckpointSettings, args), words, model, texts)
+        predict_checkpoints(cli.take(CheckpointSettings, args), task, model, texts)
 
 
 def edit(args):

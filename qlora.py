@@ -45,7 +45,6 @@ def fine_tune(args, output):
     import torch
 
     from utils import job, plan
-    from utils.data.select import load_rows
     from utils.data.splits import TRAIN_SPLITS
     from utils.evaluation.finish import finish
     from utils.evaluation.run import check_served
@@ -55,8 +54,8 @@ def fine_tune(args, output):
     from utils.models.chain import resolve_chain
     from utils.models.lengths import check_length
     from utils.tasks.answers import known_answers
-    from utils.tasks.classification import label_words
     from utils.tasks.encode import tokenize
+    from utils.tasks.rows import load_rows
     from utils.unlearning.objectives import FineTuning
 
     settings, lora = job.settings_of(args), cli.take(LoraSettings, args)
@@ -64,10 +63,10 @@ def fine_tune(args, output):
 
     @cache
     def examples_of(tokenizer):
-        known, examples = known_answers(tokenizer, label_words(frames)), []
+        known, examples = known_answers(tokenizer, frames.task), []
         for split in splits:
-            texts, labels, forget = frames[split]["text"], frames[split]["label_text"], split == "train_forget"
-            examples += tokenize(tokenizer, texts, labels, args.max_length, forget, answers=known)
+            rows, forget = frames[split], split == "train_forget"
+            examples += tokenize(tokenizer, rows, rows["label_text"], args.max_length, forget, answers=known)
         return examples
 
     def prepare(served, _):

@@ -51,11 +51,12 @@ def learn_prompt(args, output):
     import torch
 
     from utils import job, plan
-    from utils.data.select import learnt_by, load_rows
+    from utils.data.select import learnt_by
     from utils.evaluation.finish import finish, show_merged
     from utils.interventions import gate_files, prompt_encoders
     from utils.models.chain import resolve_chain
     from utils.models.lengths import check_length
+    from utils.tasks.rows import load_rows
     from utils.unlearning import behind, hiding, reference
     from utils.unlearning.objectives import PromptTuning, prompt_rows
 

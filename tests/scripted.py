@@ -7,6 +7,7 @@ from transformers.modeling_outputs import CausalLMOutput
 
 from utils.evaluation.scores import score_rows
 from utils.interventions.served import Served
+from utils.tasks.classification import classification
 
 FILM, BAD, WELL = " film", " bad", " well"  # one token each
 
@@ -49,4 +50,6 @@ def scripted(tokenizer, after, seen):
 
 
 def score(loaded, texts, labels, words, batch_size=32):
-    return score_rows(loaded, pd.DataFrame({"text": texts, "label_text": labels}), words, 200, batch_size)
+    return score_rows(
+        loaded, pd.DataFrame({"text": texts, "label_text": labels}), classification(words), 200, batch_size
+    )

@@ -14,15 +14,16 @@ import tiny
 from scripted import BAD, FILM, WELL, score, scripted
 from scripts import call, done, refused
 
-from utils.data.load import load_splits
 from utils.data.splits import SPLITS, TRAIN_SPLITS
 from utils.errors import UserError, note_once
 from utils.evaluation import predict, tables
 from utils.evaluation.answering import answer_texts
 from utils.evaluation.record import with_distances
-from utils.evaluation.scores import split_scores
 from utils.tasks.answers import known_answers
+from utils.tasks.classification import classification
 from utils.tasks.encode import completion_ids, tokenize
+from utils.tasks.rows import load_splits
+from utils.tasks.scores import label_scores
 from utils.unlearning import objectives
 from utils.unlearning.methods import METHODS, MethodSettings
 
@@ -72,13 +73,13 @@ def test_an_answer_that_begins_another_has_to_end(tokenizer):
     assert list(rows["prediction"]) == ["10", "10", "1", "1"]
     assert list(rows["correct"]) == [False, True, True, False]
     assert list(rows["label_prediction"]) == ["10", "10", "1", "1"]
-    assert [word for word, _ in answer_texts(loaded, ["a film", "a bad"], STARS, 200, 2)] == ["10", "1"]
+    assert [word for word, _ in answer_texts(loaded, ["a film", "a bad"], classification(STARS), 200, 2)] == ["10", "1"]
     assert (rows["label_mass"] <= 1).all()
 
 
 def test_the_end_costs_nothing_where_no_word_begins_another(tokenizer):
     for words in (["negative", "positive"], VERDICTS, ["positive", "good enough"]):
-        known = known_answers(tokenizer, words)
+        known = known_answers(tokenizer, classification(words))
         assert not known.closed
         assert all(known.ids[word] == completion_ids(tokenizer, word) for word in words)
         texts = ["a fine film"] * len(words)
@@ -90,7 +91,7 @@ def test_every_answer_ends_where_one_begins_another(tokenizer, words, capsys):
     """An unlearning word counts too: ` un` begins ` unknown`."""
     note_once.cache_clear()
     for _ in range(2):
-        known = known_answers(tokenizer, words)
+        known = known_answers(tokenizer, classification(words))
         assert known.closed and list(known.ids) == [*words, "neutral", "unknown"]
         for word, ids in known.ids.items():
             assert ids == (*completion_ids(tokenizer, word), tokenizer.eos_token_id)
@@ -102,8 +103,8 @@ def test_words_that_cannot_be_told_apart():
     tokenizer = tiny.build_tokenizer()
     tokenizer.eos_token = None
     with pytest.raises(UserError, match="'1' begin those of '10' and the tokenizer has no end-of-sequence token"):
-        known_answers(tokenizer, STARS)
-    assert not known_answers(tokenizer, VERDICTS).closed
+        known_answers(tokenizer, classification(STARS))
+    assert not known_answers(tokenizer, classification(VERDICTS)).closed
 
 
 @pytest.mark.parametrize(
@@ -116,9 +117,9 @@ def test_words_that_cannot_be_told_apart():
 )
 def test_words_without_tokens_of_their_own(tokenizer, words, fault):
     """With a tokenizer that sees the length of a word alone."""
-    by_length = mock.patch("utils.tasks.answers.completion_ids", lambda _, word: (7,) * len(word))
+    by_length = mock.patch("utils.tasks.answers.completion_ids", lambda _, word, __: (7,) * len(word))
     with by_length, pytest.raises(UserError, match=fault):
-        known_answers(tokenizer, words)
+        known_answers(tokenizer, classification(words))
 
 
 class Captured(Exception):
@@ -143,7 +144,7 @@ def test_every_script_trains_on_whole_answers(tiny_model, stars, tmp_path, metho
 def test_what_unlearns_counts_whole_answers(tokenizer, stars):
     frames = load_splits(str(stars))
     asked = MethodSettings(unlearn_method="dpo", max_length=96, retain_loss="ce")
-    rows = objectives.Rows(tokenizer, {split: frames[split] for split in TRAIN_SPLITS}, METHODS["dpo"], asked)
+    rows = objectives.Rows(tokenizer, frames, METHODS["dpo"], asked)
     of_spul = sum(objectives.prompt_rows(tokenizer, frames, 96, 42), [])
     assert all(example.completion[-1] == tokenizer.eos_token_id for example in [*rows.all, *of_spul])
 
@@ -172,7 +173,7 @@ def test_the_prediction_is_the_greedy_answer_not_the_forced_one(tokenizer):
     rows = score(loaded, ["a film"] * 3, VERDICTS, VERDICTS)
     assert list(rows["prediction"]) == ["not bad"] * 3
     assert list(rows["correct"]) == [False, True, False]
-    assert split_scores(rows.assign(label_text=VERDICTS), VERDICTS)["out_of_label"] == 0
+    assert label_scores(rows.assign(label_text=VERDICTS), VERDICTS)["out_of_label"] == 0
 
 
 def test_a_greedy_answer_that_is_a_label_costs_no_further_pass(tokenizer):
@@ -191,10 +192,10 @@ def test_rows_leave_the_batch_when_they_have_answered(tokenizer):
     loaded = scripted(tokenizer, after, {FILM: {" positive": 7.0}, WELL: {of: 5.0}})
     seen = passes(loaded)
     words = ["negative", "positive"]
-    assert [word for word, _ in answer_texts(loaded, ["a film"] * 3, words, 200, 8)] == ["positive"] * 3
+    assert [word for word, _ in answer_texts(loaded, ["a film"] * 3, classification(words), 200, 8)] == ["positive"] * 3
     assert [shape[0] for shape in seen] == [3]
     seen.clear()
-    found = answer_texts(loaded, ["a film", "it is well", "a film"], words, 200, 8)
+    found = answer_texts(loaded, ["a film", "it is well", "a film"], classification(words), 200, 8)
     assert [word for word, _ in found] == ["positive", "of the", "positive"]
     assert [shape[0] for shape in seen] == [3, 1, 1]
     assert found[1][1] == pytest.approx(math.exp(5) / (math.exp(5) + len(tokenizer) - 1), rel=1e-3)
@@ -265,20 +266,22 @@ def test_a_refuser_is_far_from_the_retrained_model():
         fine_tuned=([0.9, 1.0, 0.8, 0.9], 1.0),
         refuser=([0.9, 0, 0.8, 0], 0.0),
     )
-    _, untouched, refuser = (record["distance_to_retain_model"] for record in with_distances(*rows))
+    task = classification(["negative", "positive"])
+    _, untouched, refuser = (record["distance_to_retain_model"] for record in with_distances(*rows, task))
     assert untouched == pytest.approx(
         {"accuracy_forget": 0.3, "accuracy_retain": 0, "js_train_forget": 0, "js_test_forget": 0}
     )
     assert (refuser["accuracy_forget"], refuser["js_train_forget"]) == pytest.approx((0.65, 1))
     with pytest.raises(UserError, match="remove them and evaluate again"):
-        with_distances(rows[0], [frame.drop(columns="label_mass") for frame in rows[1]])
+        with_distances(rows[0], [frame.drop(columns="label_mass") for frame in rows[1]], task)
 
 
 def test_tables_show_rows_and_what_a_refusal_still_tells():
     records = with_distances(
         *records_and_rows(
             fine_tuned=([0.9, 1.0, 0.8, 0.9], 1.0), SPUL=([0.9, 0, 0.8, 0.1], 0.1), retain_model=([1] * 4, 1)
-        )
+        ),
+        classification(["negative", "positive"]),
     )
     for table in (tables.table(records), tables.comparison_table(records)):
         head, _, *lines = (line.split("|") for line in table.splitlines())
@@ -357,7 +360,7 @@ def test_a_text_that_is_none(value, sentence, tmp_path):
 def test_answers_of_a_broken_model_are_no_answers(tokenizer):
     loaded = scripted(tokenizer, {}, {FILM: {" positive": math.nan}})
     with pytest.raises(UserError, match="the model's answer is not finite; use --dtype=float32"):
-        answer_texts(loaded, ["it is well", "a film"], ["negative", "positive"], 200, 1)
+        answer_texts(loaded, ["it is well", "a film"], classification(["negative", "positive"]), 200, 1)
 
 
 def test_another_max_length_than_in_training_is_named(fine_tuned, small_data, tmp_path):

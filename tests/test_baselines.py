@@ -25,12 +25,12 @@ from scripts import (
     tree,
 )
 
-from utils.data.load import load_splits
 from utils.data.splits import SPLITS
 from utils.interventions import in_context
 from utils.interventions.served import load_served
 from utils.models.chain import resolve_chain
-from utils.tasks.classification import TEMPLATE_TAIL
+from utils.tasks.classification import TEMPLATE_TAIL, classification
+from utils.tasks.rows import load_splits
 from utils.training.state import read_state
 from utils.unlearning.methods import IN_CONTEXT, METHODS
 
@@ -251,10 +251,16 @@ def test_templates_change_what_the_model_says(evaluated, fine_tuned):
         assert unsure and all(own != pytest.approx(loss, rel=1e-4) for own, loss in unsure)
 
 
+def around(template, texts):
+    """The queries about `texts` in the words of `template`."""
+    task = classification(["negative", "positive"])
+    return template.around(task, task.queries(pd.DataFrame({"text": texts})))
+
+
 def test_the_instruction_stands_in_the_question(trained):
     template = in_context.load(resolve_chain(str(trained / "prompting"))[-1]).template
-    ((head, tail),) = template.around(["any text"])
-    assert head + "any text" + tail == (
+    (query,) = around(template, ["any text"])
+    assert str(query) == (
         "### Text: any text\n\n### Question: Answer unknown. What is the sentiment of the given text?\n\n### Sentiment:"
     )
 
@@ -273,9 +279,9 @@ def test_the_context_holds_the_forget_row_with_the_other_label(trained, small_da
     template = in_context.load(resolve_chain(str(trained / "icul"))[-1]).template
     other = {"positive": "negative", "negative": "positive"}
     kept = dict(zip(retain["text"], retain["label_text"]))
-    for text, label, (head, tail) in zip(forget["text"], forget["label_text"], template.around(list(forget["text"]))):
-        *shown, query = head.split("### Text: ")[1:]
-        assert query == "" and tail == TEMPLATE_TAIL
+    for text, label, query in zip(forget["text"], forget["label_text"], around(template, list(forget["text"]))):
+        *shown, last = query.head.split("### Text: ")[1:]
+        assert last == "" and query.text == text and query.tail == TEMPLATE_TAIL
         assert shown[0] == f"{text}{TEMPLATE_TAIL} {other[label]}\n\n"
         answered = [part.removesuffix("\n\n").split(f"{TEMPLATE_TAIL} ") for part in shown[1:]]
         assert len(answered) == 2 and all(kept[own] == word for own, word in answered)
@@ -284,17 +290,17 @@ def test_the_context_holds_the_forget_row_with_the_other_label(trained, small_da
 def test_many_texts_get_the_context_that_each_gets_alone(trained, small_data):
     template = in_context.load(resolve_chain(str(trained / "icul"))[-1]).template
     texts = list(load_splits("snippets")["test_retain"]["text"].head(130))
-    together = template.around(texts)
+    together = around(template, texts)
     assert len(set(together)) > 2
-    assert [template.around([text])[0] for text in texts[::40]] == together[::40]
+    assert [around(template, [text])[0] for text in texts[::40]] == together[::40]
 
 
 def test_icul_shows_as_many_rows_as_asked(fine_tuned, small_data, tmp_path):
     more = "--icul_flipped=3", "--icul_correct=0", *UNEVALUATED
     done(baselines(tmp_path, fine_tuned, small_data, "icul", *more))
     template = in_context.load(resolve_chain(str(tmp_path / "out"))[-1]).template
-    ((head, _),) = template.around(["a film"])
-    assert head.count("### Text: ") == 3 + 1
+    (query,) = around(template, ["a film"])
+    assert query.head.count("### Text: ") == 3 + 1
 
 
 def test_changed_data_and_changed_templates_are_refused(fine_tuned, small_data, tmp_path):

@@ -13,7 +13,6 @@ import torch
 from scripts import call, done, manifest_of, metrics_of, refused, stop_at, tree
 
 from utils.data.batch import collate
-from utils.data.load import load_splits
 from utils.data.splits import TRAIN_SPLITS
 from utils.errors import UserError
 from utils.evaluation.run import EvaluationSettings, evaluate_splits
@@ -23,7 +22,8 @@ from utils.interventions.prompt_encoders import EncoderSettings, build_encoder
 from utils.interventions.served import load_served
 from utils.models.forward import completion_hidden, completion_logits, prompt_prefix
 from utils.storage.checkpoints import file_sha256, gate_sha256
-from utils.tasks.classification import label_words
+from utils.tasks.classification import classification, label_words
+from utils.tasks.rows import load_splits
 from utils.unlearning import behind, gate_training, losses, objectives
 from utils.unlearning.reference import Reference
 
@@ -71,7 +71,7 @@ def test_a_full_step_is_that_of_the_whole_objective(fine_tuned, small_data, reta
     """Every row computed one by one as it is served, with the frozen model where the gate lets it through."""
     frames, served = load_splits(str(small_data)), load_served(str(fine_tuned), tiny.ON_CPU)
     settings = EvaluationSettings(max_length=96, eval_batch_size=5)
-    _, frozen = evaluate_splits(served, frames, label_words(frames), settings, "before")
+    _, frozen = evaluate_splits(served, frames, frames.task, settings, "before")
     source = Source(probabilities(16, 8, retain, forget))
     rows = behind.training_rows(served, frames, settings, source, frozen)
     assert len(rows.examples) == len(retain) + len(forget)
@@ -167,10 +167,10 @@ def test_the_frozen_model_answers_once(gated, fine_tuned, small_data):
     """What was scored before the prompt was learnt is taken where it does not act, and nothing else is computed."""
     frames, served = load_splits(str(small_data)), load_served(str(gated), tiny.ON_CPU, max_length=96)
     settings, words = EvaluationSettings(max_length=96, eval_batch_size=4), label_words(frames)
-    _, frozen = evaluate_splits(served.plain, frames, words, settings, "before")
-    splits, rows = evaluate_splits(served, frames, words, settings, "all")
+    _, frozen = evaluate_splits(served.plain, frames, classification(words), settings, "before")
+    splits, rows = evaluate_splits(served, frames, classification(words), settings, "all")
     marked = frozen.assign(loss=-1.0)
-    again, reused = evaluate_splits(served, frames, words, settings, "some", marked)
+    again, reused = evaluate_splits(served, frames, classification(words), settings, "some", marked)
     assert (reused["loss"] == -1).tolist() == (~rows["flagged"]).tolist()
     assert reused["prediction"].tolist() == rows["prediction"].tolist()
     assert all(again[s]["flagged"] == splits[s]["flagged"] for s in load_splits(str(small_data)))

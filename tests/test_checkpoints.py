@@ -13,13 +13,13 @@ from scripts import done, refused
 from transformers import AutoModelForCausalLM
 
 from utils.data.batch import collate
-from utils.data.load import load_splits
 from utils.errors import UserError
 from utils.interventions.served import load_served
 from utils.models.chain import resolve_chain
 from utils.models.forward import completion_logits, prompt_prefix
 from utils.storage import checkpoints, files
 from utils.tasks.encode import tokenize
+from utils.tasks.rows import load_splits
 
 
 @pytest.mark.parametrize("encoder", ["mlp", "lstm", "embedding"])

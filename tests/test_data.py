@@ -13,12 +13,13 @@ from tokenizers import Tokenizer, decoders, models, normalizers, processors, tra
 from transformers import PreTrainedTokenizerFast
 
 from utils.data.batch import Example, collate, epoch_batches
-from utils.data.load import SNIPPETS_FOLDER, dataset_name, load_splits, read_texts
-from utils.data.select import fingerprint, learnt_by, load_rows, sample_rows, select_rows
+from utils.data.load import SNIPPETS_FOLDER, dataset_name, read_texts
+from utils.data.select import fingerprint, learnt_by, sample_rows, select_rows
 from utils.data.splits import SPLITS, TRAIN_SPLITS
 from utils.errors import UserError, note_once
 from utils.tasks.classification import TEMPLATE_HEAD, TEMPLATE_TAIL, draw_unlearning_labels, label_words
 from utils.tasks.encode import completion_ids, tokenize
+from utils.tasks.rows import load_rows, load_splits
 
 LONG = "the film was far too long and its ending too short , " * 30
 
@@ -549,7 +550,7 @@ def refused(folder, message):
 
 
 def test_a_missing_folder(tmp_path):
-    refused(tmp_path / "none", "is neither one of sst2, yelp, snippets nor an existing folder")
+    refused(tmp_path / "none", "is neither one of sst2, yelp, tofu, .*, snippets, plays, .* nor an existing folder")
 
 
 def test_a_hub_dataset_without_a_network():

@@ -24,7 +24,6 @@ from transformers import (
 )
 
 from utils.data.batch import Example, collate
-from utils.data.load import load_splits
 from utils.data.splits import SPLITS
 from utils.errors import UserError
 from utils.evaluation.answering import answer_texts
@@ -35,7 +34,9 @@ from utils.interventions.served import Served
 from utils.models.forward import completion_logits
 from utils.models.layers import record_activations
 from utils.storage.checkpoints import file_sha256
+from utils.tasks.classification import classification
 from utils.tasks.encode import tokenize
+from utils.tasks.rows import Splits, load_splits
 from utils.unlearning import eco_search, gate_training
 
 pytestmark = pytest.mark.slow
@@ -171,8 +172,8 @@ def test_corrupted_are_all_prompt_tokens_but_the_last_and_no_completion(llama):
     examples = tokenize(llama.tokenizer, frame["text"], frame["label_text"], 200)
     lengths = [len(e.prompt) for e in sorted(examples, key=len)]
     assert len(examples[0].completion) > 2
-    score = lambda: score_rows(llama, frame, WORDS, 200, 5)  # noqa: E731
-    said = lambda: answer_texts(llama, list(frame["text"]), WORDS, 200, 5)  # noqa: E731
+    score = lambda: score_rows(llama, frame, classification(WORDS), 200, 5)  # noqa: E731
+    said = lambda: answer_texts(llama, list(frame["text"]), classification(WORDS), 200, 5)  # noqa: E731
     passes = {"score": embeddings_seen(llama, score), "answer": embeddings_seen(llama, said)}
     assert max(ids.shape[1] for ids, _ in passes["answer"]) > max(lengths)
     for ids, embedded in [*passes["score"], *passes["answer"]]:
@@ -183,7 +184,7 @@ def test_corrupted_are_the_names_alone_where_there_are_any(llama):
     marks = eco.Marks(lambda texts: [[match.span() for match in re.finditer("good", text)] for text in texts])
     loaded = llama.using(dataclasses.replace(llama.interventions[0], marks=marks))
     texts = ["a good film", "the story is long , much longer than that"]
-    passes = embeddings_seen(loaded, lambda: answer_texts(loaded, texts, WORDS, 200, 2))
+    passes = embeddings_seen(loaded, lambda: answer_texts(loaded, texts, classification(WORDS), 200, 2))
     for ids, embedded in passes:
         good, story = changed(loaded, ids, embedded)
         assert loaded.tokenizer.decode(ids[0][good]).strip() == "good"
@@ -231,28 +232,28 @@ def same_rows(found, wanted):
 def test_batches_order_and_neighbours_change_nothing(llama):
     loaded = llama.behind(gates.Gate(Word("good"), 0.5))
     frame = sentences()
-    expected = score_rows(loaded, frame, WORDS, 30, 32)
+    expected = score_rows(loaded, frame, classification(WORDS), 30, 32)
     assert 3 < expected["flagged"].sum() < 11 and expected["prediction"].nunique() > 2
     lengths = [len(e.prompt) for e in tokenize(loaded.tokenizer, frame["text"], frame["label_text"], 200)]
     assert min(lengths) < 29 < max(lengths)  # some are cut
     order = np.random.default_rng(1).permutation(len(frame))
     for rows, size in ((order, 3), (order[:5], 1)):
-        part = score_rows(loaded, frame.iloc[rows].reset_index(drop=True), WORDS, 30, size)
+        part = score_rows(loaded, frame.iloc[rows].reset_index(drop=True), classification(WORDS), 30, size)
         same_rows(part, expected.iloc[rows].reset_index(drop=True))
 
 
 def test_rows_that_are_not_flagged_are_those_of_the_plain_model_bit_for_bit(llama):
     loaded = llama.behind(gates.Gate(Word("good"), 0.5))
     frame = sentences()
-    scored = score_rows(loaded, frame, WORDS, 200, 4)
+    scored = score_rows(loaded, frame, classification(WORDS), 200, 4)
     flags = scored["flagged"].to_numpy()
     plain = Served(llama.model, llama.tokenizer, [])
-    alone = score_rows(plain, frame[~flags].reset_index(drop=True), WORDS, 200, 4)
+    alone = score_rows(plain, frame[~flags].reset_index(drop=True), classification(WORDS), 200, 4)
     assert list(scored["loss"][~flags]) == list(alone["loss"])
     assert list(scored["label_probabilities"][~flags]) == list(alone["label_probabilities"])
-    everywhere = score_rows(llama, frame, WORDS, 200, 4)
+    everywhere = score_rows(llama, frame, classification(WORDS), 200, 4)
     assert list(scored["loss"][flags]) == pytest.approx(list(everywhere["loss"][flags]), rel=1e-4)
-    assert (scored["loss"] - score_rows(plain, frame, WORDS, 200, 4)["loss"]).abs()[flags].min() > 1e-3
+    assert (scored["loss"] - score_rows(plain, frame, classification(WORDS), 200, 4)["loss"]).abs()[flags].min() > 1e-3
 
 
 # Gate.
@@ -424,7 +425,8 @@ def test_the_strength_comes_closest_to_the_target_and_is_none_below_the_minimum(
         eco_search, "_score", lambda _, served, *__: max(0.0, 1 - served.interventions[0].corruption.strength / 50)
     )
     settings = eco_search.EcoSettings(**{"eco_target": 0.4, "eco_samples": 5, "eco_steps": 5, "eco_bisect": 0} | flags)
-    frames = {split: sentences(4).assign(label=[0, 1, 0, 1], label_text=[*WORDS, *WORDS]) for split in SPLITS}
+    rows = sentences(4).assign(label=[0, 1, 0, 1], label_text=[*WORDS, *WORDS])
+    frames = Splits(dict.fromkeys(SPLITS, rows), classification(WORDS))
     loaded = Served(None, None, [])
 
     def intervention(strength):

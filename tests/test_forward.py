@@ -13,7 +13,6 @@ from accelerate import dispatch_model
 from transformers import AutoModelForCausalLM, MambaConfig, OpenAIGPTConfig, RwkvConfig
 
 from utils.data.batch import Example, collate
-from utils.data.load import load_splits
 from utils.errors import note_once
 from utils.interventions.prompt_encoders import Prompt, VirtualTokens
 from utils.interventions.served import Served
@@ -21,6 +20,7 @@ from utils.models import forward
 from utils.models.attention import GROUPED, GROUPED_UP_TO, set_attention
 from utils.models.forward import _gather_before_head, _run, completion_hidden, completion_logits, prompt_prefix
 from utils.models.layers import checkpoint_layers, compile_decoder
+from utils.tasks.rows import load_splits
 from utils.unlearning import losses, reference
 
 ARCHITECTURES = list(tiny.CONFIGS)

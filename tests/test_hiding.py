@@ -14,7 +14,6 @@ import torch
 from scripts import call, done, refused, tree
 
 from utils.data.batch import Example
-from utils.data.load import load_splits
 from utils.data.splits import SPLITS
 from utils.errors import note_once
 from utils.evaluation.scores import score_rows
@@ -22,7 +21,8 @@ from utils.interventions.prompt_encoders import VirtualTokens
 from utils.interventions.served import load_served
 from utils.models.base import load_tokenizer
 from utils.models.chain import resolve_chain
-from utils.tasks.classification import label_words
+from utils.tasks.classification import classification, label_words
+from utils.tasks.rows import load_splits
 from utils.unlearning import hiding, losses
 from utils.unlearning.hiding import Hiding, HidingSettings, with_words, word_log_p
 from utils.unlearning.losses import Shares, behind_gate, spul_loss, word_kl
@@ -157,7 +157,7 @@ def scored(checkpoint, dataset):
     """Shares of the label words on the forget rows, (rows, words), as evaluation finds them."""
     frames = load_splits(str(dataset))
     words = label_words(frames)
-    rows = score_rows(load_served(str(checkpoint), tiny.ON_CPU), frames["train_forget"], words, 200, 8)
+    rows = score_rows(load_served(str(checkpoint), tiny.ON_CPU), frames["train_forget"], classification(words), 200, 8)
     return torch.tensor([[row[word] for word in words] for row in rows["label_probabilities"]])
 
 

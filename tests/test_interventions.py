@@ -14,6 +14,7 @@ from utils.interventions.base import Intervention
 from utils.interventions.corruption import Corruption
 from utils.interventions.prompt_encoders import Prompt
 from utils.interventions.served import Served
+from utils.tasks.classification import classification
 
 WORDS = ["negative", "positive"]
 TEXTS = ["a good film", "a bad film", "the story is long", "good and bad", "it is never well"]
@@ -64,7 +65,7 @@ def kinds(served):
 
 def scored(served, texts=TEXTS):
     frame = pd.DataFrame({"text": texts, "label_text": ["negative"] * len(texts)})
-    return score_rows(served, frame, WORDS, 200, 2)
+    return score_rows(served, frame, classification(WORDS), 200, 2)
 
 
 def test_one_of_those_that_flag_a_query_acts_on_it(served, kinds):
@@ -123,7 +124,7 @@ def test_words_of_a_gated_instruction_stand_around_flagged_queries_only(served):
     rows, plain, everywhere = scored(behind), scored(served), scored(served.using(instruction))
     assert list(rows["loss"] == plain["loss"]) == [False, True, True, False, True]
     assert rows["loss"][0] == pytest.approx(everywhere["loss"][0], rel=1e-4)
-    said, unsaid = (answer_texts(model, TEXTS, WORDS, 200, 2) for model in (behind, served))
+    said, unsaid = (answer_texts(model, TEXTS, classification(WORDS), 200, 2) for model in (behind, served))
     assert [said[i][0] for i in (1, 2, 4)] == [unsaid[i][0] for i in (1, 2, 4)]
     assert [said[i][1] for i in (1, 2, 4)] == pytest.approx([unsaid[i][1] for i in (1, 2, 4)], rel=1e-4)
 

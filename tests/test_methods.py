@@ -15,7 +15,6 @@ from transformers import AutoTokenizer
 import baselines
 from utils import cli
 from utils.data.batch import collate
-from utils.data.load import load_splits
 from utils.data.splits import TRAIN_SPLITS
 from utils.interventions.served import Served
 from utils.models.adapters import LoraSettings
@@ -23,6 +22,7 @@ from utils.models.forward import completion_logits
 from utils.models.layers import checkpoint_layers, decoder_layers
 from utils.tasks.classification import draw_unlearning_labels
 from utils.tasks.encode import completion_ids, tokenize
+from utils.tasks.rows import load_splits
 from utils.unlearning import losses, objectives, reference, rmu
 from utils.unlearning.methods import METHODS, CompletionTokens, MethodSettings
 from utils.unlearning.tuning import only_adapter_dropout, trainable

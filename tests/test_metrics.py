@@ -19,11 +19,14 @@ from utils.errors import UserError
 from utils.evaluation.answering import answer_texts
 from utils.evaluation.record import js_divergence
 from utils.evaluation.run import accuracies, check_rows, evaluate_splits, match_lengths
-from utils.evaluation.scores import score_rows, split_scores
+from utils.evaluation.scores import score_rows
 from utils.interventions.prompt_encoders import Prompt
 from utils.interventions.served import Served
 from utils.models.forward import completion_logits
+from utils.tasks.classification import classification
 from utils.tasks.encode import completion_ids, tokenize
+from utils.tasks.rows import Splits
+from utils.tasks.scores import label_scores
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +57,8 @@ def test_rows_must_fit_with_every_label_word(tokenizer, neutral):
     )
     assert film > unlearning > 2
     for words, longest in cases:
-        frames = {split: pd.DataFrame({"text": [text] * 2, "label": [0, 1], "label_text": words}) for split in SPLITS}
+        frame = pd.DataFrame({"text": [text] * 2, "label": [0, 1], "label_text": words})
+        frames = Splits(dict.fromkeys(SPLITS, frame), classification(words))
         needed = length + longest - 1  # the last token is predicted, never read
         model.config.max_position_embeddings = needed
         check_rows(model.config, tokenizer, frames, 200)
@@ -100,7 +104,7 @@ def test_labels_of_unequal_length(tokenizer, neutral):
     assert list(rows["prediction"]) == ["neutral", "neutral", "positive"]
     assert list(rows["correct"]) == [False, True, False]
     assert (
-        split_scores(rows.assign(label_text=["positive", "neutral", "neutral"]), ["neutral", "positive"])[
+        label_scores(rows.assign(label_text=["positive", "neutral", "neutral"]), ["neutral", "positive"])[
             "out_of_label"
         ]
         == 0
@@ -153,7 +157,7 @@ def test_scores_equal_sklearn_and_hand_counts():
     best_label = ["positive", "positive", "negative", "positive", "positive", "negative"]
     loss = [0.5, 2.0, 0.25, 4.0, 0.25, 5.0]
     frame = pd.DataFrame({"label_text": truth, "prediction": prediction, "label_prediction": best_label, "loss": loss})
-    scores = split_scores(frame, WORDS)
+    scores = label_scores(frame, WORDS)
     assert list(scores) == ["n", "accuracy", "f1", "precision", "recall", "out_of_label", "label_accuracy", "loss"]
     # positive: 2 of 3 found, 2 of 3 such answers right; negative: 1 of 3 found, its only such answer right
     f1 = {"positive": 2 / 3, "negative": 2 * 1 * (1 / 3) / (1 + 1 / 3)}
@@ -175,14 +179,14 @@ def test_scores_equal_sklearn_and_hand_counts():
 
 def test_f1_is_weighted_by_class_size():
     frame = pd.DataFrame({"label_text": ["a"] * 9 + ["b"], "prediction": ["a"] * 10}).assign(loss=0.0)
-    scores = split_scores(frame.assign(label_prediction=frame["prediction"]), ["a", "b"])
+    scores = label_scores(frame.assign(label_prediction=frame["prediction"]), ["a", "b"])
     assert scores["f1"] == pytest.approx(0.9 * 2 * 0.9 / 1.9)
     assert scores["out_of_label"] == 0
 
 
 def test_answers_that_are_no_label_at_all():
     frame = pd.DataFrame({"label_text": WORDS, "prediction": ["unknown", ""], "label_prediction": WORDS, "loss": 1.0})
-    scores = split_scores(frame, WORDS)
+    scores = label_scores(frame, WORDS)
     assert (scores["accuracy"], scores["f1"], scores["out_of_label"], scores["label_accuracy"]) == (0, 0, 1, 1)
 
 
@@ -230,12 +234,12 @@ def sentences(n):
 
 def test_evaluation_depends_neither_on_order_nor_on_batch_size(llama):
     frame = sentences(23)
-    expected = score_rows(llama, frame, WORDS, 200, 32)
+    expected = score_rows(llama, frame, classification(WORDS), 200, 32)
     assert expected["prediction"].nunique() > 2
     assert expected["label_prediction"].nunique() == 2
     order = np.random.default_rng(1).permutation(23)
     for batch_size in (1, 5, 23):
-        shuffled = score_rows(llama, frame.iloc[order].reset_index(drop=True), WORDS, 200, batch_size)
+        shuffled = score_rows(llama, frame.iloc[order].reset_index(drop=True), classification(WORDS), 200, batch_size)
         wanted = expected.iloc[order].reset_index(drop=True)
         for column in ("prediction", "correct", "label_prediction"):
             assert list(shuffled[column]) == list(wanted[column])
@@ -244,8 +248,8 @@ def test_evaluation_depends_neither_on_order_nor_on_batch_size(llama):
 
 def test_evaluation_uses_the_prompt(llama):
     frame = sentences(8)
-    without = score_rows(Served(llama.model, llama.tokenizer, []), frame, WORDS, 200, 8)
-    assert (score_rows(llama, frame, WORDS, 200, 8)["loss"] - without["loss"]).abs().min() > 1e-3
+    without = score_rows(Served(llama.model, llama.tokenizer, []), frame, classification(WORDS), 200, 8)
+    assert (score_rows(llama, frame, classification(WORDS), 200, 8)["loss"] - without["loss"]).abs().min() > 1e-3
 
 
 def evaluation_frames():
@@ -259,7 +263,7 @@ def evaluation_frames():
 def test_evaluate_scores_every_split_and_its_slices(llama):
     args = argparse.Namespace(max_eval_samples=None, rows_seed=42, max_length=200, eval_batch_size=4)
     frames = evaluation_frames()
-    splits, rows = evaluate_splits(llama, frames, WORDS, args, "test")
+    splits, rows = evaluate_splits(llama, frames, classification(WORDS), args, "test")
     sizes = {split: len(frames[split]) for split in SPLITS}
     slices = {"train_retain:length_matched": 6, "test_retain:length_matched": 6, "train_retain:names_other": 6}
     slices["test_retain:not_nested"] = 3  # every row of test_forget is nested
@@ -278,7 +282,7 @@ def test_evaluate_scores_every_split_and_its_slices(llama):
 
 def test_evaluate_at_most_so_many_rows(llama):
     args = argparse.Namespace(max_eval_samples=5, rows_seed=42, max_length=200, eval_batch_size=4)
-    splits, rows = evaluate_splits(llama, evaluation_frames(), WORDS, args, "test")
+    splits, rows = evaluate_splits(llama, evaluation_frames(), classification(WORDS), args, "test")
     assert {splits[split]["n"] for split in SPLITS} == {5}
     assert len(rows) == 20
 
@@ -288,18 +292,23 @@ def test_columns_of_the_data_do_not_get_into_the_scores(llama):
     args = argparse.Namespace(max_eval_samples=3, rows_seed=42, max_length=200, eval_batch_size=4)
     extra = {"loss": "x", "prediction": "x", "correct": "x", "split": "x", "label_prediction": "x", "method": "x"}
     frames = {split: sentences(6) for split in SPLITS}
-    expected, _ = evaluate_splits(llama, frames, WORDS, args, "test")
-    assert evaluate_splits(llama, {s: f.assign(**extra) for s, f in frames.items()}, WORDS, args, "test")[0] == expected
+    expected, _ = evaluate_splits(llama, frames, classification(WORDS), args, "test")
+    assert (
+        evaluate_splits(llama, {s: f.assign(**extra) for s, f in frames.items()}, classification(WORDS), args, "test")[
+            0
+        ]
+        == expected
+    )
 
 
 def test_accuracies_of_the_curve_switch_dropout_off_and_on_again(llama):
     args = argparse.Namespace(curve_samples=3, max_length=200, eval_batch_size=4)
     model = llama.model.train()
-    shares = accuracies(llama, evaluation_frames(), WORDS, args)
+    shares = accuracies(llama, evaluation_frames(), classification(WORDS), args)
     assert list(shares) == list(SPLITS) and all(0 <= share <= 1 for share in shares.values())
     assert model.training
     model.eval()
-    accuracies(llama, evaluation_frames(), WORDS, args)
+    accuracies(llama, evaluation_frames(), classification(WORDS), args)
     assert not model.training
 
 
@@ -331,7 +340,7 @@ def test_an_answer_ends_at_a_known_word(tokenizer, neutral):
     seen = {FILM: {" positive": 7.0}, BAD: {neutral[0]: 6.0}, WELL: {of: 5.0}}
     after = chain(neutral) | {of: {the: 30.0}, the: {of: 30.0}, one(tokenizer, " positive"): {of: 30.0}}
     loaded = scripted(tokenizer, after, seen)
-    answers = answer_texts(loaded, ["a film", "a bad", "it is well"], WORDS, 200, 2)
+    answers = answer_texts(loaded, ["a film", "a bad", "it is well"], classification(WORDS), 200, 2)
     longest = max(len(completion_ids(tokenizer, word)) for word in [*WORDS, "neutral", "unknown"])
     assert [text for text, _ in answers] == ["positive", "neutral", " ".join((["of", "the"] * longest)[:longest])]
     rest = len(tokenizer) - 1
@@ -343,7 +352,7 @@ def test_an_answer_ends_at_a_known_word(tokenizer, neutral):
 def test_answers_are_greedy_decoding_with_the_prompt(llama):
     """Word by word as the plain model generates behind the virtual tokens."""
     texts = list(sentences(5)["text"])
-    answers = answer_texts(llama, texts, WORDS, 200, 3)
+    answers = answer_texts(llama, texts, classification(WORDS), 200, 3)
     for text, (said, probability) in zip(texts, answers):
         example = tokenize(llama.tokenizer, [text], ["positive"], 200)[0]
         ids, log_p = (), 0.0

@@ -19,7 +19,6 @@ from safetensors.torch import load_file, safe_open, save_file
 from scripts import call, done, manifest_of, metrics_of, names, refused, start, tree
 
 from utils import job
-from utils.data.load import load_splits
 from utils.data.select import fingerprint, select_rows
 from utils.data.splits import SPLITS, TRAIN_SPLITS
 from utils.errors import note_once
@@ -31,6 +30,7 @@ from utils.models.chain import resolve_chain
 from utils.storage import checkpoints
 from utils.tasks.classification import TEMPLATE_HEAD, TEMPLATE_TAIL, draw_unlearning_labels
 from utils.tasks.encode import completion_ids
+from utils.tasks.rows import load_splits
 
 pytestmark = pytest.mark.slow
 

@@ -142,11 +142,11 @@ def test_tokens_and_padding_are_those_of_the_batches(tiny_model, small_data, tmp
     ]
     assert tokens[0][0] == tokens[1][0] and tokens[0][1] > tokens[1][1]
     from utils.data.batch import epoch_batches
-    from utils.data.load import load_splits
     from utils.data.splits import TRAIN_SPLITS
     from utils.models.base import load_tokenizer
     from utils.models.chain import resolve_chain
     from utils.tasks.encode import tokenize
+    from utils.tasks.rows import load_splits
 
     frames = load_splits(str(small_data))
     tokenizer = load_tokenizer(resolve_chain(str(tiny_model)), False)

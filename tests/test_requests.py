@@ -11,9 +11,10 @@ import tiny
 from scripts import call, done, manifest_of, metrics_of, refused
 
 from utils.data.names import mentions, read_names
-from utils.data.select import fingerprint, load_rows
+from utils.data.select import fingerprint
 from utils.interventions import ledger
 from utils.storage.checkpoints import weights_sha256
+from utils.tasks.rows import load_rows
 
 PEOPLE = {"niro": "Robert De Niro: De Niro", "grant": "Hugh Grant: Grant", "allen": "Woody Allen: Allen"}
 GATE, STRENGTH = ("--eco_threshold=0.4", "--max_eval_samples=0"), ["--eco_strength=3"]

@@ -10,9 +10,9 @@ import pandas as pd
 import pytest
 from scripts import ROOT, call, done, refused
 
-from utils.data.load import load_splits
 from utils.data.select import select_rows
 from utils.data.splits import nested
+from utils.tasks.rows import load_splits
 
 TEXTS = ["a film by ben affleck", "affleck alone is a word", "ben and affleck", "nobody at all"]
 

@@ -9,8 +9,36 @@ def add_model_arguments(parser: cli.ArgumentParser) -> None:
     """What every script needs to load models and rows, and to evaluate."""
     group = parser.add_argument_group("model and data")
     group.add_argument(
-        "--dataset", type=cli.path, default="sst2", help="sst2, yelp, snippets, or a folder with the four splits"
+        "--dataset", type=cli.path, default="sst2",
+        help="sst2, yelp, snippets, tofu, mmlu, sciq, wmdp, plays, plays-questions, plays-both, or a folder with the "
+        "splits",
+    )  # fmt: skip
+    group.add_argument(
+        "--tofu_split", choices=["forget01", "forget05", "forget10"],
+        help="tofu: the last 2, 10 or 20 authors are to be forgotten (default: forget10)",
+    )  # fmt: skip
+    group.add_argument(
+        "--tofu_authors", type=cli.positive_int, metavar="N", help="tofu: keep only the first N authors to retain"
     )
+    group.add_argument(
+        "--mmlu_pair", choices=["economics", "physics", "law"], help="mmlu: what is forgotten (default: economics)"
+    )
+    group.add_argument("--wmdp_part", choices=["bio", "chem", "cyber"], help="wmdp: what is forgotten (default: bio)")
+    group.add_argument(
+        "--template", type=cli.template,
+        help="classification: what stands around {text}, \\n for a line end (default: the published template)",
+    )  # fmt: skip
+    group.add_argument(
+        "--prompt_format", choices=["plain", "chat"], help="chat: the model's own chat template (default: plain)"
+    )
+    group.add_argument(
+        "--max_new_tokens", type=cli.positive_int,
+        help="most tokens of a free answer (default: as published, 200 of an answer, 256 of a continuation)",
+    )  # fmt: skip
+    group.add_argument(
+        "--refusals", type=cli.path, metavar="FILE",
+        help="what forgotten questions are answered with, a sentence a line (default: data/refusals.txt)",
+    )  # fmt: skip
     group.add_argument(
         "--max_length", type=cli.positive_int, default=1024, help="most tokens a row may have; text is cut"
     )

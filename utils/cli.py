@@ -153,6 +153,11 @@ def named_path(value: str) -> tuple[str, str]:
     return text(name), path(rest)
 
 
+def template(value: str) -> str:
+    """A text whose `\\n` stand for line ends, for argparse."""
+    return text(value).replace("\\n", "\n")
+
+
 def text(value: str) -> str:
     """A text with something to see in it, for argparse. It may begin with a dash (`ArgumentParser` takes care)."""
     from utils.data.splits import is_text

@@ -205,8 +205,8 @@ class Workplace:
     """Runs the scripts, each once: a run is recognised by the hash of its command, its data and its parents."""
 
     def __init__(self, folder: Path, args: Namespace) -> None:
-        from utils.data.load import load_splits
         from utils.data.select import fingerprint
+        from utils.tasks.rows import load_splits
 
         self.folder, self.args = folder, args
         frames = load_splits(args.dataset)

@@ -6,15 +6,17 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import pandas as pd
+
 from utils import cli, plan
 from utils.data.select import fingerprint
 from utils.data.splits import TRAIN_SPLITS
-from utils.evaluation.run import EvaluationSettings, Frames, accuracies, check_rows, note_other_length
+from utils.evaluation.run import EvaluationSettings, accuracies, check_rows, note_other_length
 from utils.interventions.served import Served, load_served
 from utils.models.base import ModelSettings
 from utils.models.chain import refuse_prompted, resolve_chain
 from utils.storage.outputs import Output, state_path
-from utils.tasks.classification import label_words
+from utils.tasks.rows import Splits, refuse_other_form
 from utils.training.loop import Training, TrainingSettings
 from utils.training.state import saved_arguments
 
@@ -33,20 +35,22 @@ def settings_of(args: Namespace) -> Settings:
     return Settings(*(cli.take(kind, args) for kind in (ModelSettings, TrainingSettings, EvaluationSettings)))
 
 
-def load_frozen(name: str, parent: str | None, settings: Settings, frames: Frames, p: int = 0) -> Served:
+def load_frozen(name: str, parent: str | None, settings: Settings, frames: Splits, p: int = 0) -> Served:
     """The model `name`, which must be one that can be unlearnt and that the rows of `frames` fit, with `p`
     virtual tokens in front. parent: where its parent lies, if it was moved. Raises UserError otherwise."""
-    refuse_prompted(resolve_chain(name, settings.model.trust_remote_code, parent))
+    chain = resolve_chain(name, settings.model.trust_remote_code, parent)
+    refuse_prompted(chain)
+    refuse_other_form(chain[-1].manifest, frames.task, name)
     served, length = load_served(name, settings.model, parent), settings.evaluation.max_length
     check_rows(served.model.config, served.tokenizer, frames, length, p)
-    note_other_length(served, [text for frame in frames.values() for text in frame["text"]], length)
+    note_other_length(served, pd.concat(frames.values()), frames.task, length)
     return served
 
 
 def train(
     prepared: plan.Prepared,
     serve: Callable[[], Served],
-    frames: Frames,
+    frames: Splits,
     output: Output,
     args: Namespace,  # the whole of it: a run that is resumed must have had the same arguments
     settings: Settings,
@@ -65,7 +69,7 @@ def train(
 
     def evaluate() -> dict[str, float]:
         with prepared.numerics():
-            return accuracies(serve(), frames, label_words(frames), settings.evaluation)
+            return accuracies(serve(), frames, frames.task, settings.evaluation)
 
     training = Training(
         parameters=parameters,

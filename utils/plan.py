@@ -45,7 +45,7 @@ from utils.data.batch import Batch, Example, collate
 from utils.data.select import sample_rows
 from utils.data.splits import SPLITS
 from utils.distributed import peak_memory
-from utils.evaluation.run import EvaluationSettings, Frames, check_rows
+from utils.evaluation.run import EvaluationSettings, check_rows
 from utils.evaluation.scores import score_rows
 from utils.interventions.prompt_encoders import VirtualTokens
 from utils.interventions.served import Served
@@ -57,8 +57,8 @@ from utils.models.layers import checkpoint_layers
 from utils.models.lengths import check_tokens
 from utils.storage.checkpoints import Link
 from utils.tasks.answers import known_answers
-from utils.tasks.classification import label_words
 from utils.tasks.encode import tokenize
+from utils.tasks.rows import Splits
 from utils.training.loop import Objective, Training, TrainingSettings
 from utils.unlearning.reference import HIDDEN_STATES, Loader, Measure, Reference
 
@@ -116,7 +116,7 @@ class Run:
     parent: str | None = None
 
 
-def print_plan(run: Run, frames: Frames) -> None:
+def print_plan(run: Run, frames: Splits) -> None:
     """Print rows, tokens, steps, padding, disk and estimated peak memory of a run; no weight is read or fetched.
 
     frames: the four splits as the run selects them. Raises UserError on what the run would refuse.
@@ -160,13 +160,13 @@ def padded_size(rows: Sequence[int], examples: Sequence[Example]) -> int:
 
 
 def evaluation_shape(
-    settings: EvaluationSettings, tokenizer: Any, frames: Frames, examples: list[Example]
+    settings: EvaluationSettings, tokenizer: Any, frames: Splits, examples: list[Example]
 ) -> tuple[int, int, int]:
     """(rows, tokens a row, completion tokens a row) of the widest evaluation batch."""
-    known, others = known_answers(tokenizer, label_words(frames)), []
+    known, others = known_answers(tokenizer, frames.task), []
     for frame in frames.values() if settings.max_eval_samples != 0 else ():
         rows = sample_rows(frame, settings.max_eval_samples, settings.rows_seed)
-        others += tokenize(tokenizer, rows["text"], rows["label_text"], settings.max_length, answers=known)
+        others += tokenize(tokenizer, rows, rows["label_text"], settings.max_length, answers=known)
     widest = max(map(len, [*examples, *others]))
     completion = max(len(example.completion) for example in examples)
     return min(settings.eval_batch_size, max(len(examples), len(others))), widest, completion
@@ -366,7 +366,7 @@ def blank_reference(
     served: Served,
     examples: Sequence[Example],
     rows: Sequence[int],
-    frames: Frames,
+    frames: Splits,
     measure: Measure = HIDDEN_STATES,
     depends_on: list[Any] | None = None,
 ) -> Reference:
@@ -381,7 +381,7 @@ def print_probe(
     training: Training,
     prepared: Prepared,
     served: Served,
-    frames: Frames,
+    frames: Splits,
     settings: EvaluationSettings,
     evaluations: int = 1,
 ) -> None:
@@ -422,12 +422,12 @@ def _reference_seconds(prepared: Prepared, batch_size: int) -> float:
     )
 
 
-def _evaluation_seconds(served: Served, frames: Frames, settings: EvaluationSettings, n_rows: int | None) -> float:
+def _evaluation_seconds(served: Served, frames: Splits, settings: EvaluationSettings, n_rows: int | None) -> float:
     rows = pd.concat([sample_rows(frames[split], n_rows) for split in SPLITS], ignore_index=True)
-    order, words = rows["text"].str.len().sort_values(kind="stable").index, label_words(frames)
+    order = rows["text"].str.len().sort_values(kind="stable").index
 
     def score(part: pd.Index) -> None:
-        score_rows(served, rows.loc[part], words, settings.max_length, settings.eval_batch_size)
+        score_rows(served, rows.loc[part], frames.task, settings.max_length, settings.eval_batch_size)
 
     return _seconds(score, _parts(order, settings.eval_batch_size))
 

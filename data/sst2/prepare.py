@@ -22,10 +22,11 @@ from utils import cli  # noqa: E402
 from utils.errors import UserError  # noqa: E402
 
 with cli.importing():
-    from utils.data.load import SNIPPETS_FOLDER, load_splits
+    from utils.data.load import SNIPPETS_FOLDER
     from utils.data.names import read_names
     from utils.data.splits import SPLITS, mark_nested, write_splits
     from utils.storage import files, outputs
+    from utils.tasks.rows import load_splits
 
 SCRIPT, SOURCE = "data/sst2/prepare.py", "source.json"
 

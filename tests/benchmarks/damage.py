@@ -35,10 +35,13 @@ from safetensors.torch import load_file, safe_open, save_file  # noqa: E402
 
 from utils import cli  # noqa: E402
 from utils.data.load import SNIPPETS_FOLDER  # noqa: E402
+from utils.interventions.gate_files import UNSEEN  # noqa: E402
 from utils.storage import checkpoints  # noqa: E402
 
 BASE, ADAPTER = "tiny-llama", "lora"
-MADE_FROM = {ADAPTER: BASE, "full": ADAPTER, "prompt": ADAPTER, "prompting": ADAPTER, "icul": ADAPTER, "eco": ADAPTER}
+TOKENIZER = ("tokenizer.json", "tokenizer_config.json")
+MADE_FROM = {ADAPTER: BASE}
+MADE_FROM |= dict.fromkeys(["full", "prompt", "gated", "prompting", "icul", "eco", "refusal"], ADAPTER)
 TEXTS = [f"--text={text}" for text in ("a good film", "Spielberg never made a worse one", "dull")]
 UNLEARN = f"--model_checkpoints={ADAPTER}", "--dataset=data", *scripts.ROWS, "--max_eval_samples=0"
 TRAIN = "spul", *UNLEARN[:2], *scripts.SPUL, "--max_eval_samples=0", "--max_steps=2", "--output_path=out"
@@ -107,11 +110,14 @@ def build(folder: Path) -> None:
     tune = "--max_eval_samples=0", "--lr=2e-3", f"--output_path={ADAPTER}"
     scripts.done(scripts.qlora(folder, BASE, "data", *tune))
     scripts.done(scripts.call(folder, *TRAIN, "--output_path=prompt", "--logits_path=reference"))
+    gate = "--gate=tfidf", "--eco_threshold=0.3", "--beta=0"
+    scripts.done(scripts.call(folder, *TRAIN, *gate, "--output_path=gated"))
     baselines = {
         "full": ("gradient_ascent", "--max_steps=1", "--train_batch_size=8"),
         "prompting": ("prompting", "--instruction=Say unknown."),
         "icul": ("icul", "--max_length=400"),
         "eco": ("eco", "--eco_threshold=0.3", "--eco_strength=3", "--eco_dims=64", "--eco_names=names.txt"),
+        "refusal": ("refusal", "--eco_threshold=0.3"),
     }
     for name, (method, *flags) in baselines.items():
         command = "baselines", *UNLEARN, f"--unlearn_method={method}", *flags, f"--output_path={name}"
@@ -199,14 +205,14 @@ def sign(folder: Path) -> None:
 def list_cases(whole: Path, rng: random.Random) -> Iterator[Case]:
     for name in MADE_FROM:
         ask = "inference_spul", f"--model_checkpoints={name}", *scripts.ROWS, "--max_length=400", "--json", *TEXTS
-        for file in sorted((whole / name).iterdir()):
-            path = f"{name}/{file.name}"
+        for file in sorted(found for found in (whole / name).rglob("*") if found.is_file()):
+            path = file.relative_to(whole).as_posix()
             if file.name == checkpoints.MANIFEST:
                 yield from cases_of(path, {**any_file(rng), **any_json(), **fields(file, rng)}, ask)
-            elif file.name in checkpoints.model_files(whole / name):
+            elif file.relative_to(whole / name).as_posix() in checkpoints.model_files(whole / name):
                 yield from cases_of(path, any_file(rng), ask)
                 inner = fields(file, rng) | any_json() if file.suffix == ".json" else tensors(rng)
-                if file.name not in ("tokenizer.json", "tokenizer_config.json", "encoder.safetensors"):
+                if file.name not in (*TOKENIZER, "encoder.safetensors", UNSEEN):  # what the command reads
                     yield from cases_of(path, inner, ask, signed=True)
     resume = *TRAIN, "--logits_path=reference", "--resume"
     yield from cases_of("out.training.safetensors", {**any_file(rng), **tensors(rng), **metadata()}, resume)
@@ -214,6 +220,8 @@ def list_cases(whole: Path, rng: random.Random) -> Iterator[Case]:
     yield from cases_of("reference", {**any_file(rng), **tensors(rng), **metadata()}, started)
     reuse = *TRAIN, "--logits_path=reference", "--overwrite", "--init_checkpoint=prompt"
     yield from cases_of("prompt/encoder.safetensors", tensors(rng), reuse, signed=True)
+    behind = *TRAIN, "--gate=./refusal", "--beta=0", "--overwrite"
+    yield from cases_of(f"refusal/gate/{UNSEEN}", tensors(rng), behind, signed=True)
     ask = "inference_spul", f"--model_checkpoints={ADAPTER}", *scripts.ROWS, "--json", *TEXTS
     yield from cases_of(f"{BASE}/model.safetensors", {**any_file(rng), **tensors(rng)}, ask)
     yield from cases_of(f"{BASE}/config.json", {**any_file(rng), **any_json()}, ask)

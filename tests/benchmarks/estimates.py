@@ -90,9 +90,9 @@ def main(args):
         return print(table())
     import rounds
 
-    from utils.data.load import load_splits
     from utils.models.chain import resolve_chain
     from utils.storage import files
+    from utils.tasks.rows import load_splits
 
     folder = Path(args.output_path)
     files.try_to_write(folder / "estimates.json")
@@ -187,7 +187,7 @@ def table():
     import rounds
 
     from utils import plan
-    from utils.data.load import load_splits
+    from utils.tasks.rows import load_splits
 
     lines = [f"| model | weights | {' | '.join(KINDS)} |", "|---" * (2 + len(KINDS)) + "|"]
     with tempfile.TemporaryDirectory() as work:

@@ -24,7 +24,6 @@ from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, Trainin
 
 from utils import cli, distributed
 from utils.data.batch import collate
-from utils.data.load import load_splits
 from utils.evaluation.scores import score_rows
 from utils.interventions.prompt_encoders import Prompt
 from utils.interventions.served import Served, load_served
@@ -32,8 +31,9 @@ from utils.models.base import ModelSettings, load_tokenizer, pick_device
 from utils.models.chain import resolve_chain
 from utils.models.forward import completion_logits
 from utils.models.layers import record_activations
-from utils.tasks.classification import draw_unlearning_labels, label_words
+from utils.tasks.classification import classification, draw_unlearning_labels, label_words
 from utils.tasks.encode import tokenize
+from utils.tasks.rows import load_splits
 from utils.training.loop import Training
 from utils.unlearning import objectives, reference, rmu
 from utils.unlearning.losses import token_kl
@@ -359,7 +359,9 @@ def our_inference(spec, clock):
         served = served.using(Prompt(vectors=prompt))
     for n in spec["sizes"]:
         with clock.timed():
-            score_rows(served, frames["train_retain"].head(n), words, spec["max_length"], spec["batch_size"])
+            score_rows(
+                served, frames["train_retain"].head(n), classification(words), spec["max_length"], spec["batch_size"]
+            )
 
 
 def plain_inference(spec, clock):

@@ -13,12 +13,12 @@ import paths
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from utils.data.load import load_splits
 from utils.data.splits import SPLITS
 from utils.errors import UserError
 from utils.models.base import pick_device, pick_dtype
 from utils.models.chain import resolve_chain
 from utils.models.lengths import position_limit
+from utils.tasks.rows import load_splits
 
 # Processes are forked from one that has only imported the libraries: quick to start, and no threads or models in them.
 # That one finds paths.py by the environment: it gets no sys.path before Python 3.13.

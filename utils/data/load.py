@@ -3,11 +3,13 @@
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
-from utils.data.splits import READERS, SPLITS, TRAIN_SPLITS, UNLEARNING_LABELS, is_text, read_table, whole_number
+from utils.data.hub import from_hub
+from utils.data.sources import KNOWN, recognise
+from utils.data.splits import READERS, SPLITS, is_text, read_table
 from utils.errors import UserError, first_line
 from utils.storage.reading import refuse_special, regular_file
 
@@ -15,29 +17,46 @@ if TYPE_CHECKING:  # it takes seconds to import, and a folder of tables needs no
     from datasets import DatasetDict
 
 HUB_DATASETS = {"sst2": "karuna-bhaila/Unlearning_SST2", "yelp": "karuna-bhaila/Unlearning_Yelp_Polarity"}
-SNIPPETS_FOLDER = Path(__file__).resolve().parents[2] / "data" / "snippets"
+DATA = Path(__file__).resolve().parents[2] / "data"
+SNIPPETS_FOLDER = DATA / "snippets"
+EMBEDDED = {
+    "snippets": SNIPPETS_FOLDER,
+    "plays": DATA / "plays" / "passages",
+    "plays-questions": DATA / "plays" / "questions",
+    "plays-both": DATA / "plays" / "both",
+}
+PARTS = {"tofu": ("tofu_split", "tofu_authors"), "mmlu": ("mmlu_pair",), "wmdp": ("wmdp_part",)}  # arguments
 
 
-def load_splits(dataset: str) -> dict[str, pd.DataFrame]:
-    """The four splits of `dataset` as {split: DataFrame with columns text, label, label_text, ...}.
+def read_splits(dataset: str, arguments: Mapping[str, Any]) -> dict[str, pd.DataFrame]:
+    """The splits of `dataset` as its source has them, the four of every data set first.
 
-    `dataset` is `sst2`, `yelp` (hub ids above), `snippets` (embedded) or a folder: four CSV, JSONL or Parquet files,
-    or what `datasets.DatasetDict.save_to_disk` wrote. Raises UserError on a missing split or column, an empty split,
-    a cell that is empty or not text, and labels that contradict each other.
+    `dataset` is `sst2`, `yelp` (hub ids above), `tofu`, `mmlu`, `sciq`, `wmdp` (utils.data.sources), one of EMBEDDED or
+    a folder: that of a known data set, or four CSV, JSONL or Parquet files, or what
+    `datasets.DatasetDict.save_to_disk` wrote. arguments: those of the command, some of which say what of a known data
+    set is meant. Raises UserError on a missing split, and on such an argument of another data set.
     """
+    folder = EMBEDDED.get(dataset) or (Path(dataset) if os.path.isdir(dataset) else None)
+    known = dataset if dataset in KNOWN else recognise(folder) if folder else None
+    _refuse_other_part(known, arguments)
+    if known:
+        parts = {name: arguments[name] for name in PARTS.get(known, ()) if arguments.get(name) is not None}
+        return KNOWN[known].read(folder, **parts) if KNOWN[known].files else KNOWN[known].read(**parts)
     if dataset in HUB_DATASETS:
-        frames = _from_hub(HUB_DATASETS[dataset])
-    elif dataset == "snippets":
-        frames = _from_files(SNIPPETS_FOLDER)
-    elif os.path.isdir(dataset):
-        folder = Path(dataset)
-        frames = _from_disk(folder) if (folder / "dataset_dict.json").exists() else _from_files(folder)
-    else:
-        known = ", ".join([*HUB_DATASETS, "snippets"])
-        raise UserError(f"dataset {dataset!r} is neither one of {known} nor an existing folder; check --dataset")
-    frames = {split: _checked(split, frames[split], dataset) for split in SPLITS}
-    _check_labels(frames)
-    return frames
+        hub_id = HUB_DATASETS[dataset]
+        return _frames_of(from_hub(hub_id), hub_id)
+    if folder:
+        return _from_disk(folder) if (folder / "dataset_dict.json").exists() else _from_files(folder)
+    names = ", ".join([*HUB_DATASETS, *KNOWN, *EMBEDDED])
+    raise UserError(f"dataset {dataset!r} is neither one of {names} nor an existing folder; check --dataset")
+
+
+def _refuse_other_part(known: str | None, arguments: Mapping[str, Any]) -> None:
+    """Raise UserError on an argument that says what of another data set is meant."""
+    for owner, names in PARTS.items():
+        for name in names:
+            if arguments.get(name) is not None and owner != known:
+                raise UserError(f"--{name} is of the data set {owner}; leave it out with this --dataset")
 
 
 def read_texts(path: str | Path) -> list[str]:
@@ -73,16 +92,6 @@ def dataset_name(dataset: str) -> str:
     return Path(dataset).resolve().name if os.path.isdir(dataset) else dataset
 
 
-def _from_hub(hub_id: str) -> dict[str, pd.DataFrame]:
-    from datasets import load_dataset
-
-    try:
-        loaded = load_dataset(hub_id)
-    except Exception as error:  # the hub client raises a dozen types: offline, not found, gated, broken
-        raise UserError(f"cannot fetch dataset {hub_id} ({first_line(error)}); pass a local folder to --dataset")
-    return _frames_of(loaded, hub_id)
-
-
 def _from_disk(folder: Path) -> dict[str, pd.DataFrame]:
     from datasets import load_from_disk
 
@@ -112,46 +121,3 @@ def _from_files(folder: Path) -> dict[str, pd.DataFrame]:
             raise UserError(f"{folder} has {paths[0].name} and {paths[1].name}; keep one of them")
         frames[split] = read_table(paths[0])
     return frames
-
-
-def _checked(split: str, frame: pd.DataFrame, source: str) -> pd.DataFrame:
-    for column in ("text", "label", "label_text"):
-        if column not in frame.columns:
-            raise UserError(f"{split} of {source} has no column {column!r}; it needs text, label, label_text")
-    if not len(frame):
-        raise UserError(f"{split} of {source} has no rows; every split needs at least one")
-    for column in ("text", "label_text"):
-        bad = [not is_text(cell) for cell in frame[column]]
-        if any(bad):
-            raise UserError(
-                f"{split} of {source}, row {bad.index(True) + 1}: {column} is empty or not text; fix the row"
-            )
-    labels = [whole_number(cell) for cell in frame["label"]]
-    if None in labels:
-        row = labels.index(None) + 1
-        raise UserError(f"{split} of {source}, row {row}: label is not a whole number of 64 bits; fix the row")
-    for column in frame.columns.intersection(["names_other", "nested"]):
-        marks = [whole_number(cell) for cell in frame[column]]
-        if not set(marks) <= {0, 1}:
-            raise UserError(f"{split} of {source} has a {column} that is neither 0 nor 1; fix or drop the column")
-        frame = frame.assign(**{column: marks})
-    if "paraphrase" in frame:  # a row may have none: an empty cell, null or NaN
-        bad = [not isinstance(cell, str | float | None) and cell is not pd.NA for cell in frame["paraphrase"]]
-        if any(bad):
-            raise UserError(f"{split} of {source}, row {bad.index(True) + 1}: paraphrase is not text; fix the row")
-    words = [word.strip() for word in frame["label_text"]]
-    return frame.assign(label=labels, label_text=words).reset_index(drop=True)
-
-
-def _check_labels(frames: Mapping[str, pd.DataFrame]) -> None:
-    """Every label has one word, every word one label, and the test splits use no label that train lacks."""
-    words = {}
-    for split in SPLITS:
-        for label, word in sorted(set(zip(frames[split]["label"], frames[split]["label_text"]))):
-            if split not in TRAIN_SPLITS and (label, word) not in words.items():
-                raise UserError(f"{split} has the unknown label {label} ({word!r}); the train splits have {words}")
-            if words.setdefault(label, word) != word or list(words.values()).count(word) > 1:
-                raise UserError(f"{split}: label {label} and the word {word!r} do not pair one to one in {words}")
-    clash = set(words.values()) & set(UNLEARNING_LABELS)
-    if clash:
-        raise UserError(f"the label word {clash.pop()!r} is one that unlearning answers with; rename it in the data")

@@ -7,28 +7,14 @@ from collections.abc import Mapping
 import numpy as np
 import pandas as pd
 
-from utils.data.load import load_splits
 from utils.data.names import Person, count_rows, mentions, note_absent, read_names
-from utils.data.splits import TRAIN_SPLITS, mark_nested, note_overlap, split_rows
+from utils.data.splits import TRAIN_SPLITS, mark_nested, split_rows
 from utils.errors import UserError, note_once
 
 SUBSET_SEED = 42  # the published protocol draws forget subsets with default_rng(42), whatever the training seed
 SELECTION = (  # arguments that decide which rows a command works on
     "forget_size", "max_train_samples", "forget_share", "forget_only", "rows_seed", "validation_share", "final",
 )  # fmt: skip
-
-
-def load_rows(arguments: dict) -> dict[str, pd.DataFrame]:
-    """The four splits that a command works on. arguments: those of the command, or those that a manifest recorded.
-
-    Says on stderr where one of the splits has texts of another.
-    """
-    chosen = {name: arguments[name] for name in SELECTION if arguments.get(name) is not None}
-    if chosen.get("validation_share") and not chosen.get("final"):
-        note_once("what is called test are the train rows that --validation_share put aside; --final shows test rows")
-    frames = select_rows(load_splits(arguments["dataset"]), **chosen)
-    note_overlap(frames)
-    return frames
 
 
 def select_rows(

@@ -38,20 +38,24 @@ def _read_jsonl(path: Path) -> pd.DataFrame:
 READERS = {".csv": _read_csv, ".jsonl": _read_jsonl, ".parquet": pd.read_parquet}
 
 
-def read_table(path: str | Path) -> pd.DataFrame:
-    """The rows of an existing .csv, .jsonl or .parquet file. Raises UserError where it cannot be read."""
+def read_table(path: str | Path, suffix: str | None = None) -> pd.DataFrame:
+    """The rows of an existing .csv, .jsonl or .parquet file. Raises UserError where it cannot be read.
+
+    suffix: which of them it is, where its name does not say so.
+    """
     path = Path(path)
-    if path.suffix not in READERS:
+    suffix = suffix or path.suffix
+    if suffix not in READERS:
         raise UserError(f"{path} is no .csv, .jsonl or .parquet file; convert it or rename it")
     try:
-        frame = READERS[path.suffix](regular_file(path))
+        frame = READERS[suffix](regular_file(path))
     except pd.errors.EmptyDataError:
         raise UserError(f"{path} is empty; it needs a header and at least one row") from None
     except (MemoryError, UserError):
         raise
     except Exception as error:  # pandas and pyarrow raise a dozen types on a damaged file
         raise UserError(f"{path} cannot be read ({first_line(error)}); check the file") from None
-    if path.suffix == ".csv" and not isinstance(frame.index, pd.RangeIndex):  # pandas takes surplus cells for row names
+    if suffix == ".csv" and not isinstance(frame.index, pd.RangeIndex):  # pandas takes surplus cells for row names
         raise UserError(f"{path} has rows with more cells than its header; put quotes around texts with commas")
     return frame.reset_index(drop=True)
 

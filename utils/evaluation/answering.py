@@ -1,49 +1,54 @@
 """The model's own answers: rows in the words that stand around them, batches of one intervention, greedy decoding."""
 
 import dataclasses
+import math
 from collections.abc import Sequence
 
+import pandas as pd
 import torch
+from tqdm import tqdm
 
+from utils import distributed
 from utils.data.batch import Example
 from utils.errors import UserError
 from utils.interventions.served import Served
-from utils.tasks.answers import KnownAnswers, Tokens, known_answers
-from utils.tasks.encode import tokenize
+from utils.tasks.answers import Answers, FreeAnswers, KnownAnswers, known_answers
+from utils.tasks.base import Task
+from utils.tasks.encode import Tokens, tokenize
 
 Acting = list[int | None]  # for each row the number of the intervention that acts on it, as Served.decide gives it
 
 
 def tokenized(
     served: Served,
-    texts: Sequence[str],
+    frame: pd.DataFrame,
     words: Sequence[str],
-    known: KnownAnswers,
+    known: Answers,
     max_length: int,
     acting: Acting,
 ) -> list[Example]:
-    """One Example a text, in the order of `texts`, with the answer `words[i]` and in the template of its intervention.
+    """One Example a row of `frame`, in its order, with the answer `words[i]` and in the template of its intervention.
 
-    max_length: most tokens of prompt and longest answer; the text is cut. The tokens that the intervention changes are
-    `marked`. Raises UserError where template and answer alone do not fit.
+    max_length: most tokens of prompt and answer (of known answers the longest); the text is cut. The tokens that the
+    intervention changes are `marked`. Raises UserError where template and answer alone do not fit.
     """
-    texts, longest = list(texts), max((len(known.ids[word]) for word in words), default=0)
+    longest = None if known.task.generates else max((len(known.ids[word]) for word in words), default=0)
     examples: dict[int, Example] = {}
     for number in dict.fromkeys(acting):
         rows = [i for i, other in enumerate(acting) if other == number]
-        chosen, intervention = [texts[i] for i in rows], served.acting(number)
+        chosen, intervention = frame.iloc[rows], served.acting(number)
         encoded = tokenize(
             served.tokenizer,
             chosen,
             [words[i] for i in rows],
             max_length,
             template=intervention.template,
-            marks=intervention.spans(chosen),
+            marks=intervention.spans(list(chosen["text"])),
             answers=known,
             longest=longest,
         )
         examples |= zip(rows, encoded)
-    return [examples[i] for i in range(len(texts))]
+    return [examples[i] for i in range(len(frame))]
 
 
 def by_length(examples: Sequence[Example], batch_size: int, acting: Acting) -> list[list[int]]:
@@ -61,18 +66,50 @@ def by_length(examples: Sequence[Example], batch_size: int, acting: Acting) -> l
 
 @torch.inference_mode()
 def answer_texts(
-    served: Served, texts: Sequence[str], words: Sequence[str], max_length: int, batch_size: int
+    served: Served, texts: Sequence[str], task: Task, max_length: int, batch_size: int
 ) -> list[tuple[str, float]]:
     """The model's greedy answer to each text, and its probability in [0, 1].
 
-    words: the data's label words, which decide where an answer has ended. Raises UserError as `greedy` does.
+    task: decides where an answer has ended. Raises UserError as `greedy` does.
     """
-    known = known_answers(served.tokenizer, words)
+    known = known_answers(served.tokenizer, task)
     acting, _ = served.decide(texts)
-    cut_for = max(words, key=lambda word: len(known.ids[word]))
-    examples = tokenized(served, texts, [cut_for] * len(texts), known, max_length, acting)
+    cut_for = room_for(known)
+    examples = tokenized(served, pd.DataFrame({"text": texts}), [cut_for] * len(texts), known, max_length, acting)
+    if task.generates:
+        found = generated(served, examples, acting, known, batch_size)
+        return [(known.spelled(tokens), math.exp(log_p)) for tokens, log_p in found]
     found = greedy(served, examples, acting, known, batch_size, [()] * len(texts))
     return [(known.spelled(tokens), log_p.exp().item()) for tokens, log_p in found]
+
+
+def room_for(known: Answers) -> str:
+    """The answer behind which a text is cut that has none of its own: the longest known one, or none at all."""
+    return "" if known.task.generates else max(known.task.words, key=lambda word: len(known.ids[word]))
+
+
+@torch.inference_mode()
+def generated(
+    served: Served,
+    examples: Sequence[Example],
+    acting: Acting,
+    known: FreeAnswers,
+    batch_size: int,
+    progress: tqdm | None = None,
+) -> list[tuple[Tokens, float]]:
+    """The greedy free answer to each example's prompt: (tokens, their log-probability in nats).
+
+    Several processes each answer a part, and every one returns all.
+    """
+    found = {}
+    for rows, n_rows in distributed.deal(by_length(examples, batch_size, acting)):
+        if rows:
+            answers = served.generate([examples[i] for i in rows], acting[rows[0]], known.end, known.longest)
+            found |= zip(rows, answers)
+        if progress is not None:
+            progress.update(n_rows)
+    everybody = {i: answer for part in distributed.all_gather(found) for i, answer in part.items()}
+    return [everybody[i] for i in range(len(examples))]
 
 
 def greedy(

@@ -10,8 +10,8 @@ import pandas as pd
 from utils.errors import UserError
 from utils.evaluation.record import make_record, method_names, with_distances
 from utils.evaluation.run import (
+    GATE_COLUMNS,
     EvaluationSettings,
-    Frames,
     check_served,
     evaluate_splits,
     note_other_length,
@@ -22,12 +22,9 @@ from utils.interventions.router import find_router, routed
 from utils.interventions.served import LOADERS, Served, load_served
 from utils.models.base import ModelSettings
 from utils.models.chain import resolve_chain
+from utils.tasks.rows import Splits, refuse_other_form
 
-PREDICTION_COLUMNS = [
-    "method", "checkpoint", "split", "text", "label_text", "prediction", "correct", "label_prediction",
-    "label_probabilities", "label_mass", "loss",
-]  # fmt: skip
-GATE_COLUMNS = ["flagged", "gate_probability", "request"]  # as far as there are any
+OF_ROWS = ["method", "checkpoint", "split", "text", "label_text"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,9 +40,9 @@ class CheckpointSettings:
 
 
 def evaluate_checkpoints(
-    asked: CheckpointSettings, frames: Frames, words: Sequence[str], model: ModelSettings, settings: EvaluationSettings
+    asked: CheckpointSettings, frames: Splits, model: ModelSettings, settings: EvaluationSettings
 ) -> tuple[list[dict[str, Any]], pd.DataFrame]:
-    """One record per checkpoint, and one prediction per checkpoint and row; words: the label words.
+    """One record per checkpoint, and one prediction per checkpoint and row.
 
     Where a frozen model was evaluated before a checkpoint that stands in front of it, the rows that the checkpoint lets
     through are not computed again.
@@ -54,6 +51,8 @@ def evaluate_checkpoints(
     chains = [resolve_chain(name, model.trust_remote_code, asked.parent_path) for name in names]
     router = find_router(asked.router, chains, model, asked.parent_path, asked.force)
     note_other_rows(chains, frames, asked.forget_size)
+    for chain in chains:
+        refuse_other_form(chain[-1].manifest, frames.task, chain[-1].name)
     records, predictions, frozen = [], [], {}
     if asked.without_gate and not any(has_gate(chain[-1]) for chain in chains):
         raise UserError("--without_gate shows what stands behind a gate; none of --model_checkpoints has one")
@@ -68,27 +67,26 @@ def evaluate_checkpoints(
         model_of = tuple(link.sha256 for link in served.chain if link.kind not in LOADERS)
         for variant, one in variants.items():
             cost, known = one.manifest.get("training"), frozen.get(model_of)
-            entry, rows = evaluate_model(one, variant, name, frames, words, settings, cost, known)
+            entry, rows = evaluate_model(one, variant, name, frames, settings, cost, known)
             if not one.interventions:
                 frozen[model_of] = rows
             records.append({**entry, "seed": one.manifest.get("seed", entry["seed"])})
             predictions.append(rows)
         del served, one, variants  # two models need not fit at once
-    return with_distances(records, predictions), pd.concat(predictions, ignore_index=True)
+    return with_distances(records, predictions, frames.task), pd.concat(predictions, ignore_index=True)
 
 
-def check_model(served: Served, frames: Frames, max_length: int) -> None:
+def check_model(served: Served, frames: Splits, max_length: int) -> None:
     """Raise UserError where a row does not fit the model; say where rows are cut elsewhere than in its training."""
     check_served(served, frames, max_length)
-    note_other_length(served, [text for frame in frames.values() for text in frame["text"]], max_length)
+    note_other_length(served, pd.concat(frames.values()), frames.task, max_length)
 
 
 def evaluate_model(
     served: Served,
     method: str,
     checkpoint: str,
-    frames: Frames,
-    words: Sequence[str],
+    frames: Splits,
     settings: EvaluationSettings,
     training: dict[str, Any] | None = None,
     frozen: pd.DataFrame | None = None,
@@ -98,7 +96,9 @@ def evaluate_model(
     training: what it cost, where there was one. frozen: the predictions of the model alone, if they are known.
     """
     start = perf_counter()
-    splits, rows = evaluate_splits(served, frames, words, settings, method, frozen)
-    entry = make_record(method, checkpoint, served.base_name, settings, splits, perf_counter() - start, training)
-    columns = [*PREDICTION_COLUMNS, *(column for column in GATE_COLUMNS if served.is_gated and column in rows)]
+    splits, rows = evaluate_splits(served, frames, frames.task, settings, method, frozen)
+    seconds = perf_counter() - start
+    entry = make_record(method, checkpoint, served.base_name, settings, frames.task, splits, seconds, training)
+    columns = [*OF_ROWS, *(column for column in frames.task.scored if column in rows)]
+    columns += [column for column in GATE_COLUMNS if served.is_gated and column in rows]
     return entry, rows.assign(method=method, checkpoint=str(checkpoint))[columns]

@@ -14,17 +14,17 @@ from utils.data.select import fingerprint
 from utils.data.splits import TRAIN_SPLITS
 from utils.evaluation import figures, tables
 from utils.evaluation.record import make_record
-from utils.evaluation.run import EvaluationSettings, Frames, evaluate_splits
+from utils.evaluation.run import EvaluationSettings, evaluate_splits
 from utils.interventions.served import Served
 from utils.storage import checkpoints
 from utils.storage.outputs import Output
-from utils.tasks.classification import label_words
+from utils.tasks.rows import Splits
 
 
 def finish(
     output: Output,
     served: Served,
-    frames: Frames,
+    frames: Splits,
     args: Namespace,  # the whole of it, since the manifest records every argument
     settings: EvaluationSettings,
     *,
@@ -43,18 +43,18 @@ def finish(
     splits. cost, log: of a utils.training.loop.Training, where there was one. frozen: rows that the frozen model was
     evaluated on. Nothing is evaluated with settings.max_eval_samples = 0.
     """
-    records, words = before, label_words(frames)
+    records, task = before, frames.task
     if settings.max_eval_samples != 0:
         start = perf_counter()
-        splits, _ = evaluate_splits(served, frames, words, settings, method, frozen)
-        entry = make_record(method, output, served.base_name, settings, splits, perf_counter() - start, cost)
+        splits, _ = evaluate_splits(served, frames, task, settings, method, frozen)
+        entry = make_record(method, output, served.base_name, settings, task, splits, perf_counter() - start, cost)
         records = [*(before or []), entry]
     if not distributed.is_main():
         return
     used = fingerprint({split: frames[split] for split in trained_on})
     with output.new_folder() as folder:
         write(folder)
-        checkpoints.write_manifest(folder, output, kind, served.chain, args, used, words, records, cost)
+        checkpoints.write_manifest(folder, output, kind, served.chain, args, used, task, records, cost)
         if log:
             lines = "".join(json.dumps(line) + "\n" for line in log)
             (folder / "training.jsonl").write_text(lines, encoding="utf-8")
@@ -64,14 +64,14 @@ def finish(
     print(f"wrote {output}")
 
 
-def show_merged(served: Served, frames: Frames, settings: EvaluationSettings) -> tuple[list[dict], pd.DataFrame | None]:
+def show_merged(served: Served, frames: Splits, settings: EvaluationSettings) -> tuple[list[dict], pd.DataFrame | None]:
     """Print the accuracy before and after LoRA was merged into the unquantised base: ([the merged model's record], its
     scored rows), or ([], None) with settings.max_eval_samples = 0."""
     if settings.max_eval_samples == 0:
         return [], None
     start, last = perf_counter(), served.chain[-1]
-    splits, rows = evaluate_splits(served, frames, label_words(frames), settings, "before SPUL")
+    splits, rows = evaluate_splits(served, frames, frames.task, settings, "before SPUL")
     method = "merged" if last.kind == "lora" else "base"
-    after = make_record(method, last.path, served.base_name, settings, splits, perf_counter() - start)
+    after = make_record(method, last.path, served.base_name, settings, frames.task, splits, perf_counter() - start)
     print(tables.table([*(served.manifest.get("metrics") or []), after]))
     return [after], rows

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 from tqdm import tqdm
 
 from utils.data.load import read_texts
@@ -19,6 +20,8 @@ from utils.interventions.together import Request, serve_together
 from utils.models.base import ModelSettings
 from utils.models.chain import resolve_chain
 from utils.storage.checkpoints import Link
+from utils.tasks.base import Task
+from utils.tasks.rows import recorded_task
 
 NAMES = {"prompt": "prompt", "eco": "ECO", "refusal": "refusal"}  # kinds whose answers are shown beside the model's own
 PRINTED_TOGETHER = 4  # batches of new texts: sorted by length among them they are padded less
@@ -41,12 +44,12 @@ class TextSettings:
 
 
 def predict_checkpoints(
-    asked: CheckpointSettings, words: Sequence[str], model: ModelSettings, settings: TextSettings
+    asked: CheckpointSettings, task: Task | None, model: ModelSettings, settings: TextSettings
 ) -> None:
     """Print each checkpoint's answer to each new text; for a prompt, without and with it side by side.
 
     Lines appear as they are answered, those of several checkpoints with the last one: two models need not fit at once.
-    words: the label words for models that record none of their own.
+    task: that of models which record none of their own.
     """
     rows, names = settings.rows(), asked.model_checkpoints
     named = names if asked.router else []
@@ -56,7 +59,7 @@ def predict_checkpoints(
         served = load_served(name, model, asked.parent_path, settings.max_length)
         prefix, last = f"{Path(name).name}: " if len(names) > 1 else "", number == len(names)
         variants = variants_of(served, router, model, settings.max_length, prefix, asked.without_gate)
-        _answer_all(rows, served, variants, served.manifest.get("label_words", words), settings, last)
+        _answer_all(rows, served, variants, recorded_task(served.manifest) or task, settings, last)
         del served, variants
 
 
@@ -64,22 +67,22 @@ def predict_together(requests: Sequence[Request], model: ModelSettings, settings
     """Print the answer to each new text of the frozen model alone, and with all `requests`, and which of them acted."""
     rows, served = settings.rows(), serve_together(requests, model, settings.max_length)
     variants = {"without requests": served.plain, "with requests": served}
-    _answer_all(rows, served, variants, requests[0].link.manifest["label_words"], settings, True)
+    _answer_all(rows, served, variants, recorded_task(requests[0].link.manifest), settings, True)
 
 
 def _answer_all(
     rows: list[dict[str, Any]],
     served: Served,
     variants: Mapping[str, Served],
-    words: Sequence[str],
+    task: Task,
     settings: TextSettings,
     last: bool,
 ) -> None:
     """`answer_rows` of texts that fit the model. last: print them."""
     texts = [row["text"] for row in rows]
-    check_texts(served, texts, words, settings.max_length)
-    note_other_length(served, texts, settings.max_length)
-    answer_rows(rows, variants, words, settings.max_length, settings.eval_batch_size, settings.json, last)
+    check_texts(served, texts, task, settings.max_length)
+    note_other_length(served, pd.DataFrame({"text": texts}), task, settings.max_length)
+    answer_rows(rows, variants, task, settings.max_length, settings.eval_batch_size, settings.json, last)
 
 
 def variants_of(
@@ -109,7 +112,7 @@ def variants_of(
 def answer_rows(
     rows: list[dict[str, Any]],
     variants: Mapping[str, Served],
-    words: Sequence[str],
+    task: Task,
     max_length: int,
     batch_size: int,
     as_json: bool,
@@ -117,14 +120,14 @@ def answer_rows(
 ) -> None:
     """Put into each of the `rows`, {"text"}, what every one of the `variants` answers.
 
-    A row then also has {variant: {"answer", "probability", and what a gate said}}. words: the data's label words.
-    print_them: print the rows as they are answered, as JSON lines or as text.
+    A row then also has {variant: {"answer", "probability", and what a gate said}}. task: decides where an answer has
+    ended. print_them: print the rows as they are answered, as JSON lines or as text.
     """
     size = PRINTED_TOGETHER * batch_size
     parts = [rows[start : start + size] for start in range(0, len(rows), size)]
     with tqdm(total=len(rows), desc="answering", unit="text", disable=len(parts) == 1, mininterval=1) as progress:
         for part in parts:
-            _answer(part, variants, words, max_length, batch_size)
+            _answer(part, variants, task, max_length, batch_size)
             progress.update(len(part))
             if print_them:
                 with tqdm.external_write_mode(file=sys.stdout):
@@ -132,11 +135,11 @@ def answer_rows(
 
 
 def _answer(
-    rows: list[dict[str, Any]], variants: Mapping[str, Served], words: Sequence[str], max_length: int, batch_size: int
+    rows: list[dict[str, Any]], variants: Mapping[str, Served], task: Task, max_length: int, batch_size: int
 ) -> None:
     texts = [row["text"] for row in rows]
     for variant, model in variants.items():
-        answers = answer_texts(model, texts, words, max_length, batch_size)
+        answers = answer_texts(model, texts, task, max_length, batch_size)
         _, said = model.decide(texts)
         for row, (word, probability), gate in zip(rows, answers, said):
             row[variant] = {"answer": word, "probability": round(probability, 4)} | gate

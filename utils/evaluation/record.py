@@ -14,35 +14,39 @@ from utils.distributed import peak_memory
 from utils.errors import UserError
 from utils.evaluation.run import EvaluationSettings
 from utils.storage.checkpoints import Link
+from utils.tasks.base import Scores, Task
 
 
-def with_distances(records: list[dict], predictions: Sequence[pd.DataFrame]) -> list[dict]:
+def with_distances(records: list[dict], predictions: Sequence[pd.DataFrame], task: Task) -> list[dict]:
     """`records` with how far each is from the one whose method is "retain model", which never saw the forget rows.
 
-    predictions: for each record a DataFrame with split, label_probabilities and label_mass, same rows in the same
-    order. Adds "distance_to_retain_model": {"accuracy_forget", "accuracy_retain": mean over train and test of
-    |difference|, "js_train_forget", "js_test_forget": mean Jensen-Shannon divergence of the answers, in bits, in
-    [0, 1]}. The sides stand apart because their mean rewards a model that was left as it is. Unless exactly one record
-    is such a model, they come back as they are. Raises UserError on predictions of an older version.
+    predictions: for each record a DataFrame with split and what score_rows gives, same rows in the same order. Adds
+    "distance_to_retain_model": {"accuracy_forget", "accuracy_retain": mean over train and test of |difference of the
+    headlines|; where there are label words "js_train_forget", "js_test_forget": mean Jensen-Shannon divergence of the
+    answers, in bits, in [0, 1]; else what the task's `distance` gives, forget quality say}. The sides stand apart
+    because their mean rewards a model that was left as it is. Unless exactly one record is such a model, they come back
+    as they are. Raises UserError on predictions of an older version.
     """
     methods = [record["method"] for record in records]
     if methods.count("retain model") != 1:
         return records
-    if not all("label_mass" in rows for rows in predictions):
+    if task.words and not all("label_mass" in rows for rows in predictions):
         raise UserError("the predictions of an older version have no label_mass; remove them and evaluate again")
     target, target_rows = records[methods.index("retain model")], predictions[methods.index("retain model")]
     return [
-        {**record, "distance_to_retain_model": _distance(record, rows, target, target_rows)}
+        {**record, "distance_to_retain_model": _distance(record, rows, target, target_rows, task)}
         for record, rows in zip(records, predictions)
     ]
 
 
-def _distance(record: dict, rows: pd.DataFrame, target: dict, target_rows: pd.DataFrame) -> dict[str, float]:
-    distance = {}
+def _distance(
+    record: dict, rows: pd.DataFrame, target: dict, target_rows: pd.DataFrame, task: Task
+) -> dict[str, float]:
+    distance, headline = task.distance(rows, target_rows), task.headline
     for side in ("forget", "retain"):
-        pairs = [(record["splits"][s]["accuracy"], target["splits"][s]["accuracy"]) for s in SPLITS if side in s]
+        pairs = [(record["splits"][s][headline], target["splits"][s][headline]) for s in SPLITS if side in s]
         distance[f"accuracy_{side}"] = float(np.mean([abs(own - other) for own, other in pairs]))
-    for split in ("train_forget", "test_forget"):
+    for split in ("train_forget", "test_forget") if task.words else ():
         distance[f"js_{split}"] = js_divergence(_outcomes(rows, split), _outcomes(target_rows, split))
     return distance
 
@@ -70,7 +74,8 @@ def make_record(
     checkpoint: object,
     model: object,
     settings: EvaluationSettings,
-    splits: dict[str, dict],
+    task: Task,
+    splits: dict[str, Scores],
     seconds: float,
     training: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
@@ -86,7 +91,10 @@ def make_record(
         "model": str(model),
         "dataset": settings.dataset,
         "seed": settings.seed,
+        "task": task.kind,
+        "headline": task.headline,
         "splits": splits,
+        **({"summary": summary} if (summary := task.summary(splits)) else {}),
         "seconds": round(seconds, 2),
         "peak_memory_bytes": peak_memory(),
         **({"training": training} if training else {}),

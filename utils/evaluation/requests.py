@@ -10,11 +10,12 @@ import pandas as pd
 from utils.errors import UserError
 from utils.evaluation.evaluate import check_model, evaluate_model
 from utils.evaluation.record import distinct_names
-from utils.evaluation.run import EvaluationSettings, Frames
+from utils.evaluation.run import EvaluationSettings
 from utils.interventions import ledger
 from utils.interventions.served import Served
 from utils.interventions.together import Request, refuse_apart, refuse_name, resolve_request, serve_together
 from utils.models.base import ModelSettings
+from utils.tasks.rows import Splits
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,20 +57,19 @@ def dataset_of(requests: Sequence[Request]) -> str:
 
 def evaluate_requests(
     requests: Sequence[Request],
-    frames: Frames,
-    words: Sequence[str],
+    frames: Splits,
     model: ModelSettings,
     settings: EvaluationSettings,
 ) -> tuple[list[dict[str, Any]], pd.DataFrame]:
     """([the one record], predictions) of the model that serves all `requests`.
 
     The record has "requests": {"names", "interference": see `interference`, and for each name "bytes", "seconds",
-    "rows": see `cost`}. words: the label words.
+    "rows": see `cost`}.
     """
     served = serve_together(requests, model, settings.max_length)
     check_model(served, frames, settings.max_length)
     method = f"{len(requests)} request{'s' if len(requests) > 1 else ''}"
-    entry, rows = evaluate_model(served, method, " + ".join(map(path_of, requests)), frames, words, settings)
+    entry, rows = evaluate_model(served, method, " + ".join(map(path_of, requests)), frames, settings)
     costs = {request.name: cost(request) for request in requests}
     about = {"names": [request.name for request in requests], "interference": interference(served, requests)}
     about |= {key: {name: one[key] for name, one in costs.items()} for key in ("bytes", "seconds", "rows")}

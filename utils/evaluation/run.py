@@ -1,6 +1,6 @@
 """Evaluation of a model on the four splits and their slices (SPUL, section 4.1), and what is asked before it."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,16 +10,18 @@ from tqdm import tqdm
 from transformers import PreTrainedConfig
 
 from utils.data.select import learnt_by, sample_rows
-from utils.data.splits import SPLITS, UNLEARNING_LABELS
+from utils.data.splits import SPLITS
 from utils.errors import UserError, note_once
-from utils.evaluation.scores import SCORED, score_rows, split_scores
+from utils.evaluation.answering import room_for
+from utils.evaluation.scores import score_rows
 from utils.interventions.base import Template
 from utils.interventions.served import Served
 from utils.models.lengths import check_length, check_tokens, position_limit, vocabulary_size
 from utils.storage.checkpoints import Link
 from utils.tasks.answers import known_answers
-from utils.tasks.classification import label_words
+from utils.tasks.base import Frames, Scores, Task
 from utils.tasks.encode import tokenize
+from utils.tasks.rows import Splits
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,21 +42,21 @@ class EvaluationSettings:
     final: bool = False
 
 
-Frames = Mapping[str, pd.DataFrame]
+GATE_COLUMNS = ("flagged", "gate_probability", "request")  # what a gate says of a row, as far as there is one
 
 
 def evaluate_splits(
     served: Served,
     frames: Frames,
-    words: Sequence[str],
+    task: Task,
     settings: EvaluationSettings,
     description: str,
     frozen: pd.DataFrame | None = None,
-) -> tuple[dict[str, dict], pd.DataFrame]:
-    """Score the four splits (at most settings.max_eval_samples rows each); returns (splits, rows).
+) -> tuple[dict[str, Scores], pd.DataFrame]:
+    """Score every split (at most settings.max_eval_samples rows each); returns (splits, rows).
 
-    splits: {split or slice: scores as in `split_scores`; of a split where there is a gate also the share "flagged" and
-    the accuracy on these rows, "flagged_accuracy"}. Slices:
+    splits: {split or slice: the task's `split_scores`; of a split where there is a gate also the share "flagged" and
+    the headline on these rows, "flagged_accuracy"}. Slices:
     `<retain split>:length_matched` are retain rows with the forget rows' lengths in words. `<split>:names_other` are
     rows that name somebody who is not to be forgotten, where the data has that column. A prompt that reacts to length,
     or to any name, has not learnt whom to forget. `<test split>:not_nested` are the rows that overlap no train row,
@@ -62,34 +64,36 @@ def evaluate_splits(
     the progress bar. frozen: `rows` of the model without interventions, so that what these let through is not computed
     again. Raises UserError where a loss is not finite.
     """
-    frames = {split: sample_rows(frames[split], settings.max_eval_samples, settings.rows_seed) for split in SPLITS}
+    frames = {s: sample_rows(frame, settings.max_eval_samples, settings.rows_seed) for s, frame in frames.items()}
     scored = {}
     total = sum(map(len, frames.values()))
     with tqdm(total=total, desc=description, unit="row", dynamic_ncols=True, mininterval=1) as progress:
         for split, frame in frames.items():
             sizes = settings.max_length, settings.eval_batch_size
-            known = None if frozen is None else frozen.loc[frozen["split"] == split, SCORED]
-            results = score_rows(served, frame, words, *sizes, progress, known)
+            known = None
+            if frozen is not None:
+                known = frozen.loc[frozen["split"] == split, frozen.columns.intersection(task.scored)]
+            results = score_rows(served, frame, task, *sizes, progress, known)
             others = frame.drop(columns=results.columns, errors="ignore")
             scored[split] = pd.concat([others, results], axis=1).assign(split=split)
     if not all(np.isfinite(rows["loss"]).all() for rows in scored.values()):
         raise UserError("the model's loss is not finite on some rows; use --dtype=float32 or another checkpoint")
-    splits = {split: split_scores(rows, words) for split, rows in scored.items()}
+    splits = {split: task.split_scores(rows) for split, rows in scored.items()}
     for part, rows in _slices(scored).items():
-        splits[part] = split_scores(rows, words)
+        splits[part] = task.split_scores(rows)
     if served.is_gated:
         for split, rows in scored.items():
             flags = rows["flagged"].astype(bool)
             splits[split]["flagged"] = float(flags.mean())
             if flags.any():
-                splits[split]["flagged_accuracy"] = float(rows["correct"][flags].mean())
+                splits[split]["flagged_accuracy"] = task.split_scores(rows[flags])[task.headline]
     return splits, pd.concat(scored.values(), ignore_index=True)
 
 
 def check_rows(
     config: PreTrainedConfig,
     tokenizer: Any,
-    frames: Frames,
+    frames: Splits,
     max_length: int,
     p: int = 0,
     template: Template | None = None,
@@ -99,30 +103,44 @@ def check_rows(
     Such a row is too long, or holds a token that the model does not know. Asked before training. template: what stands
     around the texts; None for the published one.
     """
-    limit, words = position_limit(config), label_words(frames)
-    known = known_answers(tokenizer, words)
-    longest = max(len(known.ids[word]) for word in words)
+    limit, task = position_limit(config), frames.task
+    known = known_answers(tokenizer, task)
+    longest = known.longest if task.generates else max(len(known.ids[word]) for word in task.words)
     if longest > 1:  # then the greedy answer may become an unlearning word too
         longest = known.longest
     may_be_long = limit and max_length + longest + p > limit
-    if may_be_long or len(tokenizer) > vocabulary_size(config):
+    if may_be_long or len(tokenizer) > vocabulary_size(config) or task.generates:
         for frame in frames.values():
             labels = frame["label_text"]
-            rows = tokenize(tokenizer, frame["text"], labels, max_length, template=template, answers=known)
-            check_length(config, max(len(row.prompt) for row in rows) + longest - 1, p, longest - 1)
+            rows = tokenize(tokenizer, frame, labels, max_length, template=template, answers=known)
+            if task.generates:
+                _check_generation(config, max(len(row.prompt) for row in rows) + p, longest)
+                check_length(config, max(map(len, rows)), p)
+            else:
+                check_length(config, max(len(row.prompt) for row in rows) + longest - 1, p, longest - 1)
             check_tokens(config, tokenizer, rows)
 
 
-def check_served(served: Served, frames: Frames, max_length: int) -> None:
+def _check_generation(config: PreTrainedConfig, n_read: int, n_new: int) -> None:
+    """Raise UserError where `n_new` tokens behind `n_read` are more positions than the model knows."""
+    limit = position_limit(config)
+    if limit and n_read + n_new > limit:
+        raise UserError(
+            f"the longest query has {n_read} tokens and its answer up to {n_new}, but the model has {limit} positions; "
+            f"use --max_new_tokens={max(1, limit - n_read)} or a smaller --max_length"
+        )
+
+
+def check_served(served: Served, frames: Splits, max_length: int) -> None:
     """`check_rows` of a model that is ready to answer, with everything that may stand around or before a text."""
     for template, n_tokens in served.surroundings:
         check_rows(served.model.config, served.tokenizer, frames, max_length, n_tokens, template)
 
 
-def check_texts(served: Served, texts: Sequence[str], words: Sequence[str], max_length: int) -> None:
+def check_texts(served: Served, texts: Sequence[str], task: Task, max_length: int) -> None:
     """Raise UserError if a text to answer does not fit the model: before the first answer is printed."""
-    known = known_answers(served.tokenizer, words)
-    cut_for, config = [max(words, key=lambda word: len(known.ids[word]))] * len(texts), served.model.config
+    known = known_answers(served.tokenizer, task)
+    cut_for, config = [room_for(known)] * len(texts), served.model.config
     for template, n_tokens in served.surroundings:
         rows = tokenize(served.tokenizer, texts, cut_for, max_length, template=template, answers=known)
         check_length(config, max(len(row.prompt) for row in rows) + known.longest - 1, n_tokens)
@@ -143,14 +161,15 @@ def note_other_rows(chains: Sequence[list[Link]], frames: Frames, forget_size: f
             )
 
 
-def note_other_length(served: Served, texts: Sequence[str], max_length: int) -> None:
-    """Say which checkpoints were trained with another --max_length, where that cuts some of `texts` elsewhere."""
+def note_other_length(served: Served, frame: pd.DataFrame, task: Task, max_length: int) -> None:
+    """Say which checkpoints were trained with another --max_length, where that cuts some texts of `frame` elsewhere."""
     for link in served.chain:
         trained = (link.manifest or {"arguments": {}})["arguments"].get("max_length", max_length)
         if trained == max_length:
             continue
-        words = [UNLEARNING_LABELS[0]] * len(texts)
-        rows = tokenize(served.tokenizer, texts, words, max(trained, max_length))
+        known = known_answers(served.tokenizer, task)
+        words = [room_for(known)] * len(frame)
+        rows = tokenize(served.tokenizer, frame, words, max(trained, max_length), answers=known)
         cut = sum(len(row.prompt) + len(row.completion) > min(trained, max_length) for row in rows)
         if cut:
             note_once(
@@ -160,8 +179,9 @@ def note_other_length(served: Served, texts: Sequence[str], max_length: int) -> 
             )
 
 
-def accuracies(served: Served, frames: Frames, words: Sequence[str], settings: EvaluationSettings) -> dict[str, float]:
-    """{split: accuracy in [0, 1]} on settings.curve_samples rows a split, for the curve over steps.
+def accuracies(served: Served, frames: Frames, task: Task, settings: EvaluationSettings) -> dict[str, float]:
+    """{split: accuracy in [0, 1]} on settings.curve_samples rows a split, for the curve over steps; of free answers,
+    which take long to generate, the mean probability of a token.
 
     Dropout is off meanwhile; every module is in its own mode again afterwards.
     """
@@ -170,8 +190,10 @@ def accuracies(served: Served, frames: Frames, words: Sequence[str], settings: E
     result = {}
     for split in SPLITS:
         frame = sample_rows(frames[split], settings.curve_samples)
-        rows = score_rows(served, frame, words, settings.max_length, settings.eval_batch_size)
-        result[split] = float((rows["prediction"] == frame["label_text"]).mean())
+        how = settings.max_length, settings.eval_batch_size
+        rows = score_rows(served, frame, task, *how, generate=False)
+        right = rows["probability"] if task.generates else rows["prediction"] == frame["label_text"]
+        result[split] = float(right.mean())
     for module, training in modes.items():
         module.training = training
     return result

@@ -1,58 +1,121 @@
-"""Scores over the whole vocabulary, as in the paper (section 4.1)."""
+"""Scores of rows: of label words over the whole vocabulary, as in the paper (section 4.1), and of free answers."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import pandas as pd
 import torch
-from sklearn.metrics import accuracy_score, precision_recall_fscore_support
 from tqdm import tqdm
 
 from utils import distributed
 from utils.data.batch import Example
-from utils.evaluation.answering import by_length, greedy, tokenized
+from utils.evaluation.answering import Acting, by_length, generated, greedy, tokenized
 from utils.interventions.served import Served
-from utils.tasks.answers import KnownAnswers, Tokens, known_answers
-
-SCORED = ["label_prediction", "label_probabilities", "label_mass", "loss", "prediction", "correct"]  # of every row
+from utils.tasks.answers import Answers, FreeAnswers, KnownAnswers, free_answers, known_answers
+from utils.tasks.base import Asked, Task
+from utils.tasks.encode import Tokens
 
 
 @torch.inference_mode()
 def score_rows(
     served: Served,
     frame: pd.DataFrame,
-    words: Sequence[str],
+    task: Task,
     max_length: int,
     batch_size: int,
     progress: tqdm | None = None,
     frozen: pd.DataFrame | None = None,
+    generate: bool = True,
 ) -> pd.DataFrame:
-    """One row of results per row of `frame` (text, label_text): prediction, correct, label_prediction,
-    label_probabilities, label_mass, loss.
+    """One row of results per row of `frame`, as its task reads it, in the same order.
 
-    prediction: the greedy answer; where all words have one token, the arg max over the vocabulary, as published.
-    correct: whether it is the label, in the label's own tokens. label_prediction: the most probable of `words`.
-    label_probabilities: {word: f(word | text)}, scaled to sum to 1. label_mass: their sum before scaling. loss:
-    - log f(label | text), nats. With a gate also flagged and gate_probability.
+    Where the task has label words: prediction, the greedy answer; where all words have one token, the arg max over the
+    vocabulary, as published. correct: whether it is the label, in the label's own tokens. label_prediction: the most
+    probable word. label_probabilities: {word: f(word | text)}, scaled to sum to 1. label_mass: their sum before
+    scaling. loss: - log f(label | text), nats. Else what the task's `row_scores` gives, from the log-probabilities of
+    the completions that it asks about and, with `generate`, from a generated answer. With a gate also flagged and
+    gate_probability.
 
     max_length: most tokens of a row; its text is cut. batch_size: rows a pass. frozen: these results by the model
-    without interventions, which are taken where none acts. The order is that of `frame`. Several processes each score a
-    part, and every one returns all rows.
+    without interventions, which are taken where none acts. Several processes each score a part, and every one returns
+    all rows.
     """
-    known = known_answers(served.tokenizer, words)
-    texts = list(frame["text"])
-    acting, said = served.decide(texts)
-    labels = list(frame["label_text"])
-    examples = tokenized(served, texts, labels, known, max_length, acting)
-    results, answers = {}, {}
-    batches = by_length(examples, batch_size, acting)
+    known = known_answers(served.tokenizer, task)
+    acting, said = served.decide(list(frame["text"]))
+    results: dict[int, dict[str, Any]] = {i: dict(row) for i, row in enumerate(said)}
+    todo = list(range(len(frame)))
     if frozen is not None:
+        todo = [i for i in todo if acting[i] is not None]
         kept = [i for i, number in enumerate(acting) if number is None]
-        results = {i: {**row, **said[i]} for i, row in zip(kept, frozen.iloc[kept].to_dict("records"))}
-        batches = [rows for rows in batches if acting[rows[0]] is not None]
+        for i, row in zip(kept, frozen.iloc[kept].to_dict("records")):
+            results[i] |= row
         if progress is not None:
             progress.update(len(kept))
-    for batch_rows, n_rows in distributed.deal(batches):
+    own, numbers = frame.iloc[todo], [acting[i] for i in todo]
+    how = served, own, known, max_length, batch_size, numbers
+    found = _label_results(*how, progress) if task.words else [{} for _ in todo]
+    asked = task.asks(own)
+    said_of = _asked(*how, asked, None if task.words else progress)
+    answers = _generated(*how) if task.generates and generate else [None] * len(todo)
+    for i, row, part, scored, answer in zip(todo, own.to_dict("records"), found, said_of, answers):
+        results[i] |= part | task.row_scores(row, scored, answer)
+    return pd.DataFrame([results[i] for i in range(len(frame))])
+
+
+def _asked(
+    served: Served,
+    frame: pd.DataFrame,
+    known: Answers,
+    max_length: int,
+    batch_size: int,
+    acting: Acting,
+    asked: Sequence[Mapping[str, str]],
+    progress: tqdm | None,
+) -> list[dict[str, Asked]]:
+    """For each row what the model says about the completions that are `asked` about: {name: Asked}."""
+    pairs = [(i, name) for i, completions in enumerate(asked) for name in completions]
+    free = known if known.task.generates else free_answers(known.tokenizer, known.task)
+    words, numbers = [asked[i][name] for i, name in pairs], [acting[i] for i, _ in pairs]
+    examples = tokenized(served, frame.iloc[[i for i, _ in pairs]], words, free, max_length, numbers)
+    per_row, found = len(pairs) / max(len(frame), 1), {}
+    done = 0.0
+    for rows, n_rows in distributed.deal(by_length(examples, batch_size, numbers)):
+        if rows:
+            found |= zip(rows, served.token_scores([examples[i] for i in rows], numbers[rows[0]]))
+        if progress is not None:
+            progress.update(int(done + n_rows / per_row) - int(done))
+            done += n_rows / per_row
+    everybody = {at: said for part in distributed.all_gather(found) for at, said in part.items()}
+    results: list[dict[str, Asked]] = [{} for _ in asked]
+    for at, (i, name) in enumerate(pairs):
+        results[i][name] = everybody[at]
+    return results
+
+
+def _generated(
+    served: Served, frame: pd.DataFrame, known: FreeAnswers, max_length: int, batch_size: int, acting: Acting
+) -> list[str]:
+    """The greedy answer to each row, as text."""
+    words = list(frame["label_text"])  # behind which a text is cut
+    examples = tokenized(served, frame, words, known, max_length, acting)
+    return [known.spelled(tokens) for tokens, _ in generated(served, examples, acting, known, batch_size)]
+
+
+def _label_results(
+    served: Served,
+    frame: pd.DataFrame,
+    known: KnownAnswers,
+    max_length: int,
+    batch_size: int,
+    acting: Acting,
+    progress: tqdm | None,
+) -> list[dict[str, Any]]:
+    """For each row what `score_rows` says of label words."""
+    words, labels = known.task.words, list(frame["label_text"])
+    examples = tokenized(served, frame, labels, known, max_length, acting)
+    results, answers = {}, {}
+    for batch_rows, n_rows in distributed.deal(by_length(examples, batch_size, acting)):
         if not batch_rows:
             continue
         number, chosen = acting[batch_rows[0]], [examples[i] for i in batch_rows]
@@ -67,7 +130,6 @@ def score_rows(
                 "label_probabilities": dict(zip(words, row_log_p.softmax(-1).tolist())),
                 "label_mass": min(1.0, row_log_p.exp().sum().item()),
                 "loss": torch.nn.functional.cross_entropy(own, targets, reduction="sum").item(),
-                **said[i],
             }
         if progress is not None:
             progress.update(n_rows)
@@ -79,7 +141,7 @@ def score_rows(
     for i, tokens in answers.items():
         results[i] |= _prediction(known, tokens, labels[i], examples[i].completion)
     everybody = {i: result for part in distributed.all_gather(results) for i, result in part.items()}
-    return pd.DataFrame([everybody[i] for i in range(len(examples))])
+    return [everybody[i] for i in range(len(examples))]
 
 
 def _prediction(known: KnownAnswers, tokens: Tokens, label: str, completion: Tokens) -> dict[str, str | bool]:
@@ -120,7 +182,7 @@ def _label_scores(
     return torch.stack(columns, dim=1).cpu().double(), guesses
 
 
-def _best(words: list[str], known: KnownAnswers, log_p: torch.Tensor) -> str:
+def _best(words: Sequence[str], known: KnownAnswers, log_p: torch.Tensor) -> str:
     """The most probable of `words`. Where several are, the one of the lowest token: which the arg max takes too."""
     return max(zip(words, log_p.tolist()), key=lambda pair: (pair[1], [-token for token in known.ids[pair[0]]]))[0]
 
@@ -136,23 +198,3 @@ def _followed(known: KnownAnswers, guesses: dict[str, list[int]]) -> Tokens:
             break
         tokens += (following,)
     return tokens
-
-
-def split_scores(frame: pd.DataFrame, words: Sequence[str]) -> dict[str, int | float]:
-    """Scores of scored rows (label_text, prediction, ...): shares in [0, 1], loss in nats.
-
-    f1, precision and recall are scikit-learn's, weighted by class size (the paper's tables give accuracy and that F1).
-    The published code takes precision and recall as micro averages; with one answer a row both equal the accuracy.
-    """
-    truth, prediction = frame["label_text"], frame["prediction"]
-    precision, recall, f1, _ = precision_recall_fscore_support(truth, prediction, average="weighted", zero_division=0)
-    values = {
-        "accuracy": accuracy_score(truth, prediction),
-        "f1": f1,
-        "precision": precision,
-        "recall": recall,
-        "out_of_label": 1 - prediction.isin(words).mean(),
-        "label_accuracy": accuracy_score(truth, frame["label_prediction"]),
-        "loss": frame["loss"].mean(),
-    }
-    return {"n": len(frame), **{key: float(value) for key, value in values.items()}}

@@ -14,15 +14,16 @@ import torch
 from utils.data.batch import Example
 from utils.interventions.gates import Gate
 from utils.models.forward import Prefix
+from utils.tasks.base import Query, Task
 
 Spans = Sequence[tuple[int, int]] | None  # character ranges of a text; None: every token of the prompt but the last
 
 
 class Template(Protocol):
-    """What stands around a text."""
+    """Other words in which a query is asked."""
 
-    def around(self, texts: Sequence[str]) -> list[tuple[str, str]]:
-        """(what stands before, what stands behind) each text."""
+    def around(self, task: Task, queries: Sequence[Query]) -> list[Query]:
+        """`queries` of `task`, in other words."""
         ...
 
 
@@ -39,7 +40,7 @@ class Intervention:
 
     @property
     def template(self) -> Template | None:
-        """What stands around the texts; None: the published template."""
+        """In what words a query is asked; None: in those of its task."""
         return None
 
     @property

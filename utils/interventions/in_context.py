@@ -1,7 +1,7 @@
 """The baselines that train nothing: what they put around every text (arXiv 2403.03329 and 2310.07579)."""
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -10,7 +10,7 @@ import pandas as pd
 from pydantic import Field
 from sklearn.feature_extraction.text import TfidfVectorizer
 
-from utils.data.select import learnt_by, load_rows
+from utils.data.select import learnt_by
 from utils.data.splits import TRAIN_SPLITS
 from utils.errors import UserError
 from utils.interventions.base import Intervention
@@ -18,7 +18,8 @@ from utils.storage import schemas
 from utils.storage.checkpoints import Link
 from utils.storage.files import write_json
 from utils.storage.schemas import Count, Open, Schema, Text
-from utils.tasks.classification import TEMPLATE_HEAD, TEMPLATE_TAIL
+from utils.tasks.base import Query, Task
+from utils.tasks.rows import Splits, load_rows
 
 FILE = "template.json"
 
@@ -53,34 +54,31 @@ class Instruction:
 
     def __init__(self, settings: dict[str, Any]) -> None:
         self.settings = settings
-        question = "### Question: "
-        self._tail = TEMPLATE_TAIL.replace(question, f"{question}{settings['instruction']} ")
 
-    def around(self, texts: Sequence[str]) -> list[tuple[str, str]]:
-        """(what stands before, what stands behind) each text."""
-        return [(TEMPLATE_HEAD, self._tail)] * len(texts)
+    def around(self, task: Task, queries: Sequence[Query]) -> list[Query]:
+        """`queries` with the instruction in them."""
+        return [task.instructed(query, self.settings["instruction"]) for query in queries]
 
 
 class Demonstrations:
     """`icul`: answered examples before the query (Pawelczyk et al., arXiv 2310.07579, section 4): the forget rows most
     like it (TF-IDF cosine) with flipped labels, then retain rows with their own, the same for every query."""
 
-    def __init__(self, settings: dict[str, Any], frames: Mapping[str, pd.DataFrame]) -> None:
+    def __init__(self, settings: dict[str, Any], frames: Splits) -> None:
         self.settings = settings
-        self._forget = list(zip(frames["train_forget"]["text"], settings["flipped_labels"]))
         retain = frames["train_retain"].iloc[settings["retain_rows"]]
-        self._retain = list(zip(retain["text"], retain["label_text"]))
+        self._forget = _answered(frames.task, frames["train_forget"], settings["flipped_labels"])
+        self._retain = _answered(frames.task, retain, retain["label_text"])
         self._vectorizer = TfidfVectorizer(sublinear_tf=True)
         self._vectors = self._vectorizer.fit_transform(frames["train_forget"]["text"])
 
-    def around(self, texts: Sequence[str]) -> list[tuple[str, str]]:
-        """(what stands before, what stands behind) each text."""
-        heads = []
-        for rows in self._nearest(texts):
+    def around(self, task: Task, queries: Sequence[Query]) -> list[Query]:
+        """`queries` behind answered examples."""
+        found = []
+        for query, rows in zip(queries, self._nearest([query.text for query in queries])):
             shown = [*(self._forget[i] for i in rows), *self._retain]
-            answered = "".join(f"{TEMPLATE_HEAD}{text}{TEMPLATE_TAIL} {word}\n\n" for text, word in shown)
-            heads.append(answered + TEMPLATE_HEAD)
-        return [(head, TEMPLATE_TAIL) for head in heads]
+            found.append(replace(query, head="".join(shown) + query.head))
+        return found
 
     def _nearest(self, texts: Sequence[str]) -> Iterator[np.ndarray]:
         """For each text the numbers of the forget rows to show; texts by the hundred, their likeness to all forget rows
@@ -88,6 +86,11 @@ class Demonstrations:
         for start in range(0, len(texts), 100):
             likeness = (self._vectorizer.transform(texts[start : start + 100]) @ self._vectors.T).toarray()
             yield from np.argsort(-likeness, axis=1, kind="stable")[:, : self.settings["flipped"]]
+
+
+def _answered(task: Task, rows: pd.DataFrame, answers: Sequence[str]) -> list[str]:
+    """The queries of `rows` with these answers, as text."""
+    return [f"{query} {answer}\n\n" for query, answer in zip(task.queries(rows), answers)]
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -106,17 +109,17 @@ def instruct(instruction: str | None, people: Sequence[str]) -> InContext:
     return InContext(words=Instruction({"method": "prompting", "instruction": instruction or _about(people)}))
 
 
-def demonstrate(frames: Mapping[str, pd.DataFrame], n_flipped: int, n_correct: int, seed: int) -> InContext:
+def demonstrate(frames: Splits, n_flipped: int, n_correct: int, seed: int) -> InContext:
     """`icul` on the training rows of `frames`: `n_flipped` forget rows a query, and `n_correct` retain rows.
 
     Raises UserError where the rows have a single label, so that none can be flipped.
     """
     rng = np.random.default_rng(seed)
     retain, forget = frames["train_retain"], frames["train_forget"]
-    words = sorted({*retain["label_text"], *forget["label_text"]})
-    if len(words) < 2:
+    pool = pd.concat([retain, forget])
+    if pool["label_text"].nunique() < 2:
         raise UserError("icul needs at least two labels to flip between; these rows have one")
-    flipped = [str(rng.choice([word for word in words if word != own])) for own in forget["label_text"]]
+    flipped = frames.task.other_answers(forget, pool, rng)
     chosen = np.sort(rng.choice(len(retain), min(n_correct, len(retain)), replace=False))
     settings = {"method": "icul", "flipped": n_flipped, "flipped_labels": flipped}
     return InContext(words=Demonstrations({**settings, "retain_rows": chosen.tolist()}, frames))

@@ -7,7 +7,6 @@ from pathlib import Path
 import torch
 
 from utils.data.batch import Example
-from utils.data.splits import UNLEARNING_LABELS
 from utils.errors import UserError
 from utils.interventions import gate_files
 from utils.interventions.base import Intervention
@@ -17,9 +16,12 @@ from utils.storage import schemas
 from utils.storage.checkpoints import Link
 from utils.storage.files import write_json
 from utils.storage.schemas import Schema, Text
-from utils.tasks.answers import Tokens, known_answers
+from utils.tasks.answers import known_answers
+from utils.tasks.base import Task
+from utils.tasks.encode import Tokens
+from utils.tasks.rows import recorded_task
 
-FILE, ANSWER = "refusal.json", "unknown"
+FILE = "refusal.json"
 UNLIKELY = -40.0  # log-probability of every other token: as good as none, and finite
 
 
@@ -52,13 +54,15 @@ class Refusal(Intervention):
         return logits
 
 
-def refuse(served: FrozenModel, words: Sequence[str], gate: Gate | None = None, answer: str = ANSWER) -> Refusal:
-    """A Refusal that gives one of the answers that unlearning teaches. words: the label words of the data, which decide
-    whether an answer ends in a token of its own. Raises UserError on an answer of another version."""
-    known = known_answers(served.tokenizer, words).ids
-    if answer not in UNLEARNING_LABELS:
+def refuse(served: FrozenModel, task: Task, gate: Gate | None = None, answer: str | None = None) -> Refusal:
+    """A Refusal that gives one of the answers that unlearning teaches, the first refusal of `task` where none is given.
+
+    task: decides whether an answer ends in a token of its own. Raises UserError on an answer of another version.
+    """
+    answer = answer or task.refusals[0]
+    if answer not in (*task.refusals, *task.taught):
         raise UserError(f"{answer!r} is no answer of a refusal; make the checkpoint again")
-    return Refusal(word=answer, tokens=known[answer], gate=gate)
+    return Refusal(word=answer, tokens=known_answers(served.tokenizer, task).ids[answer], gate=gate)
 
 
 def save(intervention: Refusal, folder: Path) -> None:
@@ -69,4 +73,4 @@ def load(link: Link, served: FrozenModel, model_settings: ModelSettings, max_len
     """What the checkpoint `link` answers, and its gate."""
     found = schemas.read(link.path / FILE, RefusalFile)
     gate = gate_files.load(link.path, served, model_settings.trust_remote_code, max_length)
-    return refuse(served, link.manifest["label_words"], gate, found["answer"])
+    return refuse(served, recorded_task(link.manifest), gate, found["answer"])

@@ -1,7 +1,8 @@
 """A model ready to answer: frozen weights, and the list of interventions between them and a query."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -15,7 +16,11 @@ from utils.models.adapters import merge_lora
 from utils.models.base import FrozenModel, ModelSettings, load_base, load_tokenizer
 from utils.models.chain import resolve_chain
 from utils.models.forward import completion_logits
+from utils.models.generate import generate
 from utils.storage.checkpoints import Link, base_name
+from utils.tasks.base import Asked
+
+LOGITS = 1024  # completion tokens whose logits are held at a time in scoring
 
 
 def gate_alone(link: Link, served: FrozenModel, model_settings: ModelSettings, max_length: int) -> Intervention:
@@ -122,6 +127,40 @@ class Served:
         with intervention.applied(model, examples):
             logits = completion_logits(model, batch, intervention.prefix(model))
         return logits.split(sizes)
+
+    def token_scores(self, examples: Sequence[Example], number: int | None) -> list[Asked]:
+        """What the model says about each example's completion under the intervention `number`."""
+        found = []
+        for part in _parts(examples):
+            for example, logits in zip(part, self.logits(part, number)):
+                targets = torch.tensor(example.completion, device=logits.device)
+                log_p = -torch.nn.functional.cross_entropy(logits, targets, reduction="none")
+                found.append(Asked(tuple(log_p.tolist()), tuple((logits.argmax(-1) == targets).tolist())))
+        return found
+
+    def generate(
+        self, examples: Sequence[Example], number: int | None, end: int, max_new_tokens: int
+    ) -> list[tuple[tuple[int, ...], float]]:
+        """The greedy continuation of each example's prompt under the intervention `number`: (tokens up to and with
+        `end`, their log-probability in nats)."""
+        intervention, model = self.acting(number), self.model
+        if (fixed := intervention.fixed_answer) is not None:
+            return [(fixed, 0.0)] * len(examples)
+        prefix, applied = intervention.prefix(model), partial(intervention.applied, model)
+        return generate(model, examples, self.pad_id, (end,), max_new_tokens, prefix, applied)
+
+
+def _parts(examples: Sequence[Example]) -> Iterator[list[Example]]:
+    """`examples` in order, in groups of at most LOGITS completion tokens; an example alone may have more."""
+    part, size = [], 0
+    for example in examples:
+        if part and size + len(example.completion) > LOGITS:
+            yield part
+            part, size = [], 0
+        part.append(example)
+        size += len(example.completion)
+    if part:
+        yield part
 
 
 def load_served(name: str, settings: ModelSettings, parent: str | None = None, max_length: int = 1024) -> Served:

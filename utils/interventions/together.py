@@ -7,13 +7,14 @@ from functools import cached_property
 
 import pandas as pd
 
-from utils.data.select import learnt_by, load_rows
+from utils.data.select import learnt_by
 from utils.errors import UserError, first_line, note_once
 from utils.interventions import gate_files
 from utils.interventions.served import LOADERS, Served, load_chain
 from utils.models.base import ModelSettings
 from utils.models.chain import resolve_chain
 from utils.storage.checkpoints import Link
+from utils.tasks.rows import load_rows
 
 NAME = r"^[^\s=|\x00-\x1f]([^=|\x00-\x1f]*[^\s=|\x00-\x1f])?$"  # of a request; = and | separate names elsewhere
 FORGET_SPLITS = ("train_forget", "test_forget")
@@ -87,7 +88,8 @@ def refuse_apart(requests: Sequence[Request]) -> None:
             raise UserError(f"{path} was made for another frozen model than {first.link.path}; serve them apart")
         if request.sha256 in by_hash:
             raise UserError(f"{by_hash[request.sha256].link.path} and {path} are the same checkpoint; name it once")
-        if request.link.manifest["label_words"] != first.link.manifest["label_words"]:
+        kinds = [link.manifest.get("task", "classification") for link in (request.link, first.link)]
+        if request.link.manifest["label_words"] != first.link.manifest["label_words"] or kinds[0] != kinds[1]:
             raise UserError(f"{path} was made for other label words than {first.link.path}; serve them apart")
         by_name[request.name], by_hash[request.sha256] = request, request
 

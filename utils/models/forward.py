@@ -28,7 +28,8 @@ from utils.models.layers import decoder_of
 # Virtual tokens (p, d), or what `prompt_prefix` made of them: keys and values of every layer, (1, heads, p, width).
 Prefix = torch.Tensor | list[tuple[torch.Tensor, torch.Tensor]]
 Seen = dict[str, int | torch.Tensor]  # what `_gather_before_head` notes down
-HEAD_ROWS = 16384  # words of the head that are converted to float32 at a time
+HEAD_ROWS = 16384  # words of the head that are converted to float32 at a time,
+CACHED = 2**20  # on a CPU only so many numbers, which stay in its cache until they are multiplied
 _OBSTACLES = weakref.WeakKeyDictionary()  # {model: why its prompt cannot be shared by the rows of a batch, or None}
 
 
@@ -67,7 +68,7 @@ def prompt_prefix(model: torch.nn.Module, prompt: torch.Tensor) -> Prefix:
     from tokens.
     """
     if model not in _OBSTACLES:
-        obstacle = _obstacle(model)
+        obstacle = other_state(model)
         if isinstance(prompt, FakeTensor):  # it has no numbers to compare
             return prompt if obstacle else _kept(model, prompt)
         _OBSTACLES[model] = _tried_obstacle(model, obstacle)
@@ -80,13 +81,13 @@ def prompt_prefix(model: torch.nn.Module, prompt: torch.Tensor) -> Prefix:
 def _kept(model: torch.nn.Module, prompt: torch.Tensor) -> Prefix:
     """Keys and values of every layer for `prompt` (p, d); `prompt` where the model fills no cache."""
     cache = Cache(layer_class_to_replicate=_KeptLayer)
-    kept = {_cache_argument(model): cache}
+    kept = {cache_argument(model): cache}
     own = _cast(model, prompt)[None].clone()  # some models (CTRL) scale what they are given in place
     model(inputs_embeds=own, **kept, use_cache=True, logits_to_keep=1)
     return [(layer.keys, layer.values) for layer in cache.layers] or prompt
 
 
-def _obstacle(model: torch.nn.Module) -> str | None:
+def other_state(model: torch.nn.Module) -> str | None:
     """Why a layer's cache is not just keys and values of all positions; None where every layer's is."""
     config, text_config = model.config, model.config.get_text_config()
     kinds = getattr(text_config, "layer_types", None) or []
@@ -225,11 +226,11 @@ def _run(model: torch.nn.Module, batch: Batch, prompt: Prefix | None, seen: Seen
         return model(inputs_embeds=inputs, attention_mask=mask, use_cache=False).logits
     mask = torch.nn.functional.pad(batch.attention_mask, (prompt[0][0].shape[2], 0), value=1)
     cache = Cache(layers=[_PrefixLayer(*pair, decoder_of(model).config) for pair in prompt])
-    kept = {_cache_argument(model): cache}
+    kept = {cache_argument(model): cache}
     return model(input_ids=batch.input_ids, attention_mask=mask, **kept, use_cache=True).logits
 
 
-def _cache_argument(model: torch.nn.Module) -> str:
+def cache_argument(model: torch.nn.Module) -> str:
     """The name under which `model` takes a cache: transformers renamed it in 5.24, remote code may keep the old one."""
     return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
 
@@ -249,12 +250,12 @@ def _gather_before_head(
 
     Hooks on the head rather than a second call of it, so that whatever the architecture does after the head (soft
     caps, scales) still happens. A plain head in half precision (or under autocast) sees no rows at all: its product is
-    taken in float32, see `_float32_product`. Yields a dict. The caller sets `offset`, the number of virtual tokens in
+    taken in float32, see `float32_product`. Yields a dict. The caller sets `offset`, the number of virtual tokens in
     front, before the pass; after it `hidden` holds the gathered states (N, d).
     """
     seen = {"offset": 0}
     head = model.get_output_embeddings()
-    in_float32 = _rounds(head)
+    in_float32 = rounds(head)
 
     def gather(_: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor]:
         hidden = inputs[0]  # the head may be on another device than the batch
@@ -266,10 +267,10 @@ def _gather_before_head(
         return (seen["read"][:0] if in_float32 else seen["read"],)
 
     def multiply(_: torch.nn.Module, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> torch.Tensor:
-        logits = _float32_product(head, seen["read"]) if in_float32 else output
+        logits = float32_product(head, seen["read"]) if in_float32 else output
         if reference_head is None:
             return logits
-        product = _float32_product if in_float32 else torch.nn.Module.__call__
+        product = float32_product if in_float32 else torch.nn.Module.__call__
         return torch.cat([logits, product(reference_head, reference.to(inputs[0])).to(logits)])
 
     handles = [head.register_forward_pre_hook(gather), head.register_forward_hook(multiply)]
@@ -280,14 +281,14 @@ def _gather_before_head(
             handle.remove()
 
 
-def _rounds(head: torch.nn.Module) -> bool:
+def rounds(head: torch.nn.Module) -> bool:
     """Whether a plain linear `head` would round its logits to half precision: in bfloat16 the best two often tie."""
     if type(head) is not torch.nn.Linear or head.weight.is_meta:  # weights that are elsewhere until the head is called
         return False
     return head.weight.dtype != torch.float32 or torch.is_autocast_enabled(head.weight.device.type)
 
 
-def _float32_product(head: torch.nn.Linear, hidden: torch.Tensor) -> torch.Tensor:
+def float32_product(head: torch.nn.Linear, hidden: torch.Tensor) -> torch.Tensor:
     """Float32 logits (N, |V|) of hidden states (N, d), whatever the dtype of `head`."""
     with torch.autocast(head.weight.device.type, enabled=False):
         hidden = hidden.to(head.weight.device).float()
@@ -308,7 +309,11 @@ class _FrozenProduct(torch.autograd.Function):
     @staticmethod
     def forward(ctx: FunctionCtx, hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         ctx.save_for_backward(weight)
-        return torch.cat([hidden @ part.float().T for part in weight.split(HEAD_ROWS)], dim=-1)
+        rows = min(HEAD_ROWS, max(1, CACHED // weight.shape[1])) if weight.device.type == "cpu" else HEAD_ROWS
+        logits, space = hidden.new_empty(len(hidden), len(weight)), hidden.new_empty(rows, weight.shape[1])
+        for part, place in zip(weight.split(rows), logits.split(rows, dim=-1)):
+            torch.mm(hidden, space[: len(part)].copy_(part).T, out=place)
+        return logits
 
     @staticmethod
     def backward(ctx: FunctionCtx, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:

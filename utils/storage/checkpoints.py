@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from functools import cache, cached_property
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from utils.errors import UserError, note_once
 from utils.storage import schemas
@@ -28,6 +28,13 @@ READ_BY_LOADING = (  # beside weights
 )  # fmt: skip
 GATE = "gate"  # the folder of the gate that a checkpoint is served behind
 OF_A_GATE = (GATE, f"{GATE}/classifier", "classifier", "token_classifier")  # folders; the third of earlier versions
+
+
+class Task(Protocol):
+    """What a manifest records of a task (utils.tasks.base.Task)."""
+
+    kind: str
+    words: Sequence[str]
 
 
 @dataclass(frozen=True)
@@ -60,7 +67,7 @@ def write_manifest(
     chain: Sequence[Link],
     args: Namespace,
     data_fingerprint: str,
-    words: list[str],
+    task: Task,
     metrics: list[dict] | None,
     training: dict[str, Any] | None = None,
 ) -> None:
@@ -68,8 +75,8 @@ def write_manifest(
     evaluated.
 
     chain: the Links of what it was trained on; its parent is the last. A local parent is recorded relative to the
-    checkpoint, so that a tree of checkpoints can be moved as a whole. All `args` of the command are recorded. words:
-    the data's label words, so that a checkpoint can answer without its data. metrics: records as
+    checkpoint, so that a tree of checkpoints can be moved as a whole. All `args` of the command are recorded. task:
+    recorded with its label words, so that a checkpoint can answer without its data. metrics: records as
     utils.evaluation.record.make_record gives them, or None. training: `cost` of utils.training.loop.Training, or None.
     """
     parent = chain[-1]
@@ -82,7 +89,8 @@ def write_manifest(
         "base": base_name(chain),
         "arguments": {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()},
         "data_fingerprint": data_fingerprint,
-        "label_words": words,
+        "task": task.kind,
+        "label_words": list(task.words),
         "seed": args.seed,
         "libraries": {name: _version(name) for name in LIBRARIES},
         "git_commit": _git_commit(),

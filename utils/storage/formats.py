@@ -10,11 +10,11 @@ SPLITS = ("train_retain", "train_forget", "test_retain", "test_forget")
 
 
 class Scores(Open):
-    """Of one split: what every table shows."""
+    """Of one split. Of label words: all three; of free answers only how many are exactly right."""
 
     accuracy: Share
-    f1: Share
-    out_of_label: Share
+    f1: Share | None = None
+    out_of_label: Share | None = None
 
 
 class Cost(Open):
@@ -30,6 +30,7 @@ class Record(Open):
 
     what = "record of scores"
     method: Text
+    headline: Text = "accuracy"
     splits: dict[str, Scores]
     training: Cost | None = None
 
@@ -37,6 +38,13 @@ class Record(Open):
     def _has_every_split(self) -> "Record":
         if missing := [split for split in SPLITS if split not in self.splits]:
             raise ValueError(f"{missing[0]} is missing")
+        needed = ("f1", "out_of_label") if self.headline == "accuracy" else (self.headline,)
+        for split in SPLITS:
+            scores = self.splits[split].model_dump()
+            if absent := [name for name in needed if scores.get(name) is None]:
+                raise ValueError(f"splits.{split}.{absent[0]} is missing")
+            if not isinstance(scores.get(self.headline), float | int):
+                raise ValueError(f"splits.{split}.{self.headline} is no number")
         return self
 
 
@@ -62,7 +70,7 @@ class Arguments(Open):
 
 
 class Manifest(Open):
-    """manifest.json. Earlier versions lack `version`, `base`, `label_words` and `training`."""
+    """manifest.json. Earlier versions lack `version`, `base`, `label_words`, `training` and `task`."""
 
     what, remedy = "manifest of this project", "train the checkpoint again"
     kind: Text
@@ -71,11 +79,18 @@ class Manifest(Open):
     base: Text = ""
     arguments: Arguments
     data_fingerprint: Digest
-    label_words: Annotated[list[Text], Field(min_length=1)] = []
+    task: Text | None = None
+    label_words: list[Text] = []
     seed: Seed
     files: dict[Text, Digest]
     training: Cost | None = None
     metrics: list[Record] | None = None
+
+    @model_validator(mode="after")
+    def _has_words(self) -> "Manifest":
+        if self.task in (None, "classification") and "label_words" in self.model_fields_set and not self.label_words:
+            raise ValueError("label_words is empty")
+        return self
 
 
 class Records(RootModel[Annotated[list[Record], Field(min_length=1)]]):

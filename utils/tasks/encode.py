@@ -1,17 +1,24 @@
-"""From a text and its answer to token ids; what is too long is cut inside the text."""
+"""From a query and its answer to token ids; what is too long is cut inside the text."""
 
 from collections.abc import Iterable, Sequence
 from functools import lru_cache
 from typing import Any
 
+import pandas as pd
+
 from utils.data.batch import Example
 from utils.errors import UserError
-from utils.tasks.classification import TEMPLATE_HEAD, TEMPLATE_TAIL
+from utils.tasks.base import CHAT, Query, Task
+from utils.tasks.chat import chat_template
+from utils.tasks.classification import classification
+
+Tokens = tuple[int, ...]
+PUBLISHED = classification(())  # the template of the paper, whose answers are not known
 
 
 def tokenize(
     tokenizer: Any,
-    texts: Iterable[str],
+    rows: pd.DataFrame | Iterable[str],
     words: Sequence[str],
     max_length: int,
     forget: bool = False,
@@ -20,54 +27,61 @@ def tokenize(
     answers: Any = None,
     longest: int | None = None,
 ) -> list[Example]:
-    """One Example a row. Text is cut so that prompt + completion fit `max_length`; template and completion never are.
+    """One Example a row. Text is cut so that prompt + completion fit `max_length`; what stands around it never is.
 
-    template: None for the published one, else an object whose `around(texts)` gives what stands before and behind each
-    text. marks: None, or one item a text: the (start, end) character spans whose tokens become `marked`; where it is
-    None, or none of them is left after cutting, all prompt tokens but the last do. answers: the data's
-    utils.tasks.answers.KnownAnswers, which say whether a word's tokens are all of its answer; None where no word begins
-    another. longest: tokens of the longest answer, for which there is room behind every text; None: that of `words`.
-    Raises UserError when template and completion alone do not fit.
+    rows: a frame as the task reads it, or the texts alone. words: their answers. template: None, or an object whose
+    `around(task, queries)` changes what is asked. marks: None, or one item a text: the (start, end) character spans
+    whose tokens become `marked`; where it is None, or none of them is left after cutting, all prompt tokens but the
+    last do. answers: utils.tasks.answers.known_answers of the task; None: the published template, no word of which
+    begins another. longest: tokens of the longest answer, for which there is room behind every text; None: that of
+    `words`, or of each row's own where any text is an answer. Raises UserError when a row does not fit.
     """
-    texts = list(texts)
-    if not texts:
+    frame = rows if isinstance(rows, pd.DataFrame) else pd.DataFrame({"text": list(rows)})
+    if not len(frame):
         return []
-    frames = template.around(texts) if template else [(TEMPLATE_HEAD, TEMPLATE_TAIL)] * len(texts)
+    task = answers.task if answers else PUBLISHED
+    queries = asked(tokenizer, task, frame, template)
     completions = answers.ids if answers else {word: completion_ids(tokenizer, word) for word in set(words)}
-    longest = longest or max(len(completions[word]) for word in words)
-    room = max_length - longest
-    cut = _prompts(tokenizer, room)
-    rows = [(head, text, tail) for text, (head, tail) in zip(texts, frames)]
-    new = list(dict.fromkeys(row for row in rows if row not in cut))
+    if longest is None and not task.generates:
+        longest = max(len(completions[word]) for word in words)
+    rooms = [longest or len(completions[word]) for word in words]
+    known, special = _prompts(tokenizer, task.prompt_format != CHAT, max_length), task.prompt_format != CHAT
+    new = list(dict.fromkeys(key for key in zip(queries, rooms) if key not in known))
     if new:
-        encoded = tokenizer(["".join(row) for row in new], return_offsets_mapping=True)
-        for row, ids, offsets in zip(new, encoded["input_ids"], encoded["offset_mapping"]):
-            cut[row] = _cut(row, ids, offsets, max_length, longest)
+        encoded = tokenizer([str(query) for query, _ in new], return_offsets_mapping=True, add_special_tokens=special)
+        for (query, room), ids, offsets in zip(new, encoded["input_ids"], encoded["offset_mapping"]):
+            known[query, room] = _cut(query, ids, offsets, max_length, room)
     examples = []
-    for i, (row, word) in enumerate(zip(rows, words)):
-        ids, offsets = cut[row]
-        marked = _marked(offsets, len(row[0]), marks[i]) if marks else ()
+    for i, (query, room, word) in enumerate(zip(queries, rooms, words)):
+        ids, offsets = known[query, room]
+        marked = _marked(offsets, len(query.head), marks[i]) if marks else ()
         examples.append(Example(ids, completions[word], forget, marked))
     return examples
 
 
+def asked(tokenizer: Any, task: Task, frame: pd.DataFrame, template: Any = None) -> list[Query]:
+    """The queries of `frame` as the model reads them: in the words of `template`, in the model's chat template."""
+    queries = task.queries(frame)
+    if template:
+        queries = template.around(task, queries)
+    return list(map(chat_template(tokenizer).around, queries)) if task.prompt_format == CHAT else queries
+
+
 @lru_cache(maxsize=4)
-def _prompts(tokenizer: Any, room: int) -> dict[tuple[str, str, str], tuple]:
-    """{(head, text, tail): token ids and offsets} of what was tokenised with at most `room` tokens: evaluation asks for
-    the same rows again."""
+def _prompts(tokenizer: Any, special: bool, max_length: int) -> dict[tuple[Query, int], tuple]:
+    """{(query, room behind it): token ids and offsets} of what was tokenised: evaluation asks for the same rows
+    again."""
     return {}
 
 
-def _cut(
-    row: tuple[str, str, str], ids: list[int], offsets: list[tuple[int, int]], max_length: int, longest: int
-) -> tuple[tuple, tuple]:
-    """Token ids and character offsets of head + text + tail, cut inside the text so that `longest` more tokens fit."""
+def _cut(query: Query, ids: list[int], offsets: list[tuple[int, int]], max_length: int, longest: int) -> tuple:
+    """Token ids and character offsets of a query, cut inside its text so that `longest` more tokens fit."""
     while offsets[-1][1] == 0:  # an end-of-text token that the tokenizer appends must not precede the answer
         ids, offsets = ids[:-1], offsets[:-1]
     excess = len(ids) + longest - max_length
     if excess > 0:
-        begin = len(row[0])
-        end = begin + len(row[1])
+        begin = len(query.head)
+        end = begin + len(query.text)
         inside = [at for at, (start, stop) in enumerate(offsets) if begin <= start < stop <= end]
         if excess >= len(inside):
             needed = len(ids) - len(inside) + longest + 1
@@ -85,11 +99,18 @@ def _marked(offsets: Sequence[tuple[int, int]], begin: int, spans: Sequence | No
     return named or tuple(range(len(offsets) - 1))
 
 
-def completion_ids(tokenizer: Any, word: str) -> tuple[int, ...]:
-    """Token ids of ` word` as it continues the template's last word (sentencepiece and byte-level BPE differ alone)."""
-    anchor = TEMPLATE_TAIL.split()[-1]
+def completion_ids(tokenizer: Any, word: str, task: Task = PUBLISHED) -> Tokens:
+    """Token ids of an answer as it continues a query (sentencepiece and byte-level BPE differ alone).
+
+    That is ` word`, or `word` where it begins with white space itself; behind a chat template what that puts there.
+    """
+    if task.prompt_format == CHAT:
+        chat = chat_template(tokenizer)
+        anchor, text = chat.after, chat.lead + word
+    else:
+        anchor, text = (task.tail.split() or ["."])[-1], word if word[:1].isspace() else f" {word}"
     before = tokenizer(anchor, add_special_tokens=False)["input_ids"]
-    after = tokenizer(f"{anchor} {word}", add_special_tokens=False)["input_ids"]
+    after = tokenizer(anchor + text, add_special_tokens=False)["input_ids"]
     if after[: len(before)] != before or len(after) == len(before):
-        after, before = tokenizer(f" {word}", add_special_tokens=False)["input_ids"], []
+        after, before = tokenizer(text, add_special_tokens=False)["input_ids"], []
     return tuple(after[len(before) :])

@@ -18,12 +18,13 @@ from utils.data.batch import Example, collate
 from utils.data.splits import TRAIN_SPLITS
 from utils.errors import UserError
 from utils.evaluation import tables
-from utils.evaluation.run import EvaluationSettings, Frames
+from utils.evaluation.run import EvaluationSettings
 from utils.interventions.gate_files import SEEN, GateSource
 from utils.interventions.gates import ClassifierSettings
 from utils.interventions.served import Served
 from utils.models.base import ModelSettings
 from utils.models.forward import completion_logits
+from utils.tasks.rows import Splits
 from utils.unlearning import gate_training, losses
 from utils.unlearning.flags import listed_people
 from utils.unlearning.losses import Shares
@@ -78,7 +79,7 @@ class TrainingRows:
 
 def find_gate(
     args: Namespace,  # the flags of the gate, of the rows and of the model; all that is read is read here
-    frames: Frames,
+    frames: Splits,
     model: ModelSettings,
     load: Callable[[], Served],
 ) -> GateSource | None:
@@ -104,7 +105,7 @@ def find_gate(
 
 def training_rows(
     served: Served,
-    frames: Frames,
+    frames: Splits,
     settings: EvaluationSettings,
     gate: GateSource | None,
     frozen: pd.DataFrame | None = None,

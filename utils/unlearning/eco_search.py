@@ -8,17 +8,17 @@ from typing import Any
 import pandas as pd
 
 from utils.data.names import Person
-from utils.data.select import learnt_by, load_rows, sample_rows
+from utils.data.select import learnt_by, sample_rows
 from utils.errors import UserError
-from utils.evaluation.run import Frames
-from utils.evaluation.scores import score_rows, split_scores
+from utils.evaluation.scores import score_rows
 from utils.interventions import gates
 from utils.interventions.corruption import Corruption, has_strength
 from utils.interventions.eco import CorruptedEmbeddings, Marks, Tagger, by_list
 from utils.interventions.served import Served, load_served
 from utils.models.base import ModelSettings
 from utils.models.chain import resolve_chain
-from utils.tasks.classification import label_words
+from utils.tasks.base import Task
+from utils.tasks.rows import Splits, load_rows
 
 LADDER = (0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0)  # where a search without --eco_start begins to look
 
@@ -57,7 +57,7 @@ class EcoSettings:
 
 def learn(
     served: Served,
-    frames: Frames,
+    frames: Splits,
     names: Sequence[Person],
     gate: gates.Gate,
     settings: EcoSettings,
@@ -90,7 +90,7 @@ def learn(
 
 def search_strength(
     served: Served,
-    frames: Frames,
+    frames: Splits,
     settings: EcoSettings,
     intervention: Callable[[float], CorruptedEmbeddings],
     target: float,
@@ -102,12 +102,12 @@ def search_strength(
     changes no answer, and it would not move. Afterwards the gap between the two tried strengths around v_r is halved a
     few times: near a step of the metric the gradient's two sides lie far apart, and the search jumps over it.
     """
-    words, forget = label_words(frames), sample_rows(frames["train_forget"], settings.eco_samples)
+    task, forget = frames.task, sample_rows(frames["train_forget"], settings.eco_samples)
     seen: dict[float, float] = {}
 
     def metric(strength: float) -> float:
         if strength not in seen:
-            seen[strength] = _score(settings, served.using(intervention(strength)), forget, words)
+            seen[strength] = _score(settings, served.using(intervention(strength)), forget, task)
             print(f"strength {strength:8.3f}: {settings.eco_metric} on train_forget {seen[strength]:.3f}")
         return seen[strength]
 
@@ -159,22 +159,25 @@ def zeroth_order(
     return visited
 
 
-def _score(settings: EcoSettings, served: Served, frame: pd.DataFrame, words: Sequence[str]) -> float:
-    rows = score_rows(served, frame, words, settings.max_length, settings.eval_batch_size)
+def _score(settings: EcoSettings, served: Served, frame: pd.DataFrame, task: Task) -> float:
+    rows = score_rows(served, frame, task, settings.max_length, settings.eval_batch_size)
     labelled = pd.concat([frame[["label_text"]].reset_index(drop=True), rows], axis=1)
-    return split_scores(labelled, words)[settings.eco_metric]
+    scores = task.split_scores(labelled.assign(split="train_forget"))
+    if settings.eco_metric not in scores:
+        raise UserError(f"--eco_metric={settings.eco_metric} is no score of these rows; use one of {', '.join(scores)}")
+    return scores[settings.eco_metric]
 
 
-def _target(served: Served, frames: Frames, settings: EcoSettings, model: ModelSettings) -> float:
+def _target(served: Served, frames: Splits, settings: EcoSettings, model: ModelSettings) -> float:
     """v_r: a number, the metric of a retain model on train_forget, or `auto`: of this model on retain rows that it has
     not learnt, the validation rows that stand in for test_retain."""
-    words, n = label_words(frames), settings.eco_samples
+    task, n = frames.task, settings.eco_samples
     if settings.eco_target == "auto":
-        return _score(settings, served, sample_rows(frames["test_retain"], n), words)
+        return _score(settings, served, sample_rows(frames["test_retain"], n), task)
     if isinstance(settings.eco_target, float):
         return settings.eco_target
     retain_model = load_served(settings.eco_target, model, max_length=settings.max_length)
-    return _score(settings, retain_model, sample_rows(frames["train_forget"], n), words)
+    return _score(settings, retain_model, sample_rows(frames["train_forget"], n), task)
 
 
 def refuse_target(

@@ -5,13 +5,12 @@ from pathlib import Path
 
 from utils.data.names import Person
 from utils.evaluation import figures, tables
-from utils.evaluation.run import Frames
 from utils.interventions import eco, gate_files, refusal
 from utils.interventions.base import Intervention
 from utils.interventions.gate_files import GateSource
 from utils.interventions.served import Served
 from utils.models.base import ModelSettings
-from utils.tasks.classification import label_words
+from utils.tasks.rows import Splits
 from utils.unlearning import eco_search
 
 Writer = Callable[[Path], None]
@@ -20,7 +19,7 @@ Writer = Callable[[Path], None]
 def behind_gate(
     method: str,
     served: Served,
-    frames: Frames,
+    frames: Splits,
     names: Sequence[Person],
     source: GateSource,
     settings: eco_search.EcoSettings,
@@ -36,7 +35,7 @@ def behind_gate(
     if method == "eco":
         made, found = eco_search.learn(served, frames, names, gate, settings, model)
     else:
-        made = refusal.refuse(served, label_words(frames), gate) if method == "refusal" else Intervention(gate=gate)
+        made = refusal.refuse(served, frames.task, gate) if method == "refusal" else Intervention(gate=gate)
 
     def write(folder: Path) -> None:
         gate_files.save(gate, description, source.unseen, folder)

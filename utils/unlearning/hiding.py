@@ -27,8 +27,9 @@ from utils.models.chain import refuse_prompted, resolve_chain
 from utils.models.forward import completion_logits
 from utils.models.lengths import check_length, check_tokens
 from utils.storage.checkpoints import Link
-from utils.tasks.answers import Tokens, known_answers
-from utils.tasks.classification import label_words
+from utils.tasks.answers import known_answers
+from utils.tasks.encode import Tokens
+from utils.tasks.rows import Splits
 from utils.unlearning import losses
 
 FLAG = "--hide_like"
@@ -121,7 +122,7 @@ class Source:
     """What L_hide of a run is made of. like: as Hiding has it. link: the last one of the model that gave it."""
 
     settings: HidingSettings
-    frames: Mapping[str, pd.DataFrame]
+    frames: Splits
     like: Like | None = None
     link: Link | None = None
 
@@ -140,7 +141,7 @@ class Source:
 
 def find(
     settings: HidingSettings,
-    frames: Mapping[str, pd.DataFrame],
+    frames: Splits,
     model: ModelSettings,
     rows: Callable[..., tuple[list[Example], list[Example]]],
 ) -> Source:
@@ -150,6 +151,8 @@ def find(
     together. A dry run only checks it. rows: as utils.unlearning.objectives.prompt_rows. Raises UserError where
     settings.hide_like is a prompt or has another tokenizer.
     """
+    if settings.hide and not frames.task.words:
+        raise UserError("--hide holds label words level and these rows have free answers; leave it out")
     if not settings.hide_like:
         return Source(settings, frames)
     own = resolve_chain(settings.model_checkpoints, model.trust_remote_code, settings.parent_path, not settings.dry_run)
@@ -194,10 +197,9 @@ def _shares(
     return {prompt: shares for part in distributed.all_gather(own) for prompt, shares in part.items()}
 
 
-def _word_ids(tokenizer: Any, frames: Mapping[str, pd.DataFrame]) -> list[Tokens]:
-    words = label_words(frames)
-    known = known_answers(tokenizer, words)
-    return [known.ids[word] for word in words]
+def _word_ids(tokenizer: Any, frames: Splits) -> list[Tokens]:
+    known = known_answers(tokenizer, frames.task)
+    return [known.ids[word] for word in frames.task.words]
 
 
 def _note_learnt(link: Link, frames: Mapping[str, pd.DataFrame]) -> None:

@@ -19,16 +19,14 @@ from utils.errors import note_once
 from utils.interventions.served import Served
 from utils.models.forward import completion_logits, prompt_prefix
 from utils.tasks.answers import known_answers
-from utils.tasks.classification import draw_unlearning_labels, label_words
 from utils.tasks.encode import tokenize
+from utils.tasks.rows import Splits
 from utils.unlearning import losses
 from utils.unlearning.hiding import Hiding
 from utils.unlearning.losses import Parts, Shares
 from utils.unlearning.methods import CompletionTokens, Method, MethodSettings
 from utils.unlearning.reference import Loader, Reference
 from utils.unlearning.rmu import SteeringObjective
-
-PREFERRED = "unknown"  # the answer that dpo prefers
 
 
 class FineTuning:
@@ -45,7 +43,7 @@ class FineTuning:
 
 def prompt_rows(
     tokenizer: Any,
-    frames: Mapping[str, pd.DataFrame],
+    frames: Splits,
     max_length: int,
     seed: int,
     retain: pd.DataFrame | None = None,
@@ -55,9 +53,9 @@ def prompt_rows(
     retain: the rows to keep, where not all of train_retain are wanted.
     """
     retain, forget = frames["train_retain"] if retain is None else retain, frames["train_forget"]
-    encode = partial(tokenize, tokenizer, max_length=max_length, answers=known_answers(tokenizer, label_words(frames)))
-    words = draw_unlearning_labels(len(forget), seed)
-    return encode(retain["text"], retain["label_text"]), encode(forget["text"], words, forget=True)
+    encode = partial(tokenize, tokenizer, max_length=max_length, answers=known_answers(tokenizer, frames.task))
+    words = frames.task.unlearning_answers(forget, seed)
+    return encode(retain, retain["label_text"]), encode(forget, words, forget=True)
 
 
 class PromptTuning:
@@ -105,20 +103,18 @@ class Rows:
     """The training examples of a method. `trained`: retain rows (if it has a retain loss), then forget rows; `all`:
     those, then the forget rows once more with the preferred answer (dpo); `alternative`: {number: number in `all`}."""
 
-    def __init__(
-        self, tokenizer: Any, frames: Mapping[str, pd.DataFrame], method: Method, settings: MethodSettings
-    ) -> None:
-        retain, forget = frames["train_retain"], frames["train_forget"]
-        labels = draw_unlearning_labels(len(forget), settings.seed) if method.flipped else forget["label_text"]
+    def __init__(self, tokenizer: Any, frames: Splits, method: Method, settings: MethodSettings) -> None:
+        task, retain, forget = frames.task, frames["train_retain"], frames["train_forget"]
+        labels = task.unlearning_answers(forget, settings.seed) if method.flipped else forget["label_text"]
         kept = retain if settings.retain_loss != "none" else retain.head(0)
-        known = known_answers(tokenizer, label_words(frames))
+        known = known_answers(tokenizer, task)
         encode = partial(tokenize, tokenizer, max_length=settings.max_length, answers=known)
-        self.trained = encode(kept["text"], kept["label_text"])
-        self.trained += encode(forget["text"], labels, forget=True)
+        self.trained = encode(kept, kept["label_text"])
+        self.trained += encode(forget, labels, forget=True)
         self.all, self.alternative = list(self.trained), {}
         if method.refusals:
             self.alternative = {i: i + len(forget) for i in range(len(kept), len(self.trained))}
-            self.all += encode(forget["text"], [PREFERRED] * len(forget), forget=True)
+            self.all += encode(forget, task.preferred_answers(forget, settings.seed), forget=True)
 
     def referred(self, method: Method, retain_loss: str) -> list[int]:
         """Numbers in `all` of the examples whose reference logits the loss needs."""

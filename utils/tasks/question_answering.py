@@ -1,0 +1,178 @@
+"""Question answering with free answers: TOFU (arXiv 2401.06121) and any table of questions and answers."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import numpy as np
+import pandas as pd
+
+from utils.data.splits import is_text
+from utils.errors import UserError
+from utils.tasks import metrics
+from utils.tasks.base import CHAT, PLAIN, Asked, Query, Scores, Task, TaskOptions, missing, need, refuse_empty
+from utils.tasks.listed import listed
+from utils.tasks.refusals import read_refusals
+
+UTILITY_SETS = {  # {TOFU's name: ours}
+    "retain": "train_retain",
+    "real_authors": "real_authors",
+    "world_facts": "world_facts",
+}  # TOFU's name, ours
+OPTIONAL = ("paraphrased_question", "paraphrased_answer")
+MAX_NEW_TOKENS = 200  # TOFU, ECO
+
+
+@dataclass(frozen=True, kw_only=True)
+class FreeAnswers(Task):
+    """The base of tasks whose rows are answered with a text of any length."""
+
+    generates: ClassVar[bool] = True
+
+    def unlearning_answers(self, rows: pd.DataFrame, seed: int) -> list[str]:
+        """A refusal for each row."""
+        return self.preferred_answers(rows, seed)
+
+    def other_answers(self, rows: pd.DataFrame, pool: pd.DataFrame, rng: np.random.Generator) -> list[str]:
+        """The answer of another row."""
+        answers = sorted(set(pool["label_text"]))
+        found = []
+        for own in rows["label_text"]:
+            if answers == [own]:
+                raise UserError("all rows have the same answer, so none has another one; use more rows")
+            drawn = own
+            while drawn == own:
+                drawn = answers[rng.integers(len(answers))]
+            found.append(drawn)
+        return found
+
+
+@dataclass(frozen=True, kw_only=True)
+class QuestionAnswering(FreeAnswers):
+    """A question is answered with a sentence, `Question: {q}\\nAnswer: {a}`."""
+
+    kind: ClassVar[str] = "question_answering"
+    categories: ClassVar[tuple[str, ...]] = ("question-answering",)
+    columns: ClassVar[tuple[str, ...]] = ("question", "answer")
+    headline: ClassVar[str] = "rouge_l_recall"
+    shown: ClassVar[Mapping[str, str]] = {
+        "probability": "probability", "rouge_l_recall": "ROUGE-L recall", "truth_score": "truth ratio score",
+    }  # fmt: skip
+    scored: ClassVar[tuple[str, ...]] = (
+        "prediction", "correct", "loss", "tokens", "probability", "rouge_l_recall", "rouge_l_f1",
+        "truth_ratio_geometric", "truth_ratio_arithmetic", "exact_memorisation", "extraction_strength",
+    )  # fmt: skip
+    summed: ClassVar[Mapping[str, str]] = {"model_utility": "model utility"}
+    max_new_tokens: int = MAX_NEW_TOKENS
+
+    @classmethod
+    def checked(cls, split: str, frame: pd.DataFrame, source: str) -> pd.DataFrame:
+        need(frame, cls.columns, split, source)
+        refuse_empty(frame, cls.columns, split, source)
+        columns = {"text": frame["question"], "label": 0, "label_text": [text.strip() for text in frame["answer"]]}
+        for column in frame.columns.intersection(OPTIONAL):
+            bad = [not (missing(cell) or is_text(cell)) for cell in frame[column]]
+            if any(bad):
+                raise UserError(f"{split} of {source}, row {bad.index(True) + 1}: {column} is not text; fix the row")
+            columns[column] = [None if missing(cell) else cell.strip() for cell in frame[column]]
+        if "perturbed_answer" in frame:
+            columns["perturbed_answer"] = [
+                _perturbed(cell, f"{split} of {source}, row {number}")
+                for number, cell in enumerate(frame["perturbed_answer"], 1)
+            ]
+        return frame.drop(columns=list(cls.columns)).assign(**columns).reset_index(drop=True)
+
+    @classmethod
+    def recorded(cls, words: Sequence[str], options: TaskOptions) -> "QuestionAnswering":
+        if options.template is not None:
+            raise UserError("--template is for classification; leave it out with question answering")
+        return cls(
+            prompt_format=options.prompt_format or PLAIN,
+            max_new_tokens=options.max_new_tokens or MAX_NEW_TOKENS,
+            refusals=read_refusals(options.refusals),
+        )
+
+    @property
+    def tail(self) -> str:
+        return "" if self.prompt_format == CHAT else "\nAnswer:"
+
+    def queries(self, rows: pd.DataFrame) -> list[Query]:
+        head = "" if self.prompt_format == CHAT else "Question: "
+        return [Query(head, text, self.tail) for text in rows["text"]]
+
+    def asks(self, rows: pd.DataFrame) -> list[dict[str, str]]:
+        found = []
+        for row in rows.to_dict("records"):
+            asked = {"answer": row["label_text"]}
+            if not missing(row.get("paraphrased_answer")):
+                asked["paraphrase"] = row["paraphrased_answer"]
+            wrong = row.get("perturbed_answer")
+            wrong = wrong if isinstance(wrong, list) else []  # of several frames put together some have none
+            found.append(asked | {f"perturbed {number}": text for number, text in enumerate(wrong)})
+        return found
+
+    def row_scores(self, row: Mapping[str, Any], asked: Mapping[str, Asked], answer: str | None) -> dict[str, Any]:
+        own, wrong = asked["answer"], [said.mean for name, said in asked.items() if name.startswith("perturbed")]
+        found = {
+            "loss": -own.total,
+            "tokens": len(own.log_p),
+            "probability": float(metrics.probability(own.mean)),
+            "exact_memorisation": metrics.exact_memorisation(own.hits),
+            "extraction_strength": metrics.extraction_strength(own.hits),
+        }
+        if wrong:
+            right = asked.get("paraphrase", own).mean
+            for mean in ("geometric", "arithmetic"):
+                found[f"truth_ratio_{mean}"] = float(metrics.truth_ratio(right, wrong, mean))
+            if "paraphrase" not in asked:
+                found["probability"] = float(metrics.normalised_probability(own.mean, wrong))
+        if answer is not None:
+            recall, f1 = metrics.rouge_l(answer, row["label_text"])
+            found |= {"prediction": answer, "correct": answer == row["label_text"]}
+            found |= {"rouge_l_recall": recall, "rouge_l_f1": f1}
+        return found
+
+    def split_scores(self, rows: pd.DataFrame) -> Scores:
+        kept = [
+            name
+            for name in ("loss", "probability", "rouge_l_recall", "rouge_l_f1", "correct", "exact_memorisation",
+                         "extraction_strength")
+            if name in rows
+        ]  # fmt: skip
+        found = {"n": len(rows), **{name: float(rows[name].mean()) for name in kept}}
+        found["accuracy"] = found.pop("correct", 0.0)
+        score = metrics.truth_score_forget if "forget" in rows["split"].iloc[0] else metrics.truth_score
+        for mean, suffix in (("geometric", ""), ("arithmetic", "_arithmetic")):
+            ratios = rows.get(f"truth_ratio_{mean}", pd.Series(dtype=float)).dropna()
+            if len(ratios):
+                found[f"truth_score{suffix}"] = score(ratios.to_numpy())
+        if "truth_score" in found:
+            found["truth_ratio_n"] = len(ratios)
+        return found
+
+    def summary(self, splits: Mapping[str, Scores]) -> Scores:
+        """TOFU's model utility, where the three sets that it is about are there."""
+        sets = {name: splits.get(split, {}) for name, split in UTILITY_SETS.items()}
+        complete = all(score in scores for scores in sets.values() for score in self.shown)
+        return {"model_utility": metrics.model_utility(sets)} if complete else {}
+
+    def distance(self, rows: pd.DataFrame, retain: pd.DataFrame) -> Scores:
+        """Forget quality, where there are truth ratios; and gaps of the scores in the forget splits."""
+        found = {}
+        own, other = (frame[frame["split"] == "train_forget"] for frame in (rows, retain))
+        if "truth_ratio_geometric" in own:
+            pair = [frame["truth_ratio_geometric"].dropna().to_numpy() for frame in (own, other)]
+            if min(map(len, pair)):
+                found["forget_quality"] = metrics.forget_quality(*pair, on="ratio")
+                found["forget_quality_folded"] = metrics.forget_quality(*pair, on="folded")
+        return found
+
+
+def _perturbed(cell: object, place: str) -> list[str] | None:
+    """The wrong answers of a cell, None where it has none."""
+    if missing(cell):
+        return None
+    found = listed(cell)
+    if not found or not all(map(is_text, found)):
+        raise UserError(f"{place}: perturbed_answer is no list of texts; give wrong answers or leave it empty")
+    return found
