@@ -73,7 +73,7 @@ def fine_tune(args, output):
         examples = examples_of(served.tokenizer)
         check_length(served.model.config, max(map(len, examples)), 0)
         model = add_lora(served.model, lora).train()
-        objective = FineTuning(model, examples, served.pad_id)
+        objective = FineTuning(model, examples, served.pad_id, args.logit_chunk)
         adapted = Served(model, served.tokenizer, served.chain)
         return plan.Prepared(served=adapted, learner=model, objective=objective, examples=examples)
 

@@ -83,7 +83,7 @@ def learn_prompt(args, output):
         torch.manual_seed(args.seed)
         encoder = prompt_encoders.build_encoder(served, asked).to(served.model.device)
         terms = rows.examples, served.pad_id, compared, args.alpha, args.beta, rows.shares
-        objective = PromptTuning(served.model, encoder, *terms, hidden.term(served, rows.examples, p))
+        objective = PromptTuning(served.model, encoder, *terms, hidden.term(served, rows.examples, p), args.logit_chunk)
         beside = [link for link in (start, gate and gate.link, hidden.link) if link]
         return plan.Prepared(served=served, learner=encoder, objective=objective, examples=rows.examples, beside=beside)
 

@@ -17,6 +17,7 @@ from utils import cli
 from utils.data.batch import collate
 from utils.data.splits import TRAIN_SPLITS
 from utils.interventions.served import Served
+from utils.models import pieces
 from utils.models.adapters import LoraSettings
 from utils.models.forward import completion_logits
 from utils.models.layers import checkpoint_layers, decoder_layers
@@ -24,7 +25,7 @@ from utils.tasks.classification import draw_unlearning_labels
 from utils.tasks.encode import completion_ids, tokenize
 from utils.tasks.rows import load_splits
 from utils.unlearning import losses, objectives, reference, rmu
-from utils.unlearning.methods import METHODS, CompletionTokens, MethodSettings
+from utils.unlearning.methods import METHODS, Answers, CompletionTokens, MethodSettings
 from utils.unlearning.tuning import only_adapter_dropout, trainable
 
 # Three completion tokens over a vocabulary of four: two of row 0, one of row 1. The preferred answers: one, then two.
@@ -42,16 +43,18 @@ def logits(distributions):
     return torch.tensor(distributions).log() + torch.arange(len(distributions))[:, None] * 2.0
 
 
-def forget_tokens(now=None):
-    preferred = CompletionTokens(
-        logits(PREFERRED_NOW),
-        logits(PREFERRED_BEFORE),
-        torch.tensor(PREFERRED_TARGETS),
-        torch.tensor(PREFERRED_ROWS),
-        2,
-    )
-    now = logits(NOW) if now is None else now
-    return CompletionTokens(now, logits(BEFORE), torch.tensor(TARGETS), torch.tensor(ROWS), 2, preferred)
+def answers(now, before, targets, rows, preferred=None):
+    tokens = (losses.token_nll(of, torch.tensor(targets)) for of in (now, before))
+    return Answers.of(*tokens, torch.tensor(rows), 2, preferred)
+
+
+def forget_values(method, now, *constants):
+    """What the method's forget loss gives of the tokens above, with the logits `now`."""
+    if not METHODS[method].of_answers:
+        tokens = CompletionTokens(now, logits(BEFORE), torch.tensor(TARGETS))
+        return METHODS[method].forget(tokens, *constants)
+    better = answers(logits(PREFERRED_NOW), logits(PREFERRED_BEFORE), PREFERRED_TARGETS, PREFERRED_ROWS)
+    return METHODS[method].forget(answers(now, logits(BEFORE), TARGETS, ROWS, better), *constants)
 
 
 def minus_log_p(distributions=NOW, targets=TARGETS):
@@ -117,7 +120,7 @@ def constants(method):
 
 @pytest.mark.parametrize("method", [name for name in METHODS if name != "rmu"])
 def test_forget_losses(method):
-    values = METHODS[method].forget(forget_tokens(), *constants(method))
+    values = forget_values(method, logits(NOW), *constants(method))
     assert values.tolist() == pytest.approx(expected(method), rel=1e-5)
 
 
@@ -134,7 +137,7 @@ def test_row_sums_take_tokens_in_any_order():
 def gradient(method, *values):
     """Of the summed forget loss with respect to the logits (3, 4)."""
     now = logits(NOW).requires_grad_()
-    METHODS[method].forget(forget_tokens(now), *(values or constants(method))).sum().backward()
+    forget_values(method, now, *(values or constants(method))).sum().backward()
     return now.grad.tolist()
 
 
@@ -424,7 +427,7 @@ def test_a_prompt_with_two_answers_of_one_token_is_read_once(build, tokenizer, m
     assert len(completion_ids(tokenizer, "positive")) == 1
     model, objective = build("dpo", "--retain_loss=kl")
     perturb(model, 0.02)
-    read, compute = [], objectives.completion_logits
+    read, compute = [], pieces.completion_logits
 
     def noted(model, batch, *more):
         read.append(len(batch.input_ids))
@@ -436,7 +439,7 @@ def test_a_prompt_with_two_answers_of_one_token_is_read_once(build, tokenizer, m
         loss.backward()
         return floats(parts), torch.cat([p.grad.flatten() for p in model.parameters()])
 
-    monkeypatch.setattr(objectives, "completion_logits", noted)
+    monkeypatch.setattr(pieces, "completion_logits", noted)
     once, gradient_once = run()
     monkeypatch.setattr(objectives.TokenObjective, "_read", lambda self, number: number)
     twice, gradient_twice = run()

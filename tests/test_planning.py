@@ -26,34 +26,36 @@ from utils.unlearning.tuning import trainable
 ROWS = tuple(Example((5 + i,) * 40, (7,), forget=i > 5) for i in range(8))
 
 
-def of_prompt(served, load, beta=0.5, rows=ROWS):
+def of_prompt(served, load, beta=0.5, rows=ROWS, chunk=0):
     """What spul.py prepares: 4 virtual tokens by an encoder of width 16."""
     settings = EncoderSettings(ptuning_num_tokens=4, ptuning_hidden_size=16)
     encoder = build_encoder(served, settings)
     retain = [i for i, row in enumerate(rows) if not row.forget]
     compared = load(served, rows, retain, {}) if beta else None
-    objective = PromptTuning(served.model, encoder, rows, 1, compared, 0.5, beta)
+    objective = PromptTuning(served.model, encoder, rows, 1, compared, 0.5, beta, logit_chunk=chunk)
     return plan.Prepared(served=served, learner=encoder, objective=objective, examples=list(rows))
 
 
-def of_lora(served, _, rows=ROWS):
+def of_lora(served, _, rows=ROWS, chunk=0):
     """What qlora.py prepares: r = 4 on q."""
     model = add_lora(served.model, LoraSettings(lora_rank=4, lora_dropout=0.0, lora_target_modules=["q_proj"])).train()
     adapted = dataclasses.replace(served, model=model)
-    objective = FineTuning(model, rows, 1)
+    objective = FineTuning(model, rows, 1, chunk)
     return plan.Prepared(served=adapted, learner=model, objective=objective, examples=list(rows))
 
 
-def of_method(name, layer=None):
+def of_method(name, layer=None, rows=ROWS, chunk=0):
     """What baselines.py prepares, all weights trained."""
+    every = list(rows)
 
     def prepare(served, load):
-        method, asked = METHODS[name], MethodSettings(unlearn_method=name, rmu_layer=layer, retain_loss="none")
+        method = METHODS[name]
+        asked = MethodSettings(unlearn_method=name, rmu_layer=layer, retain_loss="none", logit_chunk=chunk)
         model = trainable(served.model, None, method, asked)
-        rows = SimpleNamespace(trained=list(ROWS), all=list(ROWS), alternative={}, referred=lambda *_: [])
+        rows = SimpleNamespace(trained=every, all=every, alternative={}, referred=lambda *_: [])
         adapted, frames = dataclasses.replace(served, model=model), {"train_retain": None}
         objective = objective_of(method)(method, adapted, rows, frames, asked, "", load)
-        return plan.Prepared(served=adapted, learner=model, objective=objective, examples=list(ROWS))
+        return plan.Prepared(served=adapted, learner=model, objective=objective, examples=every)
 
     return prepare
 
@@ -211,6 +213,27 @@ def test_what_makes_a_step_larger_or_smaller():
     long = partial(of_prompt, rows=[dataclasses.replace(row, prompt=row.prompt * 10) for row in ROWS])
     eager = sizes(long, attn_implementation="eager")["step"]
     assert sizes(long, attn_implementation="sdpa")["step"] < 0.7 * eager
+
+
+LONG = tuple(Example((5 + i,) * 10, tuple(range(7 + i, 107 + i)), forget=i > 3) for i in range(8))  # 800 to predict
+
+
+@pytest.mark.parametrize(
+    "prepare", [partial(of_prompt, rows=LONG), partial(of_lora, rows=LONG)], ids=["prompt", "adapter"]
+)
+def test_a_step_over_long_answers_needs_less_in_pieces(prepare):
+    """The difference is in logits: what is left of those of 800 tokens, in float32, with 100 at a time."""
+    whole, parts, other = (sizes(partial(prepare, chunk=chunk), attn_implementation="sdpa") for chunk in (0, 100, 800))
+    logits = 800 * 2000 * 4
+    assert whole["step"] == other["step"]
+    assert whole["step"] - parts["step"] > 1.5 * logits
+    assert sizes(partial(prepare, chunk=50), attn_implementation="sdpa")["step"] < parts["step"]
+
+
+@pytest.mark.parametrize("method", ["gradient_ascent", "ceu", "wga"])
+def test_so_does_a_method(method):
+    whole, parts = (sizes(of_method(method, rows=LONG, chunk=chunk), full=True)["step"] for chunk in (0, 100))
+    assert parts < whole - 800 * 2000 * 4
 
 
 @pytest.mark.slow

@@ -93,6 +93,11 @@ def add_training_arguments(parser: cli.ArgumentParser, num_epochs: int) -> None:
         help="rows per forward pass, to save memory (default: the whole batch)",
     )
     group.add_argument(
+        "--logit_chunk", type=cli.non_negative_int, default=1024, metavar="N",
+        help="completion tokens whose logits are held at a time; more are done in pieces, made again in the backward "
+        "pass (0: all at once)",
+    )  # fmt: skip
+    group.add_argument(
         "--gradient_checkpointing",
         action="store_true",
         help="compute each layer's inner values again in the backward pass: less memory, about a third more time",

@@ -27,6 +27,7 @@ from utils.data.batch import collate
 from utils.evaluation.scores import score_rows
 from utils.interventions.prompt_encoders import Prompt
 from utils.interventions.served import Served, load_served
+from utils.models import pieces
 from utils.models.base import ModelSettings, load_tokenizer, pick_device
 from utils.models.chain import resolve_chain
 from utils.models.forward import completion_logits
@@ -211,12 +212,13 @@ def _unpublished(spec):
     model = _plain_model(spec)
     before = copy.deepcopy(model)
     method, frames, asked = METHODS[args.unlearn_method], load_splits(spec["data"]), cli.take(MethodSettings, args)
+    asked = dataclasses.replace(asked, logit_chunk=0)  # the plain path has all logits anyway
     model.requires_grad_(True)
     if method.activations:
         rmu.train_three_layers(model, asked.rmu_layer)
     rows = objectives.Rows(tokenizer, frames, method, asked)
     served = Served(model, tokenizer, [])
-    objectives.completion_logits = rmu.completion_logits = _with_logits_of_every_position
+    pieces.completion_logits = rmu.completion_logits = _with_logits_of_every_position
     kind = PlainSteering if method.activations else PlainObjective
     load = functools.partial(SecondModel, before, asked.rmu_layer)
     objective = kind(method, served, rows, frames, asked, "", load)

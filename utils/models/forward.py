@@ -52,12 +52,20 @@ def completion_logits(
     return logits if reference is None else logits.split([len(batch.rows), len(reference)])
 
 
+def completion_states(model: torch.nn.Module, batch: Batch, prompt: Prefix | None = None) -> torch.Tensor:
+    """The head's inputs at the positions that predict a completion token, (N, d), in the model's dtype.
+
+    batch, prompt: as `completion_logits` takes them. The head itself maps only the first of them, for nobody.
+    """
+    with _gather_before_head(model, batch, states_only=True) as seen:
+        _run(model, batch, prompt, seen)
+    return seen["hidden"]
+
+
 @torch.no_grad()
 def completion_hidden(model: torch.nn.Module, batch: Batch) -> torch.Tensor:
-    """The head's inputs at the positions that predict a completion token, (N, d), in the model's dtype."""
-    with _gather_before_head(model, batch) as seen:
-        _run(model, batch, None, seen)
-    return seen["hidden"]
+    """`completion_states` without a prompt and without a gradient."""
+    return completion_states(model, batch)
 
 
 def prompt_prefix(model: torch.nn.Module, prompt: torch.Tensor) -> Prefix:
@@ -106,7 +114,7 @@ def trial(model: torch.nn.Module, name: str) -> torch.Tensor:
     name: what the user calls `model`. Raises UserError where it is no causal language model. Then a later token changes
     what an earlier position predicts, or the head does not map each position on its own.
     """
-    batch = _trial_batch(model)
+    batch = trial_batch(model)
     try:
         every = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False).logits
         expected = every[batch.rows, batch.positions].float()
@@ -127,7 +135,7 @@ def trial(model: torch.nn.Module, name: str) -> torch.Tensor:
 @torch.no_grad()
 def same_logits(model: torch.nn.Module, batch: Batch, expected: torch.Tensor, prompt: Prefix | None = None) -> bool:
     """Whether `completion_logits` gives `expected` (N, |V|) up to rounding; False also where it raises."""
-    logits = _attempt(lambda: completion_logits(model, batch, prompt))
+    logits = attempt(lambda: completion_logits(model, batch, prompt))
     if logits is None or logits.shape != expected.shape:
         return False
     tolerance = torch.finfo(model.dtype).eps ** 0.5 * (expected - expected.mean()).norm()
@@ -136,10 +144,10 @@ def same_logits(model: torch.nn.Module, batch: Batch, expected: torch.Tensor, pr
 
 def same_as_trial(model: torch.nn.Module, expected: torch.Tensor) -> bool:
     """Whether `model` still gives what `trial` returned."""
-    return same_logits(model, _trial_batch(model), expected)
+    return same_logits(model, trial_batch(model), expected)
 
 
-def _trial_batch(model: torch.nn.Module, start: int = 0) -> Batch:
+def trial_batch(model: torch.nn.Module, start: int = 0) -> Batch:
     """Two rows of the same 6 prompt tokens, those from `start` on, with different completions of 2 and 3 tokens."""
     size = model.get_input_embeddings().weight.shape[0]
     ids = [(5 + i) % size for i in range(11)]
@@ -151,22 +159,22 @@ def _trial_batch(model: torch.nn.Module, start: int = 0) -> Batch:
 def _tried_obstacle(model: torch.nn.Module, obstacle: str | None) -> str | None:
     """`obstacle`, or what a trial of the shared prompt shows. Raises UserError where the model cannot take embeddings
     in place of tokens, or gives other numbers for them."""
-    kind, rest = model.config.model_type, _trial_batch(model, 3)
-    embedded = model.get_input_embeddings()(_trial_batch(model).input_ids[0, :6])
+    kind, rest = model.config.model_type, trial_batch(model, 3)
+    embedded = model.get_input_embeddings()(trial_batch(model).input_ids[0, :6])
     tokens, virtual = embedded[:3], (embedded[:3] + embedded[3:]) / 2  # the latter are those of no token
-    expected = _attempt(lambda: completion_logits(model, rest, virtual))
-    if expected is None or not same_logits(model, rest, completion_logits(model, _trial_batch(model)), tokens):
+    expected = attempt(lambda: completion_logits(model, rest, virtual))
+    if expected is None or not same_logits(model, rest, completion_logits(model, trial_batch(model)), tokens):
         raise UserError(f"{kind} takes no embeddings in place of tokens, which a prompt is; use another model")
     if obstacle:
         return obstacle
-    kept = _attempt(lambda: _kept(model, virtual))
+    kept = attempt(lambda: _kept(model, virtual))
     if kept is None or isinstance(kept, torch.Tensor):
         return f"{kind} keeps no keys and values"
     exact = same_logits(model, rest, expected, kept)
     return None if exact else f"{kind} does not continue its keys and values exactly"
 
 
-def _attempt(work: Callable) -> object:
+def attempt(work: Callable) -> object:
     """What `work()` returns; None where the architecture trips over it (wrong shapes, arguments it does not have)."""
     try:
         return work()
@@ -245,13 +253,15 @@ def _gather_before_head(
     batch: Batch,
     reference: torch.Tensor | None = None,
     reference_head: torch.nn.Module | None = None,
+    states_only: bool = False,
 ) -> Iterator[Seen]:
     """While open, the head sees only hidden states that predict completion tokens, then the rows of `reference`.
 
     Hooks on the head rather than a second call of it, so that whatever the architecture does after the head (soft
     caps, scales) still happens. A plain head in half precision (or under autocast) sees no rows at all: its product is
     taken in float32, see `float32_product`. Yields a dict. The caller sets `offset`, the number of virtual tokens in
-    front, before the pass; after it `hidden` holds the gathered states (N, d).
+    front, before the pass; after it `hidden` holds the gathered states (N, d). states_only: the logits are of no use,
+    and the head sees one row.
     """
     seen = {"offset": 0}
     head = model.get_output_embeddings()
@@ -261,6 +271,8 @@ def _gather_before_head(
         hidden = inputs[0]  # the head may be on another device than the batch
         rows, positions = batch.rows.to(hidden.device), batch.positions.to(hidden.device)
         seen["hidden"] = hidden[rows, positions + seen["offset"]]
+        if states_only:
+            return (seen["hidden"][:1].detach(),)
         seen["read"] = seen["hidden"]
         if reference is not None and reference_head is None:
             seen["read"] = torch.cat([seen["hidden"], reference.to(hidden)])
@@ -273,7 +285,9 @@ def _gather_before_head(
         product = float32_product if in_float32 else torch.nn.Module.__call__
         return torch.cat([logits, product(reference_head, reference.to(inputs[0])).to(logits)])
 
-    handles = [head.register_forward_pre_hook(gather), head.register_forward_hook(multiply)]
+    handles = [head.register_forward_pre_hook(gather)]
+    if not states_only:
+        handles.append(head.register_forward_hook(multiply))
     try:
         yield seen
     finally:

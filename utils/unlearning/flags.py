@@ -12,9 +12,9 @@ from utils.unlearning.methods import CONSTANTS, METHODS
 
 ECO_METRICS = ("accuracy", "f1", "precision", "recall", "label_accuracy", "out_of_label")
 NO_TRAINING = (
-    "micro_batch_size", "gradient_checkpointing", "compile", "max_steps", "max_rows", "max_grad_norm", "length_pool",
-    "eval_steps", "curve_samples", "save_steps", "dry_run", "resume", "tune", "retain_loss", "retain_weight",
-    "forget_per_batch", "retain_ratio", "stop_at_forget_accuracy", "logits_path",
+    "micro_batch_size", "logit_chunk", "gradient_checkpointing", "compile", "max_steps", "max_rows", "max_grad_norm",
+    "length_pool", "eval_steps", "curve_samples", "save_steps", "dry_run", "resume", "tune", "retain_loss",
+    "retain_weight", "forget_per_batch", "retain_ratio", "stop_at_forget_accuracy", "logits_path",
 )  # fmt: skip
 GATED = ("eco", "gate", "refusal")  # the methods that put a gate in front of the model
 TRAINED_HERE = ("tfidf", "features")  # gates that spul.py trains before the prompt

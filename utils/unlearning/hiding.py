@@ -61,9 +61,12 @@ class Hiding:
         """What the model has to read for `examples`: see `with_words`."""
         return with_words(examples, self.words)
 
-    def __call__(self, examples: Sequence[Example], logits: torch.Tensor) -> torch.Tensor:
-        """KL( r || q ) of the F forget rows among `examples`, (F,) nats. logits: as `word_log_p` takes them."""
-        log_p = word_log_p(logits, examples, self.words)
+    def scored(self, examples: Sequence[Example]) -> "Scored":
+        """Which logits, of the completion tokens of `read(examples)`, L_hide of `examples` is about."""
+        return Scored.of(examples, self.words)
+
+    def __call__(self, examples: Sequence[Example], log_p: torch.Tensor) -> torch.Tensor:
+        """KL( r || q ) of the F forget rows among `examples`, (F,) nats. log_p: as `Scored.sums` gives it."""
         if self.like is None:
             reference = torch.full_like(log_p, 1 / len(self.words))
         else:
@@ -89,27 +92,56 @@ def with_words(examples: Sequence[Example], words: Sequence[Tokens]) -> list[Exa
     return every
 
 
+@dataclasses.dataclass(frozen=True)
+class Scored:
+    """Where the words of F forget rows are read off. entries: (completion token, cell, token id) for every token of
+    every word of every row, where the cell is row x n_words + word."""
+
+    entries: Sequence[tuple[int, int, int]]
+    n_rows: int
+    n_words: int
+
+    @classmethod
+    def of(cls, examples: Sequence[Example], words: Sequence[Tokens]) -> "Scored":
+        """For the forget rows among `examples`, by the completion tokens of `with_words(examples, words)`."""
+        every = with_words(examples, words)
+        starts = itertools.accumulate((len(example.completion) for example in every), initial=0)
+        readers = ((example, start) for example, start in zip(every, starts) if example.forget is not False)
+        places = {begun: start + k for example, start in readers for k, begun in enumerate(_begun(example))}
+        rows = [example.prompt for example in examples if example.forget]
+        entries = [
+            (places[prompt, word[:k]], row * len(words) + number, token)
+            for row, prompt in enumerate(rows)
+            for number, word in enumerate(words)
+            for k, token in enumerate(word)
+        ]
+        return cls(entries, len(rows), len(words))
+
+    def read(self, logits: torch.Tensor, tokens: range) -> dict[str, torch.Tensor]:
+        """{"word_log_p": log f of every entry among the completion tokens `tokens`, in nats, "word_cells": its cell}.
+
+        logits (n, |V|): at these tokens.
+        """
+        chosen = [entry for entry in self.entries if entry[0] in tokens]
+        used = {place: at for at, place in enumerate(dict.fromkeys(place for place, _, _ in chosen))}
+        numbers = [(used[place], cell, token) for place, cell, token in chosen]
+        at, cell, token = torch.tensor(numbers, dtype=torch.long, device=logits.device).reshape(-1, 3).unbind(1)
+        places = torch.tensor([place - tokens.start for place in used], dtype=torch.long, device=logits.device)
+        return {"word_log_p": logits[places].log_softmax(-1)[at, token], "word_cells": cell}
+
+    def sums(self, read: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """log f(word | x) in nats, summed over a word's tokens, (F, n_words). read: what `read` gave for all tokens."""
+        cells = losses.row_sums(read["word_log_p"], read["word_cells"], self.n_rows * self.n_words)
+        return cells.view(self.n_rows, self.n_words)
+
+
 def word_log_p(logits: torch.Tensor, examples: Sequence[Example], words: Sequence[Tokens]) -> torch.Tensor:
     """log f(word | x) in nats, summed over a word's tokens, for the F forget rows among `examples`: (F, n_words).
 
     logits (N, |V|): at the completion tokens of `with_words(examples, words)`, in that order.
     """
-    every = with_words(examples, words)
-    starts = itertools.accumulate((len(example.completion) for example in every), initial=0)
-    readers = ((example, start) for example, start in zip(every, starts) if example.forget is not False)
-    places = {begun: start + k for example, start in readers for k, begun in enumerate(_begun(example))}
-    rows = [example.prompt for example in examples if example.forget]
-    scored = [
-        (places[prompt, word[:k]], row * len(words) + number, token)
-        for row, prompt in enumerate(rows)
-        for number, word in enumerate(words)
-        for k, token in enumerate(word)
-    ]
-    used = {place: at for at, place in enumerate(dict.fromkeys(place for place, _, _ in scored))}
-    numbers = [(used[place], cell, token) for place, cell, token in scored]
-    at, cell, token = torch.tensor(numbers, dtype=torch.long, device=logits.device).reshape(-1, 3).unbind(1)
-    log_p = logits[torch.tensor(list(used), dtype=torch.long, device=logits.device)].log_softmax(-1)
-    return losses.row_sums(log_p[at, token], cell, len(rows) * len(words)).view(len(rows), len(words))
+    scored = Scored.of(examples, words)
+    return scored.sums(scored.read(logits, range(len(logits))))
 
 
 def _begun(example: Example) -> list[tuple[Tokens, Tokens]]:

@@ -21,7 +21,8 @@ CONSTANTS = {  # flag: what it is of the methods that have it among their consta
 
 @dataclass(frozen=True)
 class Method:
-    """forget: function(CompletionTokens, *constants) -> values per completion token or per row, (N,) or (B,).
+    """forget: function(CompletionTokens, *constants) -> a value per completion token, (N,); with `of_answers`, which is
+    about whole completions, function(Answers, *constants) -> a value per row, (B,).
 
     Of a method that looks at activations: function(activations (M, d), target (d,) or (M, d)) -> (M,), for retain rows
     too, with their activations before unlearning as the target.
@@ -29,10 +30,11 @@ class Method:
     constants: {flag: the authors' value}. retain_loss, retain_weight: the authors' choice. fixed: the retain loss is
     part of the method. What it needs: `reference`, what the model said before unlearning; `refusals`, every forget row
     a second time with the answer "unknown"; `activations`, those of one layer. flipped: rows carry y~ of L_f instead of
-    their label. reduction: of a row's values, which are then averaged over rows.
+    their label. reduction: of a row's token values to one, which are then averaged over rows.
     """
 
     forget: Callable[..., torch.Tensor]
+    of_answers: bool = field(default=False, kw_only=True)
     constants: dict[str, float | None] = field(default_factory=dict)
     retain_loss: str = "ce"
     retain_weight: float = 1.0
@@ -59,6 +61,7 @@ class MethodSettings:
     seed: int = 42
     max_length: int = 1024
     logits_path: str | None = None
+    logit_chunk: int = 0
 
     def constants(self, method: Method) -> list[Any]:
         """The constants of `method`, in its order: the authors' where no other was given."""
@@ -73,17 +76,21 @@ METHODS = {
     "gradient_ascent_kl": Method(lambda f: losses.gradient_ascent(f.nll), retain_loss="kl", fixed=True),
     "gradient_ascent_descent": Method(lambda f: losses.gradient_ascent(f.nll), retain_loss="ce", fixed=True),
     # Retain losses and constants are those of the authors' TOFU runs.
-    "npo": Method(lambda f, beta: losses.npo(f.s, f.s_ref, beta), {"method_beta": 0.1}, reference=True),
+    "npo": Method(
+        lambda f, beta: losses.npo(f.s, f.s_ref, beta), {"method_beta": 0.1}, reference=True, of_answers=True
+    ),
     "simnpo": Method(
         lambda f, beta, delta: losses.simnpo(f.s, f.n_tokens, beta, delta),
         {"method_beta": 4.5, "method_delta": 0.0},
         retain_weight=8.0,
+        of_answers=True,
     ),
     "dpo": Method(
         lambda f, beta: losses.dpo(f.s, f.s_ref, f.preferred.s, f.preferred.s_ref, beta),
         {"method_beta": 0.1},
         reference=True,
         refusals=True,
+        of_answers=True,
     ),
     "rmu": Method(
         losses.rmu,
@@ -112,31 +119,43 @@ METHODS = {
 
 @dataclass(frozen=True)
 class CompletionTokens:
-    """What a forget loss may look at: the N completion tokens of B forget rows.
+    """What a forget loss of tokens may look at: n completion tokens of forget rows.
 
-    logits, reference_logits (N, |V|), the second None where the method has no reference; targets (N,); rows (N,) in
-    [0, B); preferred: the same for the preferred answers, or None.
+    logits, reference_logits (n, |V|), the second None where the method has no reference; targets (n,).
     """
 
     logits: torch.Tensor
     reference_logits: torch.Tensor | None
     targets: torch.Tensor
-    rows: torch.Tensor
-    n_rows: int
-    preferred: "CompletionTokens | None" = None
 
     @functools.cached_property
     def nll(self) -> torch.Tensor:
         return losses.token_nll(self.logits, self.targets)
 
-    @property
-    def s(self) -> torch.Tensor:
-        return losses.row_sums(self.nll, self.rows, self.n_rows)
 
-    @property
-    def s_ref(self) -> torch.Tensor:
-        return losses.row_sums(losses.token_nll(self.reference_logits, self.targets), self.rows, self.n_rows)
+@dataclass(frozen=True)
+class Answers:
+    """What a forget loss of whole answers may look at: those of B forget rows.
 
-    @property
-    def n_tokens(self) -> torch.Tensor:
-        return losses.row_sums(torch.ones_like(self.nll), self.rows, self.n_rows)
+    s, s_ref (B,): - log f of the answers, the second None where the method has no reference. n_tokens (B,): their
+    lengths. preferred: the same for the preferred answers, or None.
+    """
+
+    s: torch.Tensor
+    s_ref: torch.Tensor | None
+    n_tokens: torch.Tensor
+    preferred: "Answers | None" = None
+
+    @classmethod
+    def of(
+        cls,
+        nll: torch.Tensor,
+        nll_ref: torch.Tensor | None,
+        rows: torch.Tensor,
+        n_rows: int,
+        preferred: "Answers | None" = None,
+    ) -> "Answers":
+        """From - log f of their N tokens, (N,), of which rows (N,) in [0, n_rows) says whose they are."""
+        s_ref = None if nll_ref is None else losses.row_sums(nll_ref, rows, n_rows)
+        n_tokens = losses.row_sums(torch.ones_like(nll), rows, n_rows)
+        return cls(losses.row_sums(nll, rows, n_rows), s_ref, n_tokens, preferred)

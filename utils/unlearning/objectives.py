@@ -5,7 +5,6 @@ An objective is what `utils.training.loop.Training` calls: objective(rows, n_for
 """
 
 import copy
-import dataclasses
 import itertools
 from collections.abc import Mapping, Sequence
 from functools import partial
@@ -17,14 +16,15 @@ import torch
 from utils.data.batch import Example, collate
 from utils.errors import note_once
 from utils.interventions.served import Served
-from utils.models.forward import completion_logits, prompt_prefix
+from utils.models.forward import prompt_prefix
+from utils.models.pieces import Piece, completion_values
 from utils.tasks.answers import known_answers
 from utils.tasks.encode import tokenize
 from utils.tasks.rows import Splits
 from utils.unlearning import losses
 from utils.unlearning.hiding import Hiding
 from utils.unlearning.losses import Parts, Shares
-from utils.unlearning.methods import CompletionTokens, Method, MethodSettings
+from utils.unlearning.methods import Answers, CompletionTokens, Method, MethodSettings
 from utils.unlearning.reference import Loader, Reference
 from utils.unlearning.rmu import SteeringObjective
 
@@ -32,12 +32,16 @@ from utils.unlearning.rmu import SteeringObjective
 class FineTuning:
     """Cross-entropy of the labels (`qlora.py`), the mean over rows."""
 
-    def __init__(self, model: torch.nn.Module, examples: Sequence[Example], pad_id: int) -> None:
-        self.model, self.examples, self.pad_id = model, examples, pad_id
+    def __init__(self, model: torch.nn.Module, examples: Sequence[Example], pad_id: int, logit_chunk: int = 0) -> None:
+        self.model, self.examples, self.pad_id, self.chunk = model, examples, pad_id, logit_chunk
 
     def __call__(self, rows: list[int], n_forget: int, n_retain: int) -> Parts:
         batch = collate([self.examples[i] for i in rows], self.pad_id, self.model.device)
-        nll = losses.token_nll(completion_logits(self.model, batch), batch.targets)
+
+        def values(logits: torch.Tensor, _: None, piece: Piece) -> dict[str, torch.Tensor]:
+            return {"nll": losses.token_nll(logits, piece.cut(batch.targets))}
+
+        nll = completion_values(self.model, batch, values, chunk=self.chunk)["nll"]
         return losses.mean_over_rows(nll, n_forget + n_retain), {}
 
 
@@ -61,7 +65,7 @@ def prompt_rows(
 class PromptTuning:
     """SPUL's loss of the virtual tokens that `encoder` gives (equation 4). reference: what the model says without
     them, about the retain rows; None without L_kl. shares: where a gate has chosen the rows (utils.unlearning.behind),
-    what these are of all. hiding: None without L_hide."""
+    what these are of all. hiding: None without L_hide. logit_chunk: see utils.models.pieces."""
 
     def __init__(
         self,
@@ -74,8 +78,9 @@ class PromptTuning:
         beta: float,
         shares: Shares | None = None,
         hiding: Hiding | None = None,
+        logit_chunk: int = 0,
     ) -> None:
-        self.shares, self.hiding = shares, hiding
+        self.shares, self.hiding, self.chunk = shares, hiding, logit_chunk
         self.model, self.encoder, self.examples, self.pad_id = model, encoder, examples, pad_id
         self.reference, self.alpha, self.beta = reference, alpha, beta
 
@@ -83,17 +88,29 @@ class PromptTuning:
         examples = [self.examples[i] for i in rows]
         read = self.hiding.read(examples) if self.hiding else examples
         batch = collate(read, self.pad_id, self.model.device)
+        scored = self.hiding.scored(examples) if self.hiding else None
+
+        def values(logits: torch.Tensor, before: torch.Tensor | None, piece: Piece) -> dict[str, torch.Tensor]:
+            found = {}
+            if before is not None:
+                kept = batch.retain_tokens[piece.compared.start : piece.compared.stop] - piece.tokens.start
+                found["kl"] = losses.token_kl(before, logits[kept])
+            found["nll"] = losses.token_nll(logits, piece.cut(batch.targets))
+            return found | (scored.read(logits, piece.tokens) if scored else {})
+
         prefix = prompt_prefix(self.model, self.encoder())
-        if self.reference is None:
-            logits, kl = completion_logits(self.model, batch, prefix), None
-        else:
-            logits, before = completion_logits(self.model, batch, prefix, self.reference.of(rows))
-            kl = losses.token_kl(before, logits[batch.retain_tokens])
-        nll = losses.token_nll(logits, batch.targets)
+        before, compared = None, []
+        if self.reference is not None:
+            kinds = [example.forget for example in read for _ in example.completion]
+            before, compared = self.reference.of(rows), [n for n, forget in enumerate(kinds) if forget is False]
+        found = completion_values(self.model, batch, values, prefix, before, compared, chunk=self.chunk)
+        nll, hidden, hide = found["nll"], None, 0.0
+        if scored:
+            hidden, hide = self.hiding(examples, scored.sums(found)), self.hiding.weight
         of_forget, of_retain = nll[batch.forget_tokens], nll[batch.retain_tokens]
-        hidden, hide = (self.hiding(examples, logits), self.hiding.weight) if self.hiding else (None, 0.0)
         weights = self.alpha, self.beta, hide
-        loss, parts = losses.spul_loss(of_forget, of_retain, kl, n_forget, n_retain, *weights, hidden)
+        terms = of_forget, of_retain, found.get("kl"), n_forget, n_retain
+        loss, parts = losses.spul_loss(*terms, *weights, hidden)
         if self.shares is None:
             return loss, parts
         return losses.behind_gate(parts, self.shares, len(rows) / (n_forget + n_retain), *weights)
@@ -141,7 +158,7 @@ class TokenObjective:
     ) -> None:
         """numerics: in what numbers the reference is computed. load: as `utils.unlearning.reference.load_reference`."""
         self.method, self.served, self.rows, self.settings = method, served, rows, settings
-        self.constants = settings.constants(method)
+        self.constants, self.chunk = settings.constants(method), settings.logit_chunk
         self.reference = self.head = None
         if referred := rows.referred(method, settings.retain_loss):
             depends_on = [settings.unlearn_method, settings.retain_loss, numerics]
@@ -151,64 +168,94 @@ class TokenObjective:
             note_once(f"{settings.unlearn_method} compares with no earlier model, so --logits_path is not used")
 
     def __call__(self, rows: list[int], n_forget: int, n_retain: int) -> Parts:
-        examples, alternative = self.rows.all, self.rows.alternative
-        numbers = [*rows, *(alternative[i] for i in rows if i in alternative)]
-        logits, before = self._logits(numbers)
-        forget = [i for i in rows if examples[i].forget]
-        parts = {"L_f": logits.new_zeros(())}
+        method, examples, alternative = self.method, self.rows.all, self.rows.alternative
+        forget, kept = ([i for i in rows if examples[i].forget == wanted] for wanted in (True, False))
+        preferred = [alternative[i] for i in forget if i in alternative]
+        chosen = {"forget": forget, "preferred": preferred} if forget else {}
+        if self.settings.retain_loss != "none":
+            chosen["kept"] = kept
+        found = self._values([*rows, *(alternative[i] for i in rows if i in alternative)], chosen)
+        parts = {"L_f": torch.zeros((), device=self.served.model.device)}
         if forget:
-            tokens = self._tokens(numbers, forget, logits, before)
-            if alternative:
-                preferred = self._tokens(numbers, [alternative[i] for i in forget], logits, before)
-                tokens = dataclasses.replace(tokens, preferred=preferred)
-            values = self.method.forget(tokens, *self.constants)
-            if self.method.reduction == "mean" and len(values) == len(tokens.rows):  # not where they are of rows
-                values = values / tokens.n_tokens[tokens.rows]
+            values, of_rows = found["forget"], found["forget_rows"]
+            if method.of_answers:
+                better = self._answers(found, "preferred", len(forget)) if preferred else None
+                values = method.forget(self._answers(found, "forget", len(forget), better), *self.constants)
+            elif method.reduction == "mean":
+                values = values / losses.row_sums(torch.ones_like(values), of_rows, len(forget))[of_rows]
             parts["L_f"] = losses.mean_over_rows(values, n_forget)
-        compared = before if self.settings.retain_loss == "kl" else None
-        kept = self._tokens(numbers, [i for i in rows if not examples[i].forget], logits, compared)
-        if self.settings.retain_loss == "ce":
-            parts["L_r"] = losses.mean_over_rows(kept.nll, n_retain)
-        elif self.settings.retain_loss == "kl":
-            kl = losses.token_kl(kept.reference_logits, kept.logits)
-            parts["L_kl"] = losses.mean_over_rows(kl, n_retain)
+        if self.settings.retain_loss != "none":
+            name = {"ce": "L_r", "kl": "L_kl"}[self.settings.retain_loss]
+            parts[name] = losses.mean_over_rows(found["kept"], n_retain)
         return losses.with_retain_weight(parts, self.settings.retain_weight)
 
-    def _tokens(
-        self, numbers: list[int], chosen: list[int], logits: torch.Tensor, before: torch.Tensor | None
-    ) -> CompletionTokens:
-        """What the logits (N, |V|) of the examples `numbers` say about those of them that are `chosen`."""
-        completions = [self.rows.all[i].completion for i in numbers]
-        starts = dict(zip(numbers, itertools.accumulate(map(len, completions), initial=0)))
-        places = [starts[i] + k for i in chosen for k in range(len(self.rows.all[i].completion))]
-        row_of = [row for row, i in enumerate(chosen) for _ in self.rows.all[i].completion]
-        targets = [token for i in chosen for token in self.rows.all[i].completion]
-        places, row_of, targets = (
-            torch.tensor(values, dtype=torch.long, device=logits.device) for values in (places, row_of, targets)
-        )
-        reference = None if before is None else before[places]
-        return CompletionTokens(logits[places], reference, targets, row_of, len(chosen))
+    def _answers(
+        self, found: Mapping[str, torch.Tensor], role: str, n_rows: int, preferred: Answers | None = None
+    ) -> Answers:
+        return Answers.of(found[role], found.get(f"{role}_ref"), found[f"{role}_rows"], n_rows, preferred)
 
-    def _logits(self, numbers: list[int]) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Logits (N, |V|) of all completion tokens, and those before unlearning at the same places (or None).
+    def _values(self, numbers: list[int], chosen: Mapping[str, list[int]]) -> dict[str, torch.Tensor]:
+        """What the losses need of the completion tokens of some examples, after one pass over the examples `numbers`.
+
+        chosen: {role: example numbers}. Returns {role: (n,), f"{role}_rows": which of the role's examples each value is
+        of, f"{role}_ref": (n,)}. Values are - log f of a token, the second before unlearning; of `forget` the method's
+        own where it looks at tokens; of `kept` what the retain loss is a mean of.
 
         Of examples that the model reads alike (dpo's two answers of one token to the same prompt: the last token of an
         answer is predicted, never read) it reads one, and the others take its logits.
         """
         model, examples = self.served.model, self.rows.all
         first = {}  # what the model reads: number of the first such example
-        alike = [first.setdefault(self._read(i), i) for i in numbers]
+        alike = {i: first.setdefault(self._read(i), i) for i in numbers}
         distinct = list(first.values())
         starts = dict(zip(distinct, itertools.accumulate((len(examples[i].completion) for i in distinct), initial=0)))
-        tokens = [starts[i] + k for i in alike for k in range(len(examples[i].completion))]
+        known = [i for i in distinct if self.reference and self.reference.has(i)]
+        compared = [starts[i] + k for i in known for k in range(len(examples[i].completion))]
+        wanted = {
+            role: [
+                (starts[alike[i]] + k, token, row)
+                for row, i in enumerate(some)
+                for k, token in enumerate(examples[i].completion)
+            ]
+            for role, some in chosen.items()
+        }
         batch = collate([examples[i] for i in distinct], self.served.pad_id, model.device)
-        if self.reference is None:
-            return completion_logits(model, batch)[tokens], None
-        known = [starts[i] + k for i in distinct if self.reference.has(i) for k in range(len(examples[i].completion))]
-        logits, before = completion_logits(model, batch, None, self.reference.of(distinct), self.head)
-        filled = torch.full_like(logits.detach(), torch.nan)
-        filled[known] = before.detach()
-        return logits[tokens], filled[tokens]
+        before = self.reference.of(distinct) if self.reference else None
+        numbered = {place: m for m, place in enumerate(compared)}
+
+        def values(logits: torch.Tensor, before: torch.Tensor | None, piece: Piece) -> dict[str, torch.Tensor]:
+            found = {}
+            for role, tokens in wanted.items():
+                own = [entry for entry in tokens if entry[0] in piece.tokens]
+                places = [place - piece.tokens.start for place, _, _ in own]
+                at, targets, of_rows = (
+                    torch.tensor(numbers, dtype=torch.long, device=logits.device)
+                    for numbers in (places, [token for _, token, _ in own], [row for _, _, row in own])
+                )
+                reference = None
+                if self._compares(role):
+                    m = [numbered[place] - piece.compared.start for place, _, _ in own]
+                    reference = before[torch.tensor(m, dtype=torch.long, device=logits.device)]
+                found |= self._scores(role, CompletionTokens(logits[at], reference, targets))
+                found[f"{role}_rows"] = of_rows
+            return found
+
+        return completion_values(model, batch, values, None, before, compared, self.head, self.chunk)
+
+    def _compares(self, role: str) -> bool:
+        """Whether the values of these examples compare with the model before unlearning."""
+        return self.settings.retain_loss == "kl" if role == "kept" else self.method.reference
+
+    def _scores(self, role: str, tokens: CompletionTokens) -> dict[str, torch.Tensor]:
+        """`_values` of some tokens of one role."""
+        if role == "kept" and self.settings.retain_loss == "kl":
+            return {role: losses.token_kl(tokens.reference_logits, tokens.logits)}
+        if role == "forget" and not self.method.of_answers:
+            return {role: self.method.forget(tokens, *self.constants)}
+        found = {role: tokens.nll}
+        if tokens.reference_logits is not None:
+            found[f"{role}_ref"] = losses.token_nll(tokens.reference_logits, tokens.targets)
+        return found
 
     def _read(self, number: int) -> tuple[tuple, tuple, bool]:
         """What the model reads of an example, and whether its answer is compared with the reference."""
