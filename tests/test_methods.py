@@ -379,7 +379,7 @@ def test_micro_batches_add_up_to_the_step(build, memorised, method):
         model.zero_grad()
         total = {}
         for begin, end in parts:
-            loss, values = objective(numbers[begin:end], N_FORGET, n_retain)
+            loss, values = objective(numbers[begin:end], N_FORGET, n_retain, numbers)
             loss.backward()
             for key, value in {"loss": loss, **values}.items():
                 total[key] = total.get(key, 0.0) + value.item()

@@ -91,9 +91,12 @@ class Prepared:
     def reference(self) -> Reference | None:
         return getattr(self.objective, "reference", None)
 
-    def loss(self, rows: list[int], n_forget: int, n_retain: int) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    def loss(
+        self, rows: list[int], n_forget: int, n_retain: int, step: Sequence[int] | None = None
+    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """What the objective gives, in the numbers of the run: see utils.training.loop.Objective."""
         with self.numerics():
-            return self.objective(rows, n_forget, n_retain)
+            return self.objective(rows, n_forget, n_retain, step)
 
 
 @dataclass(frozen=True, kw_only=True)

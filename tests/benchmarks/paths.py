@@ -199,7 +199,7 @@ def _published(spec):
     def loss(model, inputs):
         keys = ("input_ids", "attention_mask", "labels")
         outputs = model(**{key: inputs[key] for key in keys})  # given labels, the model computes a loss of its own
-        return _plain_loss(outputs.logits, inputs, spec["losses"])
+        return _plain_loss(outputs.logits, inputs, spec["losses"], spec["script"] == "spul")
 
     return model, batches, loss
 
@@ -319,9 +319,10 @@ def _plain_batch(model, examples, pad_id, spec):
     return inputs
 
 
-def _plain_loss(logits, inputs, weights):
+def _plain_loss(logits, inputs, weights, over_rows):
     """The weighted sum of the losses that `weights` names: cross-entropy on `forget` and on `retain` rows, over all
-    positions with a mask, as published, and `kl` on retain rows, at the positions that predict their completion."""
+    positions with a mask, as published, and `kl` on retain rows, at the positions that predict their completion. Means
+    over completion tokens, or with `over_rows` of their sums over rows."""
     virtual = logits.shape[1] - inputs["labels"].shape[1]
     labels = torch.nn.functional.pad(inputs["labels"], (virtual, 0), value=-100)[:, 1:]
     shifted = logits[:, :-1].contiguous()
@@ -331,11 +332,13 @@ def _plain_loss(logits, inputs, weights):
             nll = torch.nn.functional.cross_entropy(
                 shifted[mask].flatten(0, 1).float(), labels[mask].flatten(), reduction="sum"
             )
-            total = total + weights[part] * nll / mask.sum()
+            n = mask.sum() if over_rows else (labels[mask] != -100).sum()
+            total = total + weights[part] * nll / n
     if "reference" in inputs:
         retain = ~inputs["forget"]
         predicted = shifted[(labels != -100) & retain[:, None]].float()
-        total = total + weights["kl"] * token_kl(inputs["reference"], predicted).sum() / retain.sum()
+        n = retain.sum() if over_rows else len(predicted)
+        total = total + weights["kl"] * token_kl(inputs["reference"], predicted).sum() / n
     return total
 
 

@@ -4,7 +4,7 @@ import itertools
 import json
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -31,11 +31,12 @@ from utils.training.state import State, read_state, refuse_other_settings
 class Objective(Protocol):
     """The loss of one micro-batch. A call gives (scalar with gradient, {part: scalar}) of the row numbers `rows`.
 
-    n_forget, n_retain: rows of each kind in the whole step, so that micro-batches add up to the step exactly.
+    n_forget, n_retain: rows of each kind in the whole step, and step: their numbers (None: they are `rows`), so that
+    micro-batches add up to the step exactly, in means over rows and over tokens.
     """
 
     def __call__(
-        self, rows: list[int], n_forget: int, n_retain: int
+        self, rows: list[int], n_forget: int, n_retain: int, step: Sequence[int] | None = None
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]: ...
 
 
@@ -223,7 +224,7 @@ class Training:
         size = self.settings.micro_batch_size or len(rows)
         sums = {}
         for start in range(0, len(own), size):
-            loss, parts = self.loss(own[start : start + size], n_forget, len(rows) - n_forget)
+            loss, parts = self.loss(own[start : start + size], n_forget, len(rows) - n_forget, rows)
             loss.backward()
             for key, value in {"loss": loss, **parts}.items():
                 sums[key] = sums.get(key, 0.0) + float(value.detach())

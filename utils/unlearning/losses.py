@@ -1,15 +1,17 @@
 """The losses, as pure functions of log-probabilities (SPUL, arXiv 2406.12038, section 3.2, equations 1 to 4).
 
 N completion tokens of a batch's B rows are listed flat; `rows` (N,) says which row each belongs to. Forget and retain
-terms are means over rows, each over its own rows, so a function takes the number of rows it divides by: that of the
-whole optimisation step, of which the tensors may be one part (micro-batches then add up to the exact step).
+terms are means over rows or tokens, each over its own, so a function takes the number it divides by: that of the whole
+optimisation step, of which the tensors may be one part (micro-batches then add up to the exact step).
 """
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
 
+Reduction = Literal["sum", "mean", "tokens"]  # of a term's token values, see `reduced`
 Parts = tuple[Tensor, dict[str, Tensor]]  # a loss and what it is the sum of, all scalars
 
 
@@ -36,6 +38,20 @@ def word_kl(reference: Tensor, log_p: Tensor) -> Tensor:
 def mean_over_rows(per_token: Tensor, n_rows: int) -> Tensor:
     """(1 / n_rows) x the sum of `per_token` (M,) over the tokens of those rows; 0 where there are none."""
     return per_token.sum() / max(n_rows, 1)
+
+
+def reduced(values: Tensor, of_rows: Tensor, n: int, reduction: Reduction, n_rows: int, n_tokens: int) -> Tensor:
+    """A term of the loss, a scalar, from the values of the completion tokens of some of its rows.
+
+    values (M,), of_rows (M,) in [0, n): whose token each is. n_rows, n_tokens: the rows of the term in the whole
+    optimisation step, and their completion tokens. reduction: `sum` over a row's tokens or their `mean`, then the mean
+    over rows; `tokens`: the mean over all tokens. With completions of one token all three are the same.
+    """
+    if reduction == "tokens":
+        return mean_over_rows(values, n_tokens)
+    if reduction == "mean":
+        values = values / row_sums(torch.ones_like(values), of_rows, n)[of_rows]
+    return mean_over_rows(values, n_rows)
 
 
 def spul_loss(
@@ -108,8 +124,9 @@ def with_retain_weight(parts: dict[str, Tensor], weight: float) -> Parts:
 
 
 # Forget losses of the baselines. Each returns one value per completion token, or per row where its equation is about
-# whole completions; the caller takes the mean over forget rows. nll = - log f(y_i | x, y_<i) of a token, s = its sum
-# over a row's completion (`row_sums`), *_ref = the same under the model before unlearning, no gradient.
+# whole completions; the caller takes the mean over forget rows or their tokens (`reduced`). nll = - log f(y_i | x,
+# y_<i) of a token, s = its sum over a row's completion (`row_sums`), *_ref = the same under the model before
+# unlearning, no gradient.
 
 
 def row_sums(per_token: Tensor, rows: Tensor, n_rows: int) -> Tensor:

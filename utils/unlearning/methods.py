@@ -3,11 +3,12 @@
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
 from utils.unlearning import losses
+from utils.unlearning.losses import Reduction
 
 IN_CONTEXT = ("prompting", "icul")
 CONSTANTS = {  # flag: what it is of the methods that have it among their constants
@@ -30,7 +31,8 @@ class Method:
     constants: {flag: the authors' value}. retain_loss, retain_weight: the authors' choice. fixed: the retain loss is
     part of the method. What it needs: `reference`, what the model said before unlearning; `refusals`, every forget row
     a second time with the answer "unknown"; `activations`, those of one layer. flipped: rows carry y~ of L_f instead of
-    their label. reduction: of a row's token values to one, which are then averaged over rows.
+    their label. reduction: of the values of tokens to the forget term (those of answers have their mean over rows).
+    retain_reduction: the same of the retain term.
     """
 
     forget: Callable[..., torch.Tensor]
@@ -43,7 +45,8 @@ class Method:
     refusals: bool = False
     activations: bool = False
     flipped: bool = False
-    reduction: Literal["sum", "mean"] = "sum"
+    reduction: Reduction = "tokens"
+    retain_reduction: Reduction = "tokens"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,6 +103,7 @@ METHODS = {
         fixed=True,
         activations=True,
         reduction="mean",
+        retain_reduction="mean",
     ),
     "undial": Method(
         lambda f, beta: losses.undial(f.logits, f.reference_logits, f.targets, beta),

@@ -1,12 +1,12 @@
 """From rows to the loss of a training step: fine-tuning, SPUL, and every method that changes the model itself.
 
-An objective is what `utils.training.loop.Training` calls: objective(rows, n_forget, n_retain) -> (loss, parts), where
-`rows` are the numbers of a micro-batch and the counts those of the whole step.
+An objective is what `utils.training.loop.Training` calls: objective(rows, n_forget, n_retain, step) -> (loss, parts),
+where `rows` are the numbers of a micro-batch, the counts those of the whole step, and `step` the numbers of its rows.
 """
 
 import copy
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -30,19 +30,24 @@ from utils.unlearning.rmu import SteeringObjective
 
 
 class FineTuning:
-    """Cross-entropy of the labels (`qlora.py`), the mean over rows."""
+    """Cross-entropy of the labels (`qlora.py`), the mean over all completion tokens of a step, as Trainer has it."""
 
     def __init__(self, model: torch.nn.Module, examples: Sequence[Example], pad_id: int, logit_chunk: int = 0) -> None:
         self.model, self.examples, self.pad_id, self.chunk = model, examples, pad_id, logit_chunk
 
-    def __call__(self, rows: list[int], n_forget: int, n_retain: int) -> Parts:
+    def __call__(self, rows: list[int], n_forget: int, n_retain: int, step: Sequence[int] | None = None) -> Parts:
         batch = collate([self.examples[i] for i in rows], self.pad_id, self.model.device)
 
         def values(logits: torch.Tensor, _: None, piece: Piece) -> dict[str, torch.Tensor]:
             return {"nll": losses.token_nll(logits, piece.cut(batch.targets))}
 
         nll = completion_values(self.model, batch, values, chunk=self.chunk)["nll"]
-        return losses.mean_over_rows(nll, n_forget + n_retain), {}
+        return losses.mean_over_rows(nll, n_completion_tokens(self.examples, rows if step is None else step)), {}
+
+
+def n_completion_tokens(examples: Sequence[Example], rows: Iterable[int]) -> int:
+    """How many tokens the completions of the examples `rows` (numbers) have together."""
+    return sum(len(examples[i].completion) for i in rows)
 
 
 def prompt_rows(
@@ -84,7 +89,7 @@ class PromptTuning:
         self.model, self.encoder, self.examples, self.pad_id = model, encoder, examples, pad_id
         self.reference, self.alpha, self.beta = reference, alpha, beta
 
-    def __call__(self, rows: list[int], n_forget: int, n_retain: int) -> Parts:
+    def __call__(self, rows: list[int], n_forget: int, n_retain: int, step: Sequence[int] | None = None) -> Parts:
         examples = [self.examples[i] for i in rows]
         read = self.hiding.read(examples) if self.hiding else examples
         batch = collate(read, self.pad_id, self.model.device)
@@ -167,7 +172,7 @@ class TokenObjective:
         elif settings.logits_path:
             note_once(f"{settings.unlearn_method} compares with no earlier model, so --logits_path is not used")
 
-    def __call__(self, rows: list[int], n_forget: int, n_retain: int) -> Parts:
+    def __call__(self, rows: list[int], n_forget: int, n_retain: int, step: Sequence[int] | None = None) -> Parts:
         method, examples, alternative = self.method, self.rows.all, self.rows.alternative
         forget, kept = ([i for i in rows if examples[i].forget == wanted] for wanted in (True, False))
         preferred = [alternative[i] for i in forget if i in alternative]
@@ -175,18 +180,22 @@ class TokenObjective:
         if self.settings.retain_loss != "none":
             chosen["kept"] = kept
         found = self._values([*rows, *(alternative[i] for i in rows if i in alternative)], chosen)
+        every = rows if step is None else step
+        to_forget, to_keep = (
+            n_completion_tokens(examples, [i for i in every if examples[i].forget == kind]) for kind in (True, False)
+        )
         parts = {"L_f": torch.zeros((), device=self.served.model.device)}
-        if forget:
-            values, of_rows = found["forget"], found["forget_rows"]
-            if method.of_answers:
-                better = self._answers(found, "preferred", len(forget)) if preferred else None
-                values = method.forget(self._answers(found, "forget", len(forget), better), *self.constants)
-            elif method.reduction == "mean":
-                values = values / losses.row_sums(torch.ones_like(values), of_rows, len(forget))[of_rows]
+        if forget and method.of_answers:
+            better = self._answers(found, "preferred", len(forget)) if preferred else None
+            values = method.forget(self._answers(found, "forget", len(forget), better), *self.constants)
             parts["L_f"] = losses.mean_over_rows(values, n_forget)
+        elif forget:
+            values = found["forget"], found["forget_rows"], len(forget)
+            parts["L_f"] = losses.reduced(*values, method.reduction, n_forget, to_forget)
         if self.settings.retain_loss != "none":
             name = {"ce": "L_r", "kl": "L_kl"}[self.settings.retain_loss]
-            parts[name] = losses.mean_over_rows(found["kept"], n_retain)
+            values = found["kept"], found["kept_rows"], len(kept)
+            parts[name] = losses.reduced(*values, method.retain_reduction, n_retain, to_keep)
         return losses.with_retain_weight(parts, self.settings.retain_weight)
 
     def _answers(

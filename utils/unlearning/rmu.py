@@ -1,6 +1,6 @@
 """RMU (arXiv 2403.03218, section 4): activations of one layer, steered on forget rows and held on retain rows."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import pandas as pd
@@ -41,15 +41,14 @@ class SteeringObjective:
         known, measure = {"train_retain": frames["train_retain"]}, activations_of(*self.layers)
         self.reference = load(served, rows.trained, retain, known, measure, [number, numerics])
 
-    def __call__(self, rows: list[int], n_forget: int, n_retain: int) -> Parts:
+    def __call__(self, rows: list[int], n_forget: int, n_retain: int, step: Sequence[int] | None = None) -> Parts:
         chosen = [self.rows.trained[i] for i in rows]
         batch = collate(chosen, self.served.pad_id, self.served.model.device)
         with record_activations(*self.layers) as seen:
             completion_logits(self.served.model, batch)
         real = batch.attention_mask.bool()
         activations = seen["activations"].to(real.device)  # the layer may be on another one
-        lengths = real.sum(1, keepdim=True) if self.method.reduction == "mean" else torch.ones_like(real[:, :1])
-        weights = (1 / lengths).expand(real.shape)
+        weights = (1 / real.sum(1, keepdim=True)).expand(real.shape)
         forget, retain = (_tokens(chosen, kind, real.device) for kind in (True, False))
         steered = self.method.forget(activations[forget], self.target) * weights[forget]
         held = self.method.forget(activations[retain], self.reference.of(rows).to(activations.device)) * weights[retain]
