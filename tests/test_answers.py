@@ -14,7 +14,7 @@ import tiny
 from scripted import BAD, FILM, WELL, score, scripted
 from scripts import call, done, refused
 
-from utils.data.splits import SPLITS, TRAIN_SPLITS
+from utils.data.splits import SPLITS
 from utils.errors import UserError, note_once
 from utils.evaluation import predict, tables
 from utils.evaluation.answering import answer_texts

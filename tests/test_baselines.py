@@ -151,9 +151,13 @@ def test_every_method_trains(trained, parent, method):
     assert changes(folder, parent) == trained_names
     log = [json.loads(line) for line in (folder / "training.jsonl").read_text().splitlines()]
     retain = {"none": set(), "ce": {"L_r"}, "kl": {"L_kl"}, "activations": {"L_r"}}[METHODS[method].retain_loss]
-    assert all({"step", "lr", "loss", "gradient_norm", "L_f"} | retain == line.keys() for line in log)
+    more = {"retain_weight"} if METHODS[method].dual else set()
+    assert all({"step", "lr", "loss", "gradient_norm", "L_f"} | retain | more == line.keys() for line in log)
     assert [line["step"] for line in log] == [1, 2]
-    total = [line["L_f"] + METHODS[method].retain_weight * sum(line[key] for key in retain) for line in log]
+    total = [
+        line["L_f"] + line.get("retain_weight", METHODS[method].retain_weight) * sum(line[key] for key in retain)
+        for line in log
+    ]
     assert [line["loss"] for line in log] == pytest.approx(total, rel=1e-4)
 
 

@@ -1,6 +1,7 @@
 """The methods' losses against their equations in plain Python, and what one step of each does to a tiny model."""
 
 import copy
+import itertools
 import math
 import sys
 from types import SimpleNamespace
@@ -16,6 +17,7 @@ import baselines
 from utils import cli
 from utils.data.batch import collate
 from utils.data.splits import TRAIN_SPLITS
+from utils.errors import UserError
 from utils.interventions.served import Served
 from utils.models import pieces
 from utils.models.adapters import LoraSettings
@@ -24,6 +26,7 @@ from utils.models.layers import checkpoint_layers, decoder_layers
 from utils.tasks.classification import draw_unlearning_labels
 from utils.tasks.encode import completion_ids, tokenize
 from utils.tasks.rows import load_splits
+from utils.training.loop import Training, TrainingSettings
 from utils.unlearning import losses, objectives, reference, rmu
 from utils.unlearning.methods import METHODS, Answers, CompletionTokens, MethodSettings
 from utils.unlearning.tuning import only_adapter_dropout, trainable
@@ -92,7 +95,7 @@ def expected(method):
     s, s_ref = over_rows(nll), over_rows(minus_log_p(BEFORE))
     better = over_rows(minus_log_p(PREFERRED_NOW, PREFERRED_TARGETS), PREFERRED_ROWS)
     better_ref = over_rows(minus_log_p(PREFERRED_BEFORE, PREFERRED_TARGETS), PREFERRED_ROWS)
-    if method == "random_label":
+    if method in ("random_label", "idk"):
         return nll
     if method.startswith("gradient_ascent"):
         return [-value for value in nll]
@@ -103,6 +106,11 @@ def expected(method):
     if method == "dpo":
         margins = [(a - b) - (c - d) for a, b, c, d in zip(s, s_ref, better, better_ref)]
         return [-1 / BETA * log_sigma(BETA * margin) for margin in margins]
+    if method == "altpo":
+        margins = [(a - b) - (c - d) for a, b, c, d in zip(s, s_ref, better, better_ref)]
+        return [-2 / BETA * log_sigma(BETA * margin) for margin in margins]
+    if method == "pdu":  # the mean logit and the largest, shifted alike
+        return [(math.log(max(q)) - sum(map(math.log, q)) / 4) ** 2 for q in NOW]
     if method == "undial":
         return [cross_entropy(lowered_true_token(b, y), a) for a, b, y in zip(NOW, BEFORE, TARGETS)]
     if method == "wga":
@@ -115,7 +123,8 @@ def expected(method):
 
 
 def constants(method):
-    return [{"method_beta": BETA, "method_beta2": BETA2, "method_delta": DELTA}[c] for c in METHODS[method].constants]
+    values = {"method_beta": BETA, "method_beta2": BETA2, "method_delta": DELTA}
+    return [values.get(constant) for constant in METHODS[method].constants]
 
 
 @pytest.mark.parametrize("method", [name for name in METHODS if name != "rmu"])
@@ -460,6 +469,83 @@ def test_random_label_learns_the_drawn_words(build, tokenizer):
     words = draw_unlearning_labels(N_FORGET, seed=42)
     assert [tokenizer.decode(e.completion).strip() for e in objective.rows.trained] == words
     assert set(words) == {"neutral", "unknown"}
+
+
+def test_idk_learns_the_refusal_and_keeps_the_others(build, tokenizer, frames):
+    _, objective = build("idk")
+    forget, retain = objective.rows.trained[N_RETAIN:], objective.rows.trained[:N_RETAIN]
+    assert {tokenizer.decode(e.completion).strip() for e in forget} == {"unknown"}
+    labels = [tokenizer.decode(e.completion).strip() for e in retain]
+    assert labels == list(frames["train_retain"]["label_text"])
+    assert objective(RETAIN + FORGET, N_FORGET, N_RETAIN)[1].keys() == {"L_f", "L_r"}
+
+
+def test_altpo_prefers_the_answer_of_another_row(build, tokenizer, frames):
+    _, objective = build("altpo")
+    rows = objective.rows
+    own, others = (
+        [tokenizer.decode(rows.all[i].completion).strip() for i in numbers]
+        for numbers in (FORGET, [rows.alternative[i] for i in FORGET])
+    )
+    assert set(own) == set(others) == {"positive", "negative"} and all(a != b for a, b in zip(own, others))
+    _, parts = objective(RETAIN + FORGET, N_FORGET, N_RETAIN)
+    assert parts["L_f"].item() == pytest.approx(20 * math.log(2), rel=1e-5)  # as before unlearning
+
+
+def test_alternate_answers():
+    answers = [f"answer {i % 5}" for i in range(40)]
+    drawn = objectives.preferred_answers("alternate", answers, 7)
+    assert drawn == objectives.preferred_answers("alternate", answers, 7)
+    assert drawn != objectives.preferred_answers("alternate", answers, 8)
+    assert set(drawn) == set(answers) and all(a != b for a, b in zip(answers, drawn))
+    with pytest.raises(UserError, match="all rows to forget have the same answer"):
+        objectives.preferred_answers("alternate", ["no"] * 3, 7)
+
+
+# PDU
+
+
+def test_the_dual_variable_follows_the_excess_of_the_retain_loss(build):
+    """By hand: bound 0.5, step 2, moving in the second half of the steps; never below 0; kept without retain rows."""
+    flags = "--method_epsilon=0.5", "--method_dual_step=2", "--retain_weight=3"
+    _, objective = build("pdu", *flags)
+    loss, parts = objective(RETAIN + FORGET, N_FORGET, N_RETAIN)
+    assert loss.item() == pytest.approx(parts["L_f"].item() + 3 * parts["L_r"].item(), rel=1e-6)
+    used = [objective.after_step({"L_r": 0.75}, progress)["retain_weight"] for progress in (0.25, 0.5, 0.75, 1.0)]
+    assert used == [3, 3, 3, 3.5]
+    assert objective.dual == 4
+    objective.after_step({"L_r": 0.0}, 1.0)
+    assert objective.dual == 4
+    loss, _ = objective(RETAIN + FORGET, N_FORGET, N_RETAIN)
+    assert loss.item() == pytest.approx(parts["L_f"].item() + 4 * parts["L_r"].item(), rel=1e-6)
+    for _ in range(9):
+        objective.after_step({"L_r": 0.01}, 1.0)
+    assert objective.dual == 0
+
+
+@pytest.mark.parametrize("kept", [True, False])
+def test_a_resumed_run_has_the_dual_variable_of_an_uninterrupted_one(build, tmp_path, kept):
+    """Three steps, interrupted after two; the same without the variable in the state ends elsewhere."""
+
+    def run(steps, state, resume=False):
+        flags = "--method_dual_warmup=0", "--method_dual_step=0.5", "--retain_weight=2"
+        model, objective = build("pdu", *flags)
+        training = Training(
+            parameters=dict(model.named_parameters()), examples=objective.rows.trained, loss=objective,
+            settings=TrainingSettings(train_batch_size=8, num_epochs=3, save_steps=1, resume=resume, lr=1e-3),
+            recorded={}, state_path=tmp_path / state, fingerprint="", chain=[], warmup=0.0,
+            buffers=objective.buffers if kept else {}, after_step=objective.after_step,
+        )  # fmt: skip
+        upcoming = training.steps_from
+        training.steps_from = lambda done: itertools.takewhile(lambda step: step[0] <= steps, upcoming(done))
+        log = training.run()
+        return [line["loss"] for line in log], objective.dual.item()
+
+    whole = run(3, "whole")
+    run(2, "part")
+    resumed = run(3, "part", resume=True)
+    assert (resumed == whole) == kept
+    assert whole[1] != 2
 
 
 # RMU

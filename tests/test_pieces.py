@@ -122,7 +122,7 @@ def of_method(name, retain_loss, kind="llama", chunk=0):
     method, (rows, preferred) = METHODS[name], examples()
     asked = MethodSettings(unlearn_method=name, retain_loss=retain_loss, logit_chunk=chunk)
     served = Served(trainable(built(kind), None, method, asked), SimpleNamespace(pad_token_id=PAD), [])
-    alternative = {i: i + 4 for i in range(4, 8)} if method.refusals else {}
+    alternative = {i: i + 4 for i in range(4, 8)} if method.preferred else {}
     every = [*rows, *preferred] if alternative else rows
 
     def referred(method, retain_loss):

@@ -21,7 +21,7 @@ PAD, RETAIN, FORGET = 1, [0, 1, 2], [3, 4, 5]
 LENGTHS = [1, 4, 2, 3, 1, 6]  # tokens of the answers of these rows
 BETTER = [2, 1, 5]  # of the preferred answers
 STEP = [4, 0, 5, 2, 3, 1]
-OF_ANSWERS = {"npo", "simnpo", "dpo"}
+OF_ANSWERS = {"npo", "simnpo", "dpo", "altpo"}
 
 
 def examples():
@@ -42,7 +42,7 @@ def of_method(name, retain_loss, weight=1.0):
     asked = MethodSettings(unlearn_method=name, retain_loss=retain_loss, retain_weight=weight)
     model, before = tiny.build_model(), tiny.build_model()
     served = Served(trainable(model, None, method, asked), SimpleNamespace(pad_token_id=PAD), [])
-    alternative = {i: i + len(FORGET) for i in FORGET} if method.refusals else {}
+    alternative = {i: i + len(FORGET) for i in FORGET} if method.preferred else {}
     every = [*rows, *better] if alternative else rows
 
     def referred(method, retain_loss):
@@ -84,12 +84,16 @@ def forget_term(name, model, before, constants):
             margins = [sum(row) / len(row) - constants[1] for row in values]
         else:
             margins = [a - b for a, b in zip(s, s_ref)]
-        if name == "dpo":
+        if name in ("dpo", "altpo"):
             gains = [sum(nll(model, row)) - sum(nll(before, row)) for row in better]
             margins = [a - b for a, b in zip(margins, gains)]
         factor = 1 if name == "dpo" else 2
         return sum(-factor / beta * log_sigma(beta * margin) for margin in margins) / len(FORGET)
-    if name == "random_label":
+    if name == "pdu":
+        z = [model(input_ids=torch.tensor([rows[i].prompt + rows[i].completion])).logits[0] for i in FORGET]
+        z = [row[len(rows[i].prompt) - 1 : -1] for i, row in zip(FORGET, z)]
+        return sum(((row.max(-1).values - row.mean(-1)) ** 2).sum().item() for row in z) / n
+    if name in ("random_label", "idk"):
         return sum(tokens) / n
     if name.startswith("gradient_ascent"):
         return -sum(tokens) / n

@@ -83,6 +83,8 @@ def train(
         warmup=warmup,
         evaluate=evaluate,
         log_path=None if args.dry_run else output.log_path,
+        buffers=prepared.buffers,
+        after_step=prepared.after_step,
     )
     if args.dry_run:
         plan.print_probe(training, prepared, serve(), frames, settings.evaluation, evaluations)

@@ -91,6 +91,16 @@ class Prepared:
     def reference(self) -> Reference | None:
         return getattr(self.objective, "reference", None)
 
+    @property
+    def buffers(self) -> dict[str, torch.Tensor]:
+        """Scalars of the objective that are part of a resumable state."""
+        return getattr(self.objective, "buffers", {})
+
+    @property
+    def after_step(self) -> Callable[[dict[str, float], float], dict[str, float]] | None:
+        """What the objective does after each step, as utils.training.loop.Training takes it."""
+        return getattr(self.objective, "after_step", None)
+
     def loss(
         self, rows: list[int], n_forget: int, n_retain: int, step: Sequence[int] | None = None
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:

@@ -126,6 +126,11 @@ class Task:
         drawn = np.random.default_rng(seed).integers(len(self.refusals), size=len(rows))
         return [self.refusals[i] for i in drawn]
 
+    def alternate_answers(self, rows: pd.DataFrame, seed: int) -> list[str]:
+        """A wrong answer to each of the forget `rows` in the manner of the data, drawn by `seed` (AltPO). Raises
+        UserError where all rows have the same answer."""
+        return self.other_answers(rows, rows, np.random.default_rng(seed))
+
     def other_answers(self, rows: pd.DataFrame, pool: pd.DataFrame, rng: np.random.Generator) -> list[str]:
         """For each of `rows` a wrong answer in the manner of the data, drawn by `rng` from the answers of `pool`."""
         raise NotImplementedError

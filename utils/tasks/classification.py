@@ -98,7 +98,9 @@ def draw_unlearning_labels(n: int, seed: int) -> list[str]:
 
 
 def other_words(own: Sequence[str], words: Sequence[str], rng: np.random.Generator) -> list[str]:
-    """For each word of `own` another one of `words`."""
+    """For each word of `own` another one of `words`. Raises UserError where there is none."""
+    if len(set(words)) < 2:
+        raise UserError("all rows have the same answer, so there is no other one; use more rows or another method")
     return [str(rng.choice([word for word in words if word != one])) for one in own]
 
 

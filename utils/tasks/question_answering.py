@@ -100,6 +100,13 @@ class QuestionAnswering(FreeAnswers):
         head = "" if self.prompt_format == CHAT else "Question: "
         return [Query(head, text, self.tail) for text in rows["text"]]
 
+    def alternate_answers(self, rows: pd.DataFrame, seed: int) -> list[str]:
+        """One of a row's wrong answers where it has some."""
+        rng, others = np.random.default_rng(seed), super().alternate_answers(rows, seed)
+        if "perturbed_answer" not in rows:
+            return others
+        return [str(rng.choice(wrong)) if wrong else other for wrong, other in zip(rows["perturbed_answer"], others)]
+
     def asks(self, rows: pd.DataFrame) -> list[dict[str, str]]:
         found = []
         for row in rows.to_dict("records"):

@@ -5,7 +5,7 @@ import json
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -71,7 +71,9 @@ class Training:
     holds everything needed to continue. fingerprint: the hash of the data (utils.data.select.fingerprint). chain: Links
     of the frozen model, and of all else that the run depends on. warmup: the share of the steps in which the learning
     rate rises. evaluate: function() -> {split: accuracy}, called every settings.eval_steps steps. log_path: a file that
-    gets each line of the log at once. `cost`, after `run`: {"steps", "seconds_per_step" (median), "peak_memory_bytes"}.
+    gets each line of the log at once. buffers: scalars that `after_step` changes, which belong to the state. It is a
+    function(parts of the step, share of the steps done) -> more for the log line. `cost`, after `run`: {"steps",
+    "seconds_per_step" (median), "peak_memory_bytes"}.
 
     Started by `accelerate launch`, every process runs the same Training, and the rows of a step are shared out
     (utils.distributed). That changes only the order of float additions and the places that dropout draws.
@@ -88,6 +90,8 @@ class Training:
     warmup: float
     evaluate: Callable[[], dict[str, float]] | None = None
     log_path: Path | None = None
+    buffers: dict[str, torch.Tensor] = field(default_factory=dict)
+    after_step: Callable[[dict[str, float], float], dict[str, float]] | None = None
     cost: dict[str, Any] | None = None
 
     @property
@@ -160,6 +164,8 @@ class Training:
             self._refuse_non_finite(line)
             line["gradient_norm"] = self.update(optimizer, line)
             schedule.step()
+            if self.after_step:
+                line |= self.after_step(line, step / total)
             seconds.append(time.perf_counter() - start)
             log.append(line)
             self._show(line)
@@ -249,6 +255,7 @@ class Training:
         if not distributed.is_main():
             return
         tensors = {f"parameter.{name}": value.detach() for name, value in self.parameters.items()}
+        tensors |= {f"buffer.{name}": value for name, value in self.buffers.items()}
         states = optimizer.state_dict()["state"]
         for name, i in self._numbers(optimizer).items():
             tensors |= {f"optimizer.{name}.{key}": value for key, value in states.get(i, {}).items()}
@@ -276,6 +283,8 @@ class Training:
             kind, _, rest = key.partition(".")
             if kind == "parameter":
                 self.parameters[rest].data.copy_(value)
+            elif kind == "buffer":
+                self.buffers[rest].copy_(value)
             elif kind == "optimizer":
                 name, _, quantity = rest.rpartition(".")
                 states.setdefault(numbers[name], {})[quantity] = value
@@ -290,7 +299,8 @@ class Training:
         return text["log"]
 
     def _read_tensors(self, sha256: str) -> dict[str, torch.Tensor]:
-        """The tensors of the state: every parameter, what AdamW keeps of those that had a gradient, the random state.
+        """The tensors of the state: parameters and buffers, what AdamW keeps of those that had a gradient, the random
+        state.
 
         sha256: what was recorded of them.
         """
@@ -299,6 +309,8 @@ class Training:
         expected = {"rng.cpu": Like(tuple(torch.get_rng_state().shape), ("uint8",))}
         if "rng.cuda" in found:
             expected["rng.cuda"] = Like((None,), ("uint8",))
+        for name, value in self.buffers.items():
+            expected[f"buffer.{name}"] = Like(tuple(value.shape), (str(value.dtype).removeprefix("torch."),))
         for name, parameter in self.parameters.items():
             like = Like(tuple(parameter.shape), (str(parameter.dtype).removeprefix("torch."),))
             expected[f"parameter.{name}"] = like

@@ -112,7 +112,8 @@ def add_constants(parser: cli.ArgumentParser) -> None:
     """The constants that the methods declare."""
     group = parser.add_argument_group("constants of the methods (default: the authors')")
     kinds = {"rmu_layer": cli.non_negative_int, "method_beta2": cli.non_negative_float}
-    kinds["method_delta"] = cli.non_negative_float
+    kinds |= {flag: cli.non_negative_float for flag in ("method_delta", "method_epsilon")}
+    kinds["method_dual_warmup"] = cli.share
     for flag, meaning in CONSTANTS.items():
         owners = ", ".join(name for name, method in METHODS.items() if flag in method.constants)
         group.add_argument(f"--{flag}", type=kinds.get(flag, cli.positive_float), help=f"{owners}: {meaning}")

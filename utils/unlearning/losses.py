@@ -117,7 +117,7 @@ def behind_gate(
     return loss, scaled
 
 
-def with_retain_weight(parts: dict[str, Tensor], weight: float) -> Parts:
+def with_retain_weight(parts: dict[str, Tensor], weight: float | Tensor) -> Parts:
     """(L_f + weight x the retain term, parts)."""
     retain = sum(value for key, value in parts.items() if key != "L_f")
     return parts["L_f"] + weight * retain, parts
@@ -162,6 +162,18 @@ def dpo(s: Tensor, s_ref: Tensor, s_preferred: Tensor, s_preferred_ref: Tensor, 
     """
     margin = (s - s_ref) - (s_preferred - s_preferred_ref)
     return -1 / beta * torch.nn.functional.logsigmoid(beta * margin)
+
+
+def altpo(s: Tensor, s_ref: Tensor, s_preferred: Tensor, s_preferred_ref: Tensor, beta: float) -> Tensor:
+    """AltPO, arXiv 2409.13474, section 3: `dpo` with an alternate answer in the domain of the true one as the preferred
+    one, and the factor 2 / beta that the authors' code has, as NPO. All (B,) -> (B,)."""
+    return 2 * dpo(s, s_ref, s_preferred, s_preferred_ref, beta)
+
+
+def logit_margin(logits: Tensor) -> Tensor:
+    """PDU's forget loss, arXiv 2506.05314: (largest logit - mean logit)^2 of each token, 0 where the distribution is
+    flat. (N, |V|) -> (N,)."""
+    return (logits.amax(-1) - logits.mean(-1)).square()
 
 
 def undial(logits: Tensor, reference_logits: Tensor, targets: Tensor, beta: float) -> Tensor:

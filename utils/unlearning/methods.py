@@ -3,7 +3,7 @@
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -15,6 +15,9 @@ CONSTANTS = {  # flag: what it is of the methods that have it among their consta
     "method_beta": "beta",
     "method_beta2": "beta2",
     "method_delta": "margin",
+    "method_epsilon": "bound on the retain loss, in nats a token",
+    "method_dual_step": "step of the retain weight, whose first value is --retain_weight, along the excess",
+    "method_dual_warmup": "share of the steps before the retain weight moves",
     "rmu_layer": "layer that is steered (default: 7 of 32)",
     "rmu_steering": "c",
 }
@@ -29,9 +32,12 @@ class Method:
     too, with their activations before unlearning as the target.
 
     constants: {flag: the authors' value}. retain_loss, retain_weight: the authors' choice. fixed: the retain loss is
-    part of the method. What it needs: `reference`, what the model said before unlearning; `refusals`, every forget row
-    a second time with the answer "unknown"; `activations`, those of one layer. flipped: rows carry y~ of L_f instead of
-    their label. reduction: of the values of tokens to the forget term (those of answers have their mean over rows).
+    part of the method. What it needs: `reference`, what the model said before unlearning; `preferred`, every forget row
+    a second time with a refusal, or with an alternate answer, which is another forget row's; `activations`, those of
+    one layer. flipped, refused: rows carry y~ of L_f, or a refusal, instead of their label. dual: the retain weight is
+    a dual variable, and the last three constants are its bound, its step and its warm-up.
+
+    reduction: of the values of tokens to the forget term (those of answers have their mean over rows).
     retain_reduction: the same of the retain term.
     """
 
@@ -42,9 +48,11 @@ class Method:
     retain_weight: float = 1.0
     fixed: bool = False
     reference: bool = False
-    refusals: bool = False
+    preferred: Literal["refusal", "alternate"] | None = None
     activations: bool = False
     flipped: bool = False
+    refused: bool = False
+    dual: bool = False
     reduction: Reduction = "tokens"
     retain_reduction: Reduction = "tokens"
 
@@ -59,6 +67,9 @@ class MethodSettings:
     method_beta: float | None = None
     method_beta2: float | None = None
     method_delta: float | None = None
+    method_epsilon: float | None = None
+    method_dual_step: float | None = None
+    method_dual_warmup: float | None = None
     rmu_layer: int | None = None
     rmu_steering: float | None = None
     seed: int = 42
@@ -92,9 +103,17 @@ METHODS = {
         lambda f, beta: losses.dpo(f.s, f.s_ref, f.preferred.s, f.preferred.s_ref, beta),
         {"method_beta": 0.1},
         reference=True,
-        refusals=True,
+        preferred="refusal",
         of_answers=True,
     ),
+    "altpo": Method(
+        lambda f, beta: losses.altpo(f.s, f.s_ref, f.preferred.s, f.preferred.s_ref, beta),
+        {"method_beta": 0.1},
+        reference=True,
+        preferred="alternate",
+        of_answers=True,
+    ),
+    "idk": Method(lambda f: f.nll, refused=True),
     "rmu": Method(
         losses.rmu,
         {"rmu_layer": None, "rmu_steering": 6.5},
@@ -118,6 +137,13 @@ METHODS = {
         retain_weight=10.0,
     ),
     "ceu": Method(lambda f: losses.ceu(f.logits, f.targets), retain_loss="none"),
+    "pdu": Method(
+        lambda f, *_: losses.logit_margin(f.logits),
+        {"method_epsilon": 0.3, "method_dual_step": 5.0, "method_dual_warmup": 0.5},
+        retain_weight=100.0,
+        fixed=True,
+        dual=True,
+    ),
 }
 
 

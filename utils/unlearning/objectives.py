@@ -128,15 +128,19 @@ class Rows:
     def __init__(self, tokenizer: Any, frames: Splits, method: Method, settings: MethodSettings) -> None:
         task, retain, forget = frames.task, frames["train_retain"], frames["train_forget"]
         labels = task.unlearning_answers(forget, settings.seed) if method.flipped else forget["label_text"]
+        if method.refused:
+            labels = task.preferred_answers(forget, settings.seed)
         kept = retain if settings.retain_loss != "none" else retain.head(0)
         known = known_answers(tokenizer, task)
         encode = partial(tokenize, tokenizer, max_length=settings.max_length, answers=known)
         self.trained = encode(kept, kept["label_text"])
         self.trained += encode(forget, labels, forget=True)
         self.all, self.alternative = list(self.trained), {}
-        if method.refusals:
+        if method.preferred:
+            source = {"refusal": task.preferred_answers, "alternate": task.alternate_answers}[method.preferred]
+            answers = source(forget, settings.seed)
             self.alternative = {i: i + len(forget) for i in range(len(kept), len(self.trained))}
-            self.all += encode(forget, task.preferred_answers(forget, settings.seed), forget=True)
+            self.all += encode(forget, answers, forget=True)
 
     def referred(self, method: Method, retain_loss: str) -> list[int]:
         """Numbers in `all` of the examples whose reference logits the loss needs."""
@@ -164,6 +168,8 @@ class TokenObjective:
         """numerics: in what numbers the reference is computed. load: as `utils.unlearning.reference.load_reference`."""
         self.method, self.served, self.rows, self.settings = method, served, rows, settings
         self.constants, self.chunk = settings.constants(method), settings.logit_chunk
+        # What is part of a resumable state: the weight of the retain term, where it moves.
+        self.dual = torch.tensor(settings.retain_weight, dtype=torch.float64) if method.dual else None
         self.reference = self.head = None
         if referred := rows.referred(method, settings.retain_loss):
             depends_on = [settings.unlearn_method, settings.retain_loss, numerics]
@@ -196,7 +202,27 @@ class TokenObjective:
             name = {"ce": "L_r", "kl": "L_kl"}[self.settings.retain_loss]
             values = found["kept"], found["kept_rows"], len(kept)
             parts[name] = losses.reduced(*values, method.retain_reduction, n_retain, to_keep)
-        return losses.with_retain_weight(parts, self.settings.retain_weight)
+        weight = self.settings.retain_weight if self.dual is None else self.dual
+        return losses.with_retain_weight(parts, weight)
+
+    @property
+    def buffers(self) -> dict[str, torch.Tensor]:
+        """What changes during training beside the parameters, {name: scalar}."""
+        return {} if self.dual is None else {"dual": self.dual}
+
+    def after_step(self, parts: Mapping[str, float], progress: float) -> dict[str, float]:
+        """Move the dual variable of `pdu` (arXiv 2506.05314, algorithm 1): lambda <- max(0, lambda + step x excess).
+
+        parts: those of the whole step, of all processes. progress: the share of the run's steps that are done, this
+        one included. Returns what belongs into the log: the weight that the step had.
+        """
+        if self.dual is None:
+            return {}
+        used = {"retain_weight": float(self.dual)}
+        bound, step, warmup = self.constants[-3:]
+        if progress > warmup and parts["L_r"]:  # a step without retain rows says nothing
+            self.dual.add_(step * (parts["L_r"] - bound)).clamp_(min=0)
+        return used
 
     def _answers(
         self, found: Mapping[str, torch.Tensor], role: str, n_rows: int, preferred: Answers | None = None
