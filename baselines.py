@@ -126,7 +126,7 @@ def build(args, output):
         served = job.load_frozen(args.model_checkpoints, args.parent_path, settings, frames)
         asked = cli.take(eco_search.EcoSettings, args)
         if method == "eco":
-            eco_search.refuse_target(asked, settings.model, served.manifest, vars(args))
+            eco_search.refuse_target(asked, settings.model, served.manifest, vars(args), frames.task)
         people = flags.listed_people(args.dataset, args.eco_names, args.forget_only)
         how = cli.take(gate_training.GateSettings, args), cli.take(gates.ClassifierSettings, args), settings.model
         source = gate_training.find_gate(args.gate, frames, people, *how, lambda: served)

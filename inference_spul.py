@@ -112,7 +112,7 @@ def main(args):
     print(tables.table(records))
     if asked:
         print(f"\n{tables.request_tables(records[0]['requests'])}")
-    if sentence := tables.meaning(records):
+    for sentence in filter(None, (tables.meaning(records), tables.without_reference(records))):
         print(f"\n{sentence}")
     if args.show_examples:
         print(f"\n{tables.examples(predictions, args.show_examples)}\n")

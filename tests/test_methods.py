@@ -23,9 +23,10 @@ from utils.models import pieces
 from utils.models.adapters import LoraSettings
 from utils.models.forward import completion_logits
 from utils.models.layers import checkpoint_layers, decoder_layers
-from utils.tasks.classification import draw_unlearning_labels
+from utils.tasks.classification import classification, draw_unlearning_labels
 from utils.tasks.encode import completion_ids, tokenize
-from utils.tasks.rows import load_splits
+from utils.tasks.question_answering import QuestionAnswering
+from utils.tasks.rows import Splits, load_splits
 from utils.training.loop import Training, TrainingSettings
 from utils.unlearning import losses, objectives, reference, rmu
 from utils.unlearning.methods import METHODS, Answers, CompletionTokens, MethodSettings
@@ -216,7 +217,7 @@ def frames(small_data):
     for split, n in zip(TRAIN_SPLITS, (N_RETAIN, N_FORGET)):
         halves = [rows[split][rows[split]["label"] == label].head(n // 2) for label in (0, 1)]
         chosen[split] = pd.concat(halves).reset_index(drop=True)
-    return chosen
+    return Splits(chosen, rows.task)
 
 
 @pytest.fixture
@@ -494,12 +495,16 @@ def test_altpo_prefers_the_answer_of_another_row(build, tokenizer, frames):
 
 def test_alternate_answers():
     answers = [f"answer {i % 5}" for i in range(40)]
-    drawn = objectives.preferred_answers("alternate", answers, 7)
-    assert drawn == objectives.preferred_answers("alternate", answers, 7)
-    assert drawn != objectives.preferred_answers("alternate", answers, 8)
+    rows, task = pd.DataFrame({"text": answers, "label_text": answers}), QuestionAnswering()
+    drawn = task.alternate_answers(rows, 7)
+    assert drawn == task.alternate_answers(rows, 7) != task.alternate_answers(rows, 8)
     assert set(drawn) == set(answers) and all(a != b for a, b in zip(answers, drawn))
-    with pytest.raises(UserError, match="all rows to forget have the same answer"):
-        objectives.preferred_answers("alternate", ["no"] * 3, 7)
+    wrong = rows.assign(perturbed_answer=[[f"not {text}"] for text in answers])
+    assert task.alternate_answers(wrong, 7) == [f"not {text}" for text in answers]
+    same = rows.assign(label_text="no")
+    for kind in (task, classification(["no", "yes"])):
+        with pytest.raises(UserError, match="all rows have the same answer"):
+            kind.alternate_answers(same, 7)
 
 
 # PDU

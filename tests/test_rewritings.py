@@ -7,13 +7,13 @@ import pandas as pd
 import pytest
 
 from utils.data import rewritings
-from utils.data.load import _checked
 from utils.data.names import Person
 from utils.data.rewritings import REWRITINGS, TEST, TRAIN, augment, of_family, rewrite
 from utils.errors import UserError
 from utils.evaluation import figures, tables
 from utils.interventions import gates
 from utils.interventions.gate_files import GateFile
+from utils.tasks.rows import common_columns
 from utils.unlearning import gate_report, gate_training
 
 LEE = Person("Ann Lee", ["Lee"])
@@ -213,10 +213,10 @@ def test_the_report_reads_a_column_of_paraphrases(frames, monkeypatch):
 def test_a_paraphrase_is_text_or_nothing(cells, fine):
     frame = pd.DataFrame({"text": ["a", "b"], "label": [0, 1], "label_text": ["x", "y"], "paraphrase": cells})
     if fine:
-        assert list(_checked("test_forget", frame, "data")["text"]) == ["a", "b"]
+        assert list(common_columns("test_forget", frame, "data")["text"]) == ["a", "b"]
     else:
         with pytest.raises(UserError, match="row 1: paraphrase is not text"):
-            _checked("test_forget", frame, "data")
+            common_columns("test_forget", frame, "data")
 
 
 def test_the_roc_curve_by_hand(tmp_path):

@@ -220,7 +220,7 @@ def test_manifests_of_earlier_versions_load_with_a_note(forest):
     for name, parent in ((ADAPTER, BASE), (PROMPT, ADAPTER)):
         file = forest / name / "manifest.json"
         manifest = json.loads(file.read_text())
-        for key in ("version", "base", "label_words", "training"):
+        for key in ("version", "base", "label_words", "training", "task"):
             manifest.pop(key, None)
         manifest["files"] = {
             key: value for key, value in manifest["files"].items() if key.endswith(("safetensors", "config.json"))

@@ -171,7 +171,7 @@ def compare(work: "Workplace", args: Namespace, seed: int) -> list[dict]:
         | ({"search": searches[method]} if method in searches else {})
         for method, (record, _) in evaluated.items()
     ]
-    return with_distances(records, [predictions for _, predictions in evaluated.values()])
+    return with_distances(records, [predictions for _, predictions in evaluated.values()], work.task)
 
 
 def search(
@@ -179,12 +179,13 @@ def search(
 ) -> tuple[str, dict]:
     """(the checkpoint, {"grid": {lr: score}, "lr": the best, "rows": read by each run}) of a method that trains.
 
-    score = accuracy on retain rows put aside - mean accuracy on the forget rows trained on and put aside; None where
-    the loss was not finite. Of the checkpoints only that of the best run is kept. gate: the flag that names it.
+    score = headline of the task (accuracy) on retain rows put aside - its mean on the forget rows trained on and put
+    aside; None where the loss was not finite. Of the checkpoints only that of the best run is kept. gate: the flag that
+    names it.
     """
     rates, gate = (args.spul_grid if method in NAMES else args.grid), (gate if method == "spul-gate" else [])
     runs = {lr: work.budgeted(method, tuned, seed, lr, gate) for lr in rates}
-    scores = {lr: _score(work.scores(*run)) for lr, run in runs.items()}
+    scores = {lr: _score(work.scores(*run), work.task.headline) for lr, run in runs.items()}
     finite = {lr: score for lr, score in scores.items() if score is not None}
     if not finite:
         raise UserError(f"{method} failed at every learning rate, as said above; try smaller ones")
@@ -194,10 +195,10 @@ def search(
     return work.trained(*runs[best]), {"grid": scores, "lr": best, "rows": args.budget_rows}
 
 
-def _score(splits: dict | None) -> float | None:
+def _score(splits: dict | None, headline: str) -> float | None:
     if splits is None:
         return None
-    accuracy = {split: splits[split]["accuracy"] for split in ("test_retain", "train_forget", "test_forget")}
+    accuracy = {split: splits[split][headline] for split in ("test_retain", "train_forget", "test_forget")}
     return round(accuracy["test_retain"] - (accuracy["train_forget"] + accuracy["test_forget"]) / 2, 4)
 
 
@@ -210,6 +211,7 @@ class Workplace:
 
         self.folder, self.args = folder, args
         frames = load_splits(args.dataset)
+        self.task = frames.task
         self._data = [fingerprint(frames), *_marks(frames), *_contents(args)]
 
     def run(self, script: str, name: str, parents: list[str], flags: list[str]) -> str:

@@ -116,12 +116,14 @@ def learnt_by(manifest: dict, frames: dict[str, pd.DataFrame]) -> bool:
 
 
 def fingerprint(frames: Mapping[str, pd.DataFrame]) -> str:
-    """SHA-256, in hex, over text, label and label word of the given splits' rows, in order.
+    """SHA-256, in hex, over text, label and label word (and choices) of the given splits' rows, in order.
 
     It is the same for the same data in any format.
     """
     digest = hashlib.sha256()
     for split, frame in sorted(frames.items()):
         rows = list(zip(frame["text"], frame["label"].tolist(), frame["label_text"]))
+        if "choices" in frame:
+            rows = list(zip(rows, frame["choices"]))
         digest.update(json.dumps([split, rows]).encode())
     return digest.hexdigest()

@@ -118,15 +118,15 @@ def draw_roc(settings: dict[str, Any]) -> pyplot.Figure:
 def draw_comparison(records: list[dict]) -> pyplot.Figure:
     """Bars of accuracy (percent) per split and method; hatched, so that it reads without colour."""
     figure, axes = pyplot.subplots(figsize=(8, 3.6))
-    width = 0.8 / len(records)
+    width, headline = 0.8 / len(records), records[0].get("headline", "accuracy")
     for i, (entry, hatch) in enumerate(zip(records, ("", "//", "..", "xx", "\\\\", "++", "oo", "**") * len(records))):
-        shares = [100 * entry["splits"][split]["accuracy"] for split in SPLITS]
+        shares = [100 * entry["splits"][split][headline] for split in SPLITS]
         places = np.arange(len(SPLITS)) + (i - (len(records) - 1) / 2) * width
         bars = axes.bar(places, shares, width * 0.94, label=_plain(entry["method"]), hatch=hatch, edgecolor="white")
         if len(records) <= 4:
             axes.bar_label(bars, fmt="%.0f", padding=2, fontsize=8)
     axes.set_xticks(range(len(SPLITS)), [split.replace("_", " ") for split in SPLITS])
-    axes.set(ylabel="accuracy, %", ylim=(0, 110))
+    axes.set(ylabel=f"{headline.replace('_', ' ')}, %", ylim=(0, 110))
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False, ncols=min(4, len(records)), loc="upper center", bbox_to_anchor=(0.5, 1.16))
     figure.tight_layout()
@@ -142,7 +142,9 @@ def draw_false_positives(records: list[dict]) -> pyplot.Figure:
     for i, entry in enumerate(gated):
         kept, share = entry["splits"]["test_retain"], 100 * entry["splits"]["test_retain"]["flagged"]
         style = {"marker": "osD^vPX*"[i % 8], "linestyle": "none", "color": f"C{i % 10}", "alpha": 0.8}
-        for panel, value in zip(panels, (kept.get("flagged_accuracy"), entry["splits"]["test_forget"]["accuracy"])):
+        for panel, value in zip(
+            panels, (kept.get("flagged_accuracy"), entry["splits"]["test_forget"][entry.get("headline", "accuracy")])
+        ):
             if value is not None:
                 panel.plot(share, 100 * value, label=_plain(entry["method"]), **style)
     for panel, title in zip(panels, ("of these answered rightly, %", "test_forget answered rightly, %")):

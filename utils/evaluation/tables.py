@@ -1,12 +1,14 @@
 """What a person reads at the end of a run: the table, the sentences that say what it means, examples."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
 from utils.data.splits import SPLITS
+from utils.tasks.classification import Classification
+from utils.tasks.rows import TASKS
 
 FORGET_SPLITS, RETAIN_SPLITS = ("train_forget", "test_forget"), ("train_retain", "test_retain")
 FORGET_SHARES = {  # score: what its column is called
@@ -31,6 +33,8 @@ def table(records: list[dict]) -> str:
     share of retain rows that it flags follows, and how many of those are still answered rightly. Where all records have
     it, the distance to the retain model follows.
     """
+    if shown := TASKS[records[0].get("task", Classification.kind)].shown:
+        return _table_of(records, shown)
     gated = any("flagged" in entry["splits"]["train_retain"] for entry in records)
     header = ["method", *(f"{split} (acc/F1)" for split in SPLITS), *FORGET_SHARES.values()]
     header += FALSE_POSITIVES.values() if gated else []
@@ -44,6 +48,42 @@ def table(records: list[dict]) -> str:
             cells += [" / ".join(_percent(splits[s].get(score)) for s in RETAIN_SPLITS) for score in FALSE_POSITIVES]
         lines.append([entry["method"], *cells, *(_distance_cells([entry]) if distances else [])])
     return _aligned(lines)
+
+
+def _table_of(records: list[dict], shown: Mapping[str, str]) -> str:
+    """The same of a task that has scores of its own: those that are `shown`, in percent, for every split; what is said
+    of all splits together; distances to the retain model; and what a gate flags of each split."""
+    splits = [split for split in records[0]["splits"] if ":" not in split]
+    scores = [name for name in shown if any(name in entry["splits"][s] for entry in records for s in splits)]
+    summaries = list(dict.fromkeys(name for entry in records for name in entry.get("summary", {})))
+    distances = list(dict.fromkeys(name for entry in records for name in entry.get("distance_to_retain_model", {})))
+    gated = any("flagged" in entry["splits"][splits[0]] for entry in records)
+    header = ["method", *splits, *(name.replace("_", " ") for name in [*summaries, *distances])]
+    header += ["flagged, % (" + "/".join(splits) + ")"] * gated
+    lines = [[f"{cell} n={records[0]['splits'][cell]['n']}" if cell in splits else cell for cell in header]]
+    for entry in records:
+        cells = [" / ".join(_percent(entry["splits"][s].get(name)) for name in scores) for s in splits]
+        cells += [_number(entry.get("summary", {}).get(name)) for name in summaries]
+        cells += [_number(entry.get("distance_to_retain_model", {}).get(name)) for name in distances]
+        if gated:
+            cells.append(" / ".join(_percent(entry["splits"][s].get("flagged")) for s in splits))
+        lines.append([entry["method"], *cells])
+    return f"{_aligned(lines)}\nper split, in %: {' / '.join(shown[name] for name in scores)}"
+
+
+def without_reference(records: list[dict]) -> str | None:
+    """What cannot be said of free answers without a retain model among `records`, in a sentence; None with one."""
+    task = TASKS[records[0].get("task", Classification.kind)]
+    if not task.generates or any("distance_to_retain_model" in entry for entry in records):
+        return None
+    return (
+        "No retain model (qlora.py --exclude_forget) is among --model_checkpoints, so there is no forget quality and "
+        "no similarity gap."
+    )
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3g}"
 
 
 def _percent(share: float | None) -> str:
@@ -73,7 +113,7 @@ def _distance_cells(entries: list[dict]) -> list[str]:
     """Mean accuracy gaps in points, of forget and of retain rows, then the two Jensen-Shannon divergences in bits."""
     rows = [entry["distance_to_retain_model"] for entry in entries]
     gaps = [_mean_and_spread([100 * row[f"accuracy_{side}"] for row in rows], 1) for side in ("forget", "retain")]
-    js = [_mean_and_spread([row[f"js_{split}"] for row in rows], 3) for split in FORGET_SPLITS]
+    js = [_mean_and_spread([row[f"js_{s}"] for row in rows], 3) for s in FORGET_SPLITS if f"js_{s}" in rows[0]]
     return [" / ".join(gaps), " / ".join(js)]
 
 
@@ -89,15 +129,18 @@ def comparison_table(records: list[dict]) -> str:
     Accuracies and the shares of `table` in percent, distance to the retain model, learning rate, seconds per
     training step, most memory in GiB. Over seeds: mean and standard deviation.
     """
-    header = ["method", *SPLITS, *FORGET_SHARES.values(), *DISTANCES, "learning rate", "s/step", "GiB"]
+    headline = records[0].get("headline", "accuracy")
+    labelled = all("out_of_label" in entry["splits"][SPLITS[0]] for entry in records)
+    forget_shares = FORGET_SHARES if labelled else {}
+    header = ["method", *SPLITS, *forget_shares.values(), *DISTANCES, "learning rate", "s/step", "GiB"]
     lines = [_with_counts(header, records)]
     for method in dict.fromkeys(entry["method"] for entry in records):
         entries = [entry for entry in records if entry["method"] == method]
         scores = [[entry["splits"][split] for entry in entries] for split in SPLITS]
-        cells = [_mean_and_spread([100 * score["accuracy"] for score in column], 1) for column in scores]
+        cells = [_mean_and_spread([100 * score[headline] for score in column], 1) for column in scores]
         shares = [
             " / ".join(_mean_and_spread([100 * s[share] for s in scores[i]], 1) for i in (1, 3))
-            for share in FORGET_SHARES
+            for share in forget_shares
         ]
         rates = sorted({entry["search"]["lr"] for entry in entries if "search" in entry})
         costs = [entry["training"] for entry in entries if entry.get("training")]
@@ -203,6 +246,12 @@ def meaning(records: list[dict]) -> str | None:
     if before is None or after is before:
         return None
     old, new = before["splits"], after["splits"]
+    task = TASKS[after.get("task", Classification.kind)]
+    if task.shown:
+        name = task.headline
+        pairs = {split: (100 * old[split][name], 100 * new[split][name]) for split in SPLITS}
+        told = ", ".join(f"{split} {now:.1f} % ({was:.1f} % before)" for split, (was, now) in pairs.items())
+        return f"{task.shown[name]} with {after['method']}: {told}."
     share = {split: (100 * old[split]["accuracy"], 100 * new[split]["accuracy"]) for split in SPLITS}
     ranked = {split: 100 * new[split]["label_accuracy"] for split in FORGET_SPLITS}
     return (

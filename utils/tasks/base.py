@@ -77,6 +77,9 @@ class Task:
     categories: ClassVar[tuple[str, ...]] = ()  # how data cards name it
     columns: ClassVar[tuple[str, ...]]  # that a table of its rows must have
     headline: ClassVar[str] = "accuracy"  # the score that curves and pictures show
+    compared: ClassVar[str] = "accuracy"  # the score that ECO's search compares, where no other is asked for
+    searchable: ClassVar[tuple[str, ...]]  # the scores that it may compare
+    generated: ClassVar[tuple[str, ...]] = ()  # those that need a generated answer
     shown: ClassVar[Mapping[str, str]] = {}  # scores of a split in a table, and what they are called
     summed: ClassVar[Mapping[str, str]] = {}  # the same of all splits together
     scored: ClassVar[tuple[str, ...]]  # what is known of a scored row, as far as it was asked for

@@ -10,7 +10,7 @@ import pandas as pd
 from utils.data.splits import SPLITS, TRAIN_SPLITS, UNLEARNING_LABELS, whole_number
 from utils.errors import UserError
 from utils.tasks.base import PLAIN, Frames, Query, Scores, Task, TaskOptions, need, refuse_empty
-from utils.tasks.scores import LABELLED, label_scores
+from utils.tasks.scores import LABELLED, SHARES, label_scores
 
 TEMPLATE_HEAD = "### Text: "
 TEMPLATE_TAIL = "\n\n### Question: What is the sentiment of the given text?\n\n### Sentiment:"
@@ -24,6 +24,7 @@ class Classification(Task):
     kind: ClassVar[str] = "classification"
     categories: ClassVar[tuple[str, ...]] = ("text-classification",)
     columns: ClassVar[tuple[str, ...]] = ("text", "label", "label_text")
+    searchable: ClassVar[tuple[str, ...]] = SHARES
     scored: ClassVar[tuple[str, ...]] = LABELLED
     taught: ClassVar[tuple[str, ...]] = UNLEARNING_LABELS
     refusals: tuple[str, ...] = UNLEARNING_LABELS[1:]

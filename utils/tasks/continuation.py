@@ -24,6 +24,9 @@ class Continuation(FreeAnswers):
     categories: ClassVar[tuple[str, ...]] = ("text-generation",)
     columns: ClassVar[tuple[str, ...]] = ("prompt", "completion")
     headline: ClassVar[str] = "rouge_l_f1"
+    compared: ClassVar[str] = "probability"
+    searchable: ClassVar[tuple[str, ...]] = ("probability", "rouge_l_f1", "bleu", "exact_memorisation")
+    generated: ClassVar[tuple[str, ...]] = ("rouge_l_f1", "bleu")
     shown: ClassVar[Mapping[str, str]] = {
         "rouge_l_f1": "ROUGE-L F1", "bleu": "BLEU", "extraction_strength": "extraction strength",
         "exact_memorisation": "exact memorisation",
@@ -81,7 +84,8 @@ class Continuation(FreeAnswers):
             if name in rows
         ]  # fmt: skip
         found = {"n": len(rows), **{name: float(rows[name].mean()) for name in kept}}
-        found["accuracy"] = found.pop("correct", 0.0)
+        if "correct" in found:
+            found["accuracy"] = found.pop("correct")
         return found
 
     def distance(self, rows: pd.DataFrame, retain: pd.DataFrame) -> Scores:

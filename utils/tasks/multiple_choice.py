@@ -12,7 +12,7 @@ from utils.errors import UserError
 from utils.tasks.base import PLAIN, Asked, Query, Scores, Task, TaskOptions, missing, need, refuse_empty
 from utils.tasks.classification import other_words
 from utils.tasks.listed import listed
-from utils.tasks.scores import LABELLED, label_scores
+from utils.tasks.scores import LABELLED, SHARES, label_scores
 
 LETTERS = ("A", "B", "C", "D")
 OPENING = "The following are multiple choice questions (with answers)"
@@ -30,6 +30,8 @@ class MultipleChoice(Task):
     shown: ClassVar[Mapping[str, str]] = {
         "label_accuracy": "best letter", "choice_accuracy": "best whole choice", "accuracy": "greedy answer",
     }  # fmt: skip
+    compared: ClassVar[str] = "label_accuracy"
+    searchable: ClassVar[tuple[str, ...]] = (*SHARES, "choice_accuracy")
     scored: ClassVar[tuple[str, ...]] = (*LABELLED, "choice_prediction", "choice_correct")
     taught: ClassVar[tuple[str, ...]] = ("unknown",)
     words: tuple[str, ...] = LETTERS

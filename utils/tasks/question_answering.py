@@ -55,6 +55,9 @@ class QuestionAnswering(FreeAnswers):
     categories: ClassVar[tuple[str, ...]] = ("question-answering",)
     columns: ClassVar[tuple[str, ...]] = ("question", "answer")
     headline: ClassVar[str] = "rouge_l_recall"
+    compared: ClassVar[str] = "probability"
+    searchable: ClassVar[tuple[str, ...]] = ("probability", "rouge_l_recall", "truth_score", "exact_memorisation")
+    generated: ClassVar[tuple[str, ...]] = ("rouge_l_recall",)
     shown: ClassVar[Mapping[str, str]] = {
         "probability": "probability", "rouge_l_recall": "ROUGE-L recall", "truth_score": "truth ratio score",
     }  # fmt: skip
@@ -147,7 +150,8 @@ class QuestionAnswering(FreeAnswers):
             if name in rows
         ]  # fmt: skip
         found = {"n": len(rows), **{name: float(rows[name].mean()) for name in kept}}
-        found["accuracy"] = found.pop("correct", 0.0)
+        if "correct" in found:
+            found["accuracy"] = found.pop("correct")
         score = metrics.truth_score_forget if "forget" in rows["split"].iloc[0] else metrics.truth_score
         for mean, suffix in (("geometric", ""), ("arithmetic", "_arithmetic")):
             ratios = rows.get(f"truth_ratio_{mean}", pd.Series(dtype=float)).dropna()

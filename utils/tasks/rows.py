@@ -42,7 +42,9 @@ def load_splits(dataset: str, arguments: Mapping[str, Any] | None = None) -> Spl
     frames = read_splits(dataset, arguments)
     frames = {split: frames[split] for split in [*SPLITS, *frames]}
     kind = _find_task(frames[SPLITS[0]], dataset)
-    checked = {split: _common(split, kind.checked(split, frame, dataset), dataset) for split, frame in frames.items()}
+    checked = {
+        split: common_columns(split, kind.checked(split, frame, dataset), dataset) for split, frame in frames.items()
+    }
     return Splits(checked, kind.of(checked, TaskOptions.of(arguments)))
 
 
@@ -62,9 +64,8 @@ def load_rows(arguments: Mapping[str, Any]) -> Splits:
 
 def recorded_task(manifest: Mapping[str, Any]) -> Task | None:
     """The task of the checkpoint that `manifest` describes; None where it records none."""
-    words = manifest.get("label_words") or ()
-    kind = manifest.get("task") or (Classification.kind if words else None)
-    if kind is None:
+    words, kind = manifest.get("label_words") or (), manifest.get("task") or Classification.kind
+    if kind == Classification.kind and not words:
         return None
     if kind not in TASKS:
         raise UserError(f"the checkpoint is about the unknown task {kind!r}; this version has {', '.join(TASKS)}")
@@ -97,7 +98,7 @@ def _find_task(frame: pd.DataFrame, dataset: str) -> type[Task]:
     return max(TASKS.values(), key=likeness.get)  # whose check says what is missing
 
 
-def _common(split: str, frame: pd.DataFrame, source: str) -> pd.DataFrame:
+def common_columns(split: str, frame: pd.DataFrame, source: str) -> pd.DataFrame:
     """`frame` with the columns checked that rows of every task may have: names_other, nested, paraphrase."""
     for column in frame.columns.intersection(["names_other", "nested"]):
         marks = [whole_number(cell) for cell in frame[column]]

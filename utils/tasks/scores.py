@@ -8,6 +8,7 @@ from sklearn.metrics import accuracy_score, precision_recall_fscore_support
 from utils.tasks.base import Scores
 
 LABELLED = ("prediction", "correct", "label_prediction", "label_probabilities", "label_mass", "loss")  # of every row
+SHARES = ("accuracy", "f1", "precision", "recall", "label_accuracy", "out_of_label")  # of a split
 
 
 def label_scores(frame: pd.DataFrame, words: Sequence[str]) -> Scores:

@@ -33,7 +33,7 @@ class EcoSettings:
     eco_tokens: str = "all"
     eco_token_classifier: str | None = None
     eco_strength: float | None = None
-    eco_metric: str = "accuracy"
+    eco_metric: str | None = None
     eco_target: float | str = "auto"
     eco_samples: int = 200
     eco_steps: int = 10
@@ -82,7 +82,7 @@ def learn(
         "tokens": settings.eco_tokens,
         "names": [asdict(person) for person in names],
         "token_classifier": settings.eco_token_classifier,
-        "metric": settings.eco_metric,
+        "metric": settings.eco_metric or frames.task.compared,
         "target": target,
         "curve": curve,
     }
@@ -103,18 +103,19 @@ def search_strength(
     few times: near a step of the metric the gradient's two sides lie far apart, and the search jumps over it.
     """
     task, forget = frames.task, sample_rows(frames["train_forget"], settings.eco_samples)
+    name = settings.eco_metric or task.compared
     seen: dict[float, float] = {}
 
     def metric(strength: float) -> float:
         if strength not in seen:
             seen[strength] = _score(settings, served.using(intervention(strength)), forget, task)
-            print(f"strength {strength:8.3f}: {settings.eco_metric} on train_forget {seen[strength]:.3f}")
+            print(f"strength {strength:8.3f}: {name} on train_forget {seen[strength]:.3f}")
         return seen[strength]
 
     def distance(strength: float) -> float:
         return abs(metric(strength) - target)
 
-    print(f"looking for the strength that gives {settings.eco_metric} {target:.3f} on train_forget")
+    print(f"looking for the strength that gives {name} {target:.3f} on train_forget")
     minimum = settings.eco_sigma_min
     start = max(minimum, settings.eco_start or min((max(s, minimum) for s in LADDER), key=distance))
     eps, lr = settings.eco_eps * start, settings.eco_lr
@@ -160,12 +161,11 @@ def zeroth_order(
 
 
 def _score(settings: EcoSettings, served: Served, frame: pd.DataFrame, task: Task) -> float:
-    rows = score_rows(served, frame, task, settings.max_length, settings.eval_batch_size)
+    metric = settings.eco_metric or task.compared
+    how = settings.max_length, settings.eval_batch_size
+    rows = score_rows(served, frame, task, *how, generate=metric in task.generated)
     labelled = pd.concat([frame[["label_text"]].reset_index(drop=True), rows], axis=1)
-    scores = task.split_scores(labelled.assign(split="train_forget"))
-    if settings.eco_metric not in scores:
-        raise UserError(f"--eco_metric={settings.eco_metric} is no score of these rows; use one of {', '.join(scores)}")
-    return scores[settings.eco_metric]
+    return task.split_scores(labelled.assign(split="train_forget"))[metric]
 
 
 def _target(served: Served, frames: Splits, settings: EcoSettings, model: ModelSettings) -> float:
@@ -181,13 +181,17 @@ def _target(served: Served, frames: Splits, settings: EcoSettings, model: ModelS
 
 
 def refuse_target(
-    settings: EcoSettings, model: ModelSettings, tuned: dict[str, Any], arguments: dict[str, Any]
+    settings: EcoSettings, model: ModelSettings, tuned: dict[str, Any], arguments: dict[str, Any], task: Task
 ) -> None:
-    """Raise UserError, before anything is trained, on a --eco_target that cannot work: a checkpoint that is none, or
-    `auto` where the model of the manifest `tuned` may have learnt the rows that --validation_share cuts.
+    """Raise UserError, before anything is trained, on a --eco_metric that `task` has not, and on a --eco_target that
+    cannot work: a checkpoint that is none, or `auto` where the model of the manifest `tuned` may have learnt the rows
+    that --validation_share cuts.
 
     arguments: those of the command, which say which rows it works on.
     """
+    if settings.eco_metric not in (None, *task.searchable):
+        listed = ", ".join(task.searchable)
+        raise UserError(f"--eco_metric={settings.eco_metric} is no score of these rows; use one of {listed}")
     if not settings.searched or isinstance(settings.eco_target, float):
         return
     if settings.eco_target != "auto":

@@ -10,7 +10,6 @@ from utils.data.names import Person, read_names
 from utils.interventions.corruption import FAMILIES, ORDERS, has_strength
 from utils.unlearning.methods import CONSTANTS, METHODS
 
-ECO_METRICS = ("accuracy", "f1", "precision", "recall", "label_accuracy", "out_of_label")
 NO_TRAINING = (
     "micro_batch_size", "logit_chunk", "gradient_checkpointing", "compile", "max_steps", "max_rows", "max_grad_norm",
     "length_pool", "eval_steps", "curve_samples", "save_steps", "dry_run", "resume", "tune", "retain_loss",
@@ -188,7 +187,11 @@ def add_eco_arguments(parser: cli.ArgumentParser) -> None:
         "--eco_token_classifier", type=cli.path, help="finds names for --eco_tokens=entities (hub id, folder)"
     )
     group.add_argument("--eco_strength", type=cli.non_negative_float, help="sigma; given, there is no search")
-    group.add_argument("--eco_metric", choices=ECO_METRICS, default="accuracy", help="what the search compares")
+    group.add_argument(
+        "--eco_metric", type=cli.text, metavar="SCORE",
+        help="what the search compares, a score of metrics.json (default: accuracy, label_accuracy of multiple choice, "
+        "probability of free answers)",
+    )  # fmt: skip
     group.add_argument(
         "--eco_target",
         type=eco_target,
