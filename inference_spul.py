@@ -43,6 +43,10 @@ def parse_args():
         metavar="N",
         help="print the answers to N sentences of train_forget and N of test_retain",
     )
+    parser.add_argument(
+        "--probe", action="store_true",
+        help="multiple choice: can the answer still be read off the logits? A logistic regression on half of the rows",
+    )  # fmt: skip
     group = parser.add_argument_group("new text (instead of the evaluation)")
     group.add_argument("--text", type=cli.text, action="append", help="answer this text (repeatable)")
     group.add_argument(
@@ -61,7 +65,7 @@ def parse_args():
         parser.error("--force goes with --router")
     if args.json and not (args.text or args.input_file):
         parser.error("--json goes with --text or --input_file")
-    of_evaluation = ("max_eval_samples", "show_examples", "output_path", "overwrite")
+    of_evaluation = ("max_eval_samples", "show_examples", "probe", "output_path", "overwrite")
     given = [name for name in of_evaluation if getattr(args, name) != parser.get_default(name)]
     if given and (args.text or args.input_file):
         parser.error(f"--{given[0]} is of the evaluation, which --text and --input_file replace; leave it out")
@@ -73,7 +77,7 @@ def main(args):
     from utils.evaluation import figures, requests, tables
     from utils.evaluation.evaluate import CheckpointSettings, evaluate_checkpoints
     from utils.storage import checkpoints, files, outputs
-    from utils.tasks.rows import load_rows, recorded_task
+    from utils.tasks.rows import data_arguments, load_rows, recorded_task
 
     if args.logits_path:
         note_once("inference compares nothing with a reference, so --logits_path is not used")
@@ -91,6 +95,7 @@ def main(args):
             return predict(args, task)
         known = manifest["arguments"]["dataset"] if manifest else "sst2"
         args.dataset = requests.dataset_of(asked) if asked else known
+        vars(args).update(data_arguments(manifest, vars(args)))
     frames = load_rows(vars(args))
     if new_text:
         return predict(args, frames.task)

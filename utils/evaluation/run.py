@@ -13,7 +13,7 @@ from utils.data.select import learnt_by, sample_rows
 from utils.data.splits import SPLITS
 from utils.errors import UserError, note_once
 from utils.evaluation.answering import room_for
-from utils.evaluation.scores import score_rows
+from utils.evaluation.scores import probed, score_rows
 from utils.interventions.base import Template
 from utils.interventions.served import Served
 from utils.models.lengths import check_length, check_tokens, position_limit, vocabulary_size
@@ -40,6 +40,7 @@ class EvaluationSettings:
     rows_seed: int = 42
     validation_share: float | None = None
     final: bool = False
+    probe: bool = False
 
 
 GATE_COLUMNS = ("flagged", "gate_probability", "request")  # what a gate says of a row, as far as there is one
@@ -64,16 +65,21 @@ def evaluate_splits(
     the progress bar. frozen: `rows` of the model without interventions, so that what these let through is not computed
     again. Raises UserError where a loss is not finite.
     """
+    if settings.probe and not (task.words and task.asks(next(iter(frames.values())).head(1))[0]):
+        raise UserError("--probe asks whether the right one of several choices can be read off; leave it out")
     frames = {s: sample_rows(frame, settings.max_eval_samples, settings.rows_seed) for s, frame in frames.items()}
-    scored = {}
+    scored, probes = {}, {}
     total = sum(map(len, frames.values()))
     with tqdm(total=total, desc=description, unit="row", dynamic_ncols=True, mininterval=1) as progress:
         for split, frame in frames.items():
             sizes = settings.max_length, settings.eval_batch_size
             known = None
-            if frozen is not None:
+            if frozen is not None and not settings.probe:
                 known = frozen.loc[frozen["split"] == split, frozen.columns.intersection(task.scored)]
-            results = score_rows(served, frame, task, *sizes, progress, known)
+            logits = {} if settings.probe else None
+            results = score_rows(served, frame, task, *sizes, progress, known, logits=logits)
+            if logits:
+                probes[split] = probed(logits, list(frame["label_text"]), settings.seed)
             others = frame.drop(columns=results.columns, errors="ignore")
             scored[split] = pd.concat([others, results], axis=1).assign(split=split)
     if not all(np.isfinite(rows["loss"]).all() for rows in scored.values()):
@@ -81,6 +87,8 @@ def evaluate_splits(
     splits = {split: task.split_scores(rows) for split, rows in scored.items()}
     for part, rows in _slices(scored).items():
         splits[part] = task.split_scores(rows)
+    for split, scores in probes.items():
+        splits[split] |= scores
     if served.is_gated:
         for split, rows in scored.items():
             flags = rows["flagged"].astype(bool)

@@ -1,9 +1,11 @@
 """Scores of rows: of label words over the whole vocabulary, as in the paper (section 4.1), and of free answers."""
 
 import dataclasses
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import torch
 from tqdm import tqdm
@@ -12,6 +14,7 @@ from utils import distributed
 from utils.data.batch import Example
 from utils.evaluation.answering import Acting, by_length, generated, greedy, tokenized
 from utils.interventions.served import Served
+from utils.tasks import metrics
 from utils.tasks.answers import Answers, FreeAnswers, KnownAnswers, free_answers, known_answers
 from utils.tasks.base import Asked, Task
 from utils.tasks.encode import Tokens
@@ -27,6 +30,7 @@ def score_rows(
     progress: tqdm | None = None,
     frozen: pd.DataFrame | None = None,
     generate: bool = True,
+    logits: dict[int, np.ndarray] | None = None,
 ) -> pd.DataFrame:
     """One row of results per row of `frame`, as its task reads it, in the same order.
 
@@ -38,8 +42,8 @@ def score_rows(
     gate_probability.
 
     max_length: most tokens of a row; its text is cut. batch_size: rows a pass. frozen: these results by the model
-    without interventions, which are taken where none acts. Several processes each score a part, and every one returns
-    all rows.
+    without interventions, which are taken where none acts. logits: a dict that is filled with those at the first token
+    of the label words, {row: (|V|,) float32}. Several processes each score a part, and every one returns all rows.
     """
     known = known_answers(served.tokenizer, task)
     acting, said = served.decide(list(frame["text"]))
@@ -54,10 +58,13 @@ def score_rows(
             progress.update(len(kept))
     own, numbers = frame.iloc[todo], [acting[i] for i in todo]
     how = served, own, known, max_length, batch_size, numbers
-    found = _label_results(*how, progress) if task.words else [{} for _ in todo]
+    found = _label_results(*how, progress, logits) if task.words else [{} for _ in todo]
     asked = task.asks(own)
     said_of = _asked(*how, asked, None if task.words else progress)
-    answers = _generated(*how) if task.generates and generate else [None] * len(todo)
+    answers: list[str | None] = [None] * len(todo)
+    if task.generates and generate:
+        answers, judged = _generated(*how)
+        found = [part | row for part, row in zip(found, judged)]
     for i, row, part, scored, answer in zip(todo, own.to_dict("records"), found, said_of, answers):
         results[i] |= part | task.row_scores(row, scored, answer)
     return pd.DataFrame([results[i] for i in range(len(frame))])
@@ -78,28 +85,58 @@ def _asked(
     free = known if known.task.generates else free_answers(known.tokenizer, known.task)
     words, numbers = [asked[i][name] for i, name in pairs], [acting[i] for i, _ in pairs]
     examples = tokenized(served, frame.iloc[[i for i, _ in pairs]], words, free, max_length, numbers)
-    per_row, found = len(pairs) / max(len(frame), 1), {}
-    done = 0.0
-    for rows, n_rows in distributed.deal(by_length(examples, batch_size, numbers)):
+    said = _all_scores(served, examples, numbers, batch_size, progress, len(pairs) / max(len(frame), 1))
+    results: list[dict[str, Asked]] = [{} for _ in asked]
+    for (i, name), one in zip(pairs, said):
+        results[i][name] = one
+    return results
+
+
+def _all_scores(
+    served: Served,
+    examples: Sequence[Example],
+    acting: Acting,
+    batch_size: int,
+    progress: tqdm | None,
+    per_row: float,
+) -> list[Asked]:
+    """What the model says about the completion of each example, `per_row` of which count as a row of `progress`."""
+    found, done = {}, 0.0
+    for rows, n_rows in distributed.deal(by_length(examples, batch_size, acting)):
         if rows:
-            found |= zip(rows, served.token_scores([examples[i] for i in rows], numbers[rows[0]]))
+            found |= zip(rows, served.token_scores([examples[i] for i in rows], acting[rows[0]]))
         if progress is not None:
             progress.update(int(done + n_rows / per_row) - int(done))
             done += n_rows / per_row
     everybody = {at: said for part in distributed.all_gather(found) for at, said in part.items()}
-    results: list[dict[str, Asked]] = [{} for _ in asked]
-    for at, (i, name) in enumerate(pairs):
-        results[i][name] = everybody[at]
-    return results
+    return [everybody[i] for i in range(len(examples))]
 
 
 def _generated(
     served: Served, frame: pd.DataFrame, known: FreeAnswers, max_length: int, batch_size: int, acting: Acting
-) -> list[str]:
-    """The greedy answer to each row, as text."""
+) -> tuple[list[str], list[dict[str, float]]]:
+    """The greedy answer to each row, as text; and, where the task wants it, how the fine-tuned model judges it,
+    {"generated_perplexity"}: that of a checkpoint that stands in front of it, or that is it."""
     words = list(frame["label_text"])  # behind which a text is cut
     examples = tokenized(served, frame, words, known, max_length, acting)
-    return [known.spelled(tokens) for tokens, _ in generated(served, examples, acting, known, batch_size)]
+    found = generated(served, examples, acting, known, batch_size)
+    texts = [known.spelled(tokens) for tokens, _ in found]
+    tuned = served.chain[-1].kind == "lora" and not served.manifest["arguments"].get("exclude_forget")
+    if not known.task.judged or not (served.interventions or tuned):
+        return texts, [{} for _ in texts]
+    plain = tokenized(served.plain, frame, words, known, max_length, [None] * len(frame))
+    answered = [dataclasses.replace(row, completion=tokens) for row, (tokens, _) in zip(plain, found)]
+    said = _all_scores(served.plain, answered, [None] * len(answered), batch_size, None, 1)
+    return texts, [{"generated_perplexity": metrics.perplexity(one.total, len(one.log_p))} for one in said]
+
+
+def probed(logits: Mapping[int, np.ndarray], labels: Sequence[str], seed: int) -> dict[str, float]:
+    """{"probe_accuracy", "probe_shuffled"} of rows with these `logits` and `labels`; empty where there are too few."""
+    counts = Counter(labels)
+    if len(counts) < 2 or min(counts.values()) < 2:
+        return {}
+    found = metrics.probe_accuracy(np.stack([logits[i] for i in range(len(labels))]), labels, seed)
+    return {"probe_accuracy": found.accuracy, "probe_shuffled": found.shuffled}
 
 
 def _label_results(
@@ -110,8 +147,9 @@ def _label_results(
     batch_size: int,
     acting: Acting,
     progress: tqdm | None,
+    kept: dict[int, np.ndarray] | None,
 ) -> list[dict[str, Any]]:
-    """For each row what `score_rows` says of label words."""
+    """For each row what `score_rows` says of label words. kept: its `logits`."""
     words, labels = known.task.words, list(frame["label_text"])
     examples = tokenized(served, frame, labels, known, max_length, acting)
     results, answers = {}, {}
@@ -123,6 +161,8 @@ def _label_results(
         log_p, guesses = _label_scores(served, number, chosen, words, known, logits)
         for i, own, row_log_p, row_guesses in zip(batch_rows, logits, log_p, guesses):
             targets = torch.tensor(examples[i].completion, device=own.device)
+            if kept is not None:
+                kept[i] = own[0].float().cpu().numpy()
             row_guesses.pop(labels[i], None)
             answers[i] = _followed(known, {labels[i]: own.argmax(-1).tolist(), **row_guesses})
             results[i] = {
@@ -140,6 +180,8 @@ def _label_results(
         answers |= {i: tokens for i, (tokens, _) in zip(begun, ended)}
     for i, tokens in answers.items():
         results[i] |= _prediction(known, tokens, labels[i], examples[i].completion)
+    if kept is not None:
+        kept.update({i: row for part in distributed.all_gather(kept) for i, row in part.items()})
     everybody = {i: result for part in distributed.all_gather(results) for i, result in part.items()}
     return [everybody[i] for i in range(len(examples))]
 

@@ -85,6 +85,7 @@ class Task:
     scored: ClassVar[tuple[str, ...]]  # what is known of a scored row, as far as it was asked for
     taught: ClassVar[tuple[str, ...]] = ()  # answers beside `words` that unlearning teaches
     generates: ClassVar[bool] = False  # whether a row is answered with a text of any length
+    judged: ClassVar[bool] = False  # whether the fine-tuned model's perplexity of generated answers is asked for
     words: tuple[str, ...] = ()
     refusals: tuple[str, ...] = ()
     prompt_format: str = PLAIN

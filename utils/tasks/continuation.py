@@ -31,6 +31,7 @@ class Continuation(FreeAnswers):
         "rouge_l_f1": "ROUGE-L F1", "bleu": "BLEU", "extraction_strength": "extraction strength",
         "exact_memorisation": "exact memorisation",
     }  # fmt: skip
+    judged: ClassVar[bool] = True
     scored: ClassVar[tuple[str, ...]] = (
         "prediction", "correct", "loss", "tokens", "probability", "perplexity", "rouge_l_recall", "rouge_l_f1", "bleu",
         "unique_tokens", "generated_perplexity", "exact_memorisation", "extraction_strength",

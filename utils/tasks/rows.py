@@ -1,5 +1,6 @@
 """The rows that a command works on, and the task that they are about."""
 
+import itertools
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -7,7 +8,7 @@ from typing import Any
 import pandas as pd
 
 from utils.data.card import categories
-from utils.data.load import read_splits
+from utils.data.load import PARTS, read_splits
 from utils.data.select import SELECTION, select_rows
 from utils.data.splits import SPLITS, note_overlap, whole_number
 from utils.errors import UserError, note_once
@@ -20,6 +21,8 @@ from utils.tasks.question_answering import QuestionAnswering
 TASKS: dict[str, type[Task]] = {
     task.kind: task for task in (Classification, MultipleChoice, QuestionAnswering, Continuation)
 }
+
+DATA_ARGUMENTS = (*TaskOptions.__dataclass_fields__, *itertools.chain(*PARTS.values()))
 
 
 class Splits(dict[str, pd.DataFrame]):
@@ -72,6 +75,12 @@ def recorded_task(manifest: Mapping[str, Any]) -> Task | None:
     return TASKS[kind].recorded(words, TaskOptions.of(manifest["arguments"]))
 
 
+def data_arguments(manifest: Mapping[str, Any], arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """Those arguments about data and task that `manifest` records and that `arguments`, a command's, leave open."""
+    recorded = manifest.get("arguments", {})
+    return {name: recorded.get(name) for name in DATA_ARGUMENTS if arguments.get(name) is None}
+
+
 def refuse_other_form(manifest: Mapping[str, Any] | None, task: Task, name: str) -> None:
     """Raise UserError where the checkpoint `name`, of that manifest, was made with its queries written in another form
     than `task` writes them: it would be asked in words that it has not learnt."""
@@ -80,8 +89,14 @@ def refuse_other_form(manifest: Mapping[str, Any] | None, task: Task, name: str)
     arguments = manifest["arguments"]
     trained = arguments.get("prompt_format") or PLAIN
     if trained != task.prompt_format:
-        remedy = f"give this command --prompt_format={trained}"
-        raise UserError(f"{name} was trained with --prompt_format={trained}; {remedy}")
+        raise UserError(
+            f"{name} was trained with --prompt_format={trained}; give this command --prompt_format={trained}"
+        )
+    recorded, sample = recorded_task(manifest), pd.DataFrame({"text": ["text"]})
+    if recorded and recorded.kind == task.kind and recorded.queries(sample) != task.queries(sample):
+        template = arguments.get("template")
+        remedy = f"give this command --template={template!r}" if template else "leave out --template"
+        raise UserError(f"{name} was trained with another template; {remedy}")
 
 
 def _find_task(frame: pd.DataFrame, dataset: str) -> type[Task]:
