@@ -77,7 +77,7 @@ def main(args):
     from utils.evaluation import figures, requests, tables
     from utils.evaluation.evaluate import CheckpointSettings, evaluate_checkpoints
     from utils.storage import checkpoints, files, outputs
-    from utils.tasks.rows import data_arguments, load_rows, recorded_task
+    from utils.tasks.rows import data_arguments, load_rows, recorded_task, refuse_recorded
 
     if args.logits_path:
         note_once("inference compares nothing with a reference, so --logits_path is not used")
@@ -92,6 +92,7 @@ def main(args):
     if not args.dataset:
         manifest = checkpoints.first_manifest(args.model_checkpoints)
         if new_text and (task := recorded_task(manifest)):
+            refuse_recorded(vars(args))
             return predict(args, task)
         known = manifest["arguments"]["dataset"] if manifest else "sst2"
         args.dataset = requests.dataset_of(asked) if asked else known

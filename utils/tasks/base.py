@@ -76,6 +76,7 @@ class Task:
     kind: ClassVar[str]
     categories: ClassVar[tuple[str, ...]] = ()  # how data cards name it
     columns: ClassVar[tuple[str, ...]]  # that a table of its rows must have
+    options: ClassVar[tuple[str, ...]]  # the TaskOptions that it takes
     headline: ClassVar[str] = "accuracy"  # the score that curves and pictures show
     compared: ClassVar[str] = "accuracy"  # the score that ECO's search compares, where no other is asked for
     searchable: ClassVar[tuple[str, ...]]  # the scores that it may compare
@@ -104,7 +105,7 @@ class Task:
 
     @classmethod
     def recorded(cls, words: Sequence[str], options: TaskOptions) -> "Task":
-        """The task of a checkpoint that records the label words `words`. Raises UserError on options it has not."""
+        """The task of a checkpoint that records the label words `words`."""
         raise NotImplementedError
 
     @property

@@ -24,6 +24,7 @@ class Classification(Task):
     kind: ClassVar[str] = "classification"
     categories: ClassVar[tuple[str, ...]] = ("text-classification",)
     columns: ClassVar[tuple[str, ...]] = ("text", "label", "label_text")
+    options: ClassVar[tuple[str, ...]] = ("template", "prompt_format")
     searchable: ClassVar[tuple[str, ...]] = SHARES
     scored: ClassVar[tuple[str, ...]] = LABELLED
     taught: ClassVar[tuple[str, ...]] = UNLEARNING_LABELS

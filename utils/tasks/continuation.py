@@ -6,7 +6,6 @@ from typing import Any, ClassVar
 
 import pandas as pd
 
-from utils.errors import UserError
 from utils.tasks import metrics
 from utils.tasks.base import PLAIN, Asked, Scores, TaskOptions, need, refuse_empty
 from utils.tasks.question_answering import FreeAnswers
@@ -23,6 +22,7 @@ class Continuation(FreeAnswers):
     kind: ClassVar[str] = "continuation"
     categories: ClassVar[tuple[str, ...]] = ("text-generation",)
     columns: ClassVar[tuple[str, ...]] = ("prompt", "completion")
+    options: ClassVar[tuple[str, ...]] = ("prompt_format", "max_new_tokens", "refusals")
     headline: ClassVar[str] = "rouge_l_f1"
     compared: ClassVar[str] = "probability"
     searchable: ClassVar[tuple[str, ...]] = ("probability", "rouge_l_f1", "bleu", "exact_memorisation")
@@ -48,8 +48,6 @@ class Continuation(FreeAnswers):
 
     @classmethod
     def recorded(cls, words: Sequence[str], options: TaskOptions) -> "Continuation":
-        if options.template is not None:
-            raise UserError("--template is for classification; leave it out with continuation")
         return cls(
             prompt_format=options.prompt_format or PLAIN,
             max_new_tokens=options.max_new_tokens or MAX_NEW_TOKENS,

@@ -26,6 +26,7 @@ class MultipleChoice(Task):
     kind: ClassVar[str] = "multiple_choice"
     categories: ClassVar[tuple[str, ...]] = ("multiple-choice",)
     columns: ClassVar[tuple[str, ...]] = ("question", "choices", "answer")
+    options: ClassVar[tuple[str, ...]] = ("prompt_format",)
     headline: ClassVar[str] = "label_accuracy"
     shown: ClassVar[Mapping[str, str]] = {
         "label_accuracy": "best letter", "choice_accuracy": "best whole choice", "accuracy": "greedy answer",
@@ -59,8 +60,6 @@ class MultipleChoice(Task):
 
     @classmethod
     def recorded(cls, words: Sequence[str], options: TaskOptions) -> "MultipleChoice":
-        if options.template is not None:
-            raise UserError("--template is for classification; leave it out with multiple choice")
         return cls(prompt_format=options.prompt_format or PLAIN)
 
     @property

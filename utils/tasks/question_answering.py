@@ -54,6 +54,7 @@ class QuestionAnswering(FreeAnswers):
     kind: ClassVar[str] = "question_answering"
     categories: ClassVar[tuple[str, ...]] = ("question-answering",)
     columns: ClassVar[tuple[str, ...]] = ("question", "answer")
+    options: ClassVar[tuple[str, ...]] = ("prompt_format", "max_new_tokens", "refusals")
     headline: ClassVar[str] = "rouge_l_recall"
     compared: ClassVar[str] = "probability"
     searchable: ClassVar[tuple[str, ...]] = ("probability", "rouge_l_recall", "truth_score", "exact_memorisation")
@@ -87,8 +88,6 @@ class QuestionAnswering(FreeAnswers):
 
     @classmethod
     def recorded(cls, words: Sequence[str], options: TaskOptions) -> "QuestionAnswering":
-        if options.template is not None:
-            raise UserError("--template is for classification; leave it out with question answering")
         return cls(
             prompt_format=options.prompt_format or PLAIN,
             max_new_tokens=options.max_new_tokens or MAX_NEW_TOKENS,

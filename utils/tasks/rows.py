@@ -48,7 +48,7 @@ def load_splits(dataset: str, arguments: Mapping[str, Any] | None = None) -> Spl
     checked = {
         split: common_columns(split, kind.checked(split, frame, dataset), dataset) for split, frame in frames.items()
     }
-    return Splits(checked, kind.of(checked, TaskOptions.of(arguments)))
+    return Splits(checked, kind.of(checked, _options(kind, arguments)))
 
 
 def load_rows(arguments: Mapping[str, Any]) -> Splits:
@@ -72,13 +72,20 @@ def recorded_task(manifest: Mapping[str, Any]) -> Task | None:
         return None
     if kind not in TASKS:
         raise UserError(f"the checkpoint is about the unknown task {kind!r}; this version has {', '.join(TASKS)}")
-    return TASKS[kind].recorded(words, TaskOptions.of(manifest["arguments"]))
+    return TASKS[kind].recorded(words, _options(TASKS[kind], manifest["arguments"]))
 
 
 def data_arguments(manifest: Mapping[str, Any], arguments: Mapping[str, Any]) -> dict[str, Any]:
     """Those arguments about data and task that `manifest` records and that `arguments`, a command's, leave open."""
     recorded = manifest.get("arguments", {})
     return {name: recorded.get(name) for name in DATA_ARGUMENTS if arguments.get(name) is None}
+
+
+def refuse_recorded(arguments: Mapping[str, Any]) -> None:
+    """Raise UserError on one of a command's `arguments` that the checkpoint records, and that would be ignored."""
+    given = [name for name in DATA_ARGUMENTS if name != "max_new_tokens" and arguments.get(name) is not None]
+    if given:
+        raise UserError(f"the checkpoint records its own --{given[0]}; leave it out with --text and --input_file")
 
 
 def refuse_other_form(manifest: Mapping[str, Any] | None, task: Task, name: str) -> None:
@@ -97,6 +104,15 @@ def refuse_other_form(manifest: Mapping[str, Any] | None, task: Task, name: str)
         template = arguments.get("template")
         remedy = f"give this command --template={template!r}" if template else "leave out --template"
         raise UserError(f"{name} was trained with another template; {remedy}")
+
+
+def _options(kind: type[Task], arguments: Mapping[str, Any]) -> TaskOptions:
+    """What `arguments` say about a task. Raises UserError on one that the task has no use for."""
+    options = TaskOptions.of(arguments)
+    for name in TaskOptions.__dataclass_fields__:
+        if name not in kind.options and getattr(options, name) is not None:
+            raise UserError(f"--{name} is not for {kind.kind.replace('_', ' ')}, which these rows are; leave it out")
+    return options
 
 
 def _find_task(frame: pd.DataFrame, dataset: str) -> type[Task]:
