@@ -117,7 +117,10 @@ def add_training_arguments(parser: cli.ArgumentParser, num_epochs: int) -> None:
         help="sort rows by length within K batches to save padding; 0: not at all (default: as published, 50 batches "
         "or a quarter of the epoch, whichever is less)",
     )  # fmt: skip
-    group.add_argument("--eval_steps", type=cli.positive_int, help="accuracy on the four splits every so many steps")
+    group.add_argument(
+        "--eval_steps", type=cli.positive_int,
+        help="accuracy (of free answers: probability) on the four splits every so many steps",
+    )  # fmt: skip
     group.add_argument(
         "--curve_samples", type=cli.positive_int, default=200, help="rows a split that --eval_steps evaluates"
     )
