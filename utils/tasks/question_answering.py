@@ -167,7 +167,7 @@ class QuestionAnswering(FreeAnswers):
         return {"model_utility": metrics.model_utility(sets)} if complete else {}
 
     def distance(self, rows: pd.DataFrame, retain: pd.DataFrame) -> Scores:
-        """Forget quality, where there are truth ratios; and gaps of the scores in the forget splits."""
+        """Forget quality, both variants, where there are truth ratios."""
         found = {}
         own, other = (frame[frame["split"] == "train_forget"] for frame in (rows, retain))
         if "truth_ratio_geometric" in own:
