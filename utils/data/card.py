@@ -22,4 +22,5 @@ def categories(folder: Path) -> list[str]:
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"{path} has no readable front matter ({first_line(error)}); mend or remove it") from None
     named = card.get("task_categories", []) if isinstance(card, dict) else []
-    return [named] if isinstance(named, str) else [name for name in named or [] if isinstance(name, str)]
+    listed = named if isinstance(named, list) else [named]
+    return [name for name in listed if isinstance(name, str)]

@@ -18,7 +18,7 @@ from utils.interventions.base import Template
 from utils.interventions.served import Served
 from utils.models.lengths import check_length, check_tokens, position_limit, vocabulary_size
 from utils.storage.checkpoints import Link
-from utils.tasks.answers import known_answers
+from utils.tasks.answers import Answers, free_answers, known_answers
 from utils.tasks.base import Frames, Scores, Task
 from utils.tasks.encode import tokenize
 from utils.tasks.rows import Splits
@@ -116,6 +116,8 @@ def check_rows(
     longest = known.longest if task.generates else max(len(known.ids[word]) for word in task.words)
     if longest > 1:  # then the greedy answer may become an unlearning word too
         longest = known.longest
+    for frame in frames.values():
+        _check_asked(config, tokenizer, frame, known, max_length, p, template)
     may_be_long = limit and max_length + longest + p > limit
     if may_be_long or len(tokenizer) > vocabulary_size(config) or task.generates:
         for frame in frames.values():
@@ -127,6 +129,28 @@ def check_rows(
             else:
                 check_length(config, max(len(row.prompt) for row in rows) + longest - 1, p, longest - 1)
             check_tokens(config, tokenizer, rows)
+
+
+def _check_asked(
+    config: PreTrainedConfig,
+    tokenizer: Any,
+    frame: pd.DataFrame,
+    known: Answers,
+    max_length: int,
+    p: int,
+    template: Template | None,
+) -> None:
+    """`check_rows` of the completions that scores ask about, some of which no row is trained on."""
+    pairs = [(i, text) for i, completions in enumerate(known.task.asks(frame)) for text in completions.values()]
+    if pairs:
+        numbers, words = map(list, zip(*pairs))
+        free = free_answers(tokenizer, known.task)
+        longest = None if known.task.generates else max(len(free.ids[word]) for word in words)
+        asked = tokenize(
+            tokenizer, frame.iloc[numbers], words, max_length, template=template, answers=free, longest=longest
+        )
+        check_length(config, max(map(len, asked)), p)
+        check_tokens(config, tokenizer, asked)
 
 
 def _check_generation(config: PreTrainedConfig, n_read: int, n_new: int) -> None:

@@ -102,9 +102,12 @@ class MultipleChoice(Task):
 
 def _letter(answer: object, choices: Sequence[str], place: str) -> str:
     """The letter that a cell names by itself, by its number from 0, or by the choice's text."""
+    answer = answer.strip() if isinstance(answer, str) else answer
     if answer in LETTERS:
         return answer
     if (number := whole_number(answer)) is not None and 0 <= number < len(LETTERS):
+        if answer in choices and choices[number] != answer:
+            raise UserError(f"{place}: the answer {answer!r} may be a number from 0 or a choice; give a letter A to D")
         return LETTERS[number]
     if answer in choices:
         return LETTERS[choices.index(answer)]

@@ -18,7 +18,7 @@ UTILITY_SETS = {  # {TOFU's name: ours}
     "retain": "train_retain",
     "real_authors": "real_authors",
     "world_facts": "world_facts",
-}  # TOFU's name, ours
+}
 OPTIONAL = ("paraphrased_question", "paraphrased_answer")
 MAX_NEW_TOKENS = 200  # TOFU, ECO
 
@@ -104,10 +104,9 @@ class QuestionAnswering(FreeAnswers):
 
     def alternate_answers(self, rows: pd.DataFrame, seed: int) -> list[str]:
         """One of a row's wrong answers where it has some."""
-        rng, others = np.random.default_rng(seed), super().alternate_answers(rows, seed)
-        if "perturbed_answer" not in rows:
-            return others
-        return [str(rng.choice(wrong)) if wrong else other for wrong, other in zip(rows["perturbed_answer"], others)]
+        own = list(rows["perturbed_answer"]) if "perturbed_answer" in rows else [None] * len(rows)
+        rng, others = np.random.default_rng(seed), own if all(own) else super().alternate_answers(rows, seed)
+        return [str(rng.choice(wrong)) if wrong else other for wrong, other in zip(own, others)]
 
     def asks(self, rows: pd.DataFrame) -> list[dict[str, str]]:
         found = []
@@ -180,9 +179,9 @@ class QuestionAnswering(FreeAnswers):
 
 def _perturbed(cell: object, place: str) -> list[str] | None:
     """The wrong answers of a cell, None where it has none."""
-    if missing(cell):
-        return None
     found = listed(cell)
-    if not found or not all(map(is_text, found)):
+    if found == [] or (found is None and missing(cell)):
+        return None
+    if found is None or not all(map(is_text, found)):
         raise UserError(f"{place}: perturbed_answer is no list of texts; give wrong answers or leave it empty")
     return found

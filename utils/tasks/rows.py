@@ -125,7 +125,7 @@ def _find_task(frame: pd.DataFrame, dataset: str) -> type[Task]:
     with_choices = [task for task in fits if "choices" in task.columns]  # these, too, have a question and an answer
     if fits:
         return (with_choices or fits)[0]
-    likeness = {task: len(set(task.columns) & set(frame.columns)) for task in TASKS.values()}
+    likeness = {task: len(set(task.columns) & set(frame.columns)) / len(task.columns) for task in TASKS.values()}
     return max(TASKS.values(), key=likeness.get)  # whose check says what is missing
 
 
