@@ -4,6 +4,7 @@ import copy
 import itertools
 import math
 import sys
+from dataclasses import replace
 from types import SimpleNamespace
 from unittest import mock
 
@@ -349,7 +350,7 @@ def test_one_step_of_gradient_ascent_raises_the_forget_loss(build):
 def test_one_step_of_ascent_and_descent_raises_one_loss_and_lowers_the_other(build, frames):
     """Rows to keep are positive, rows to forget negative, so that what one label loses the other can gain."""
     labels = {"train_retain": "positive", "train_forget": "negative"}
-    chosen = {split: frame[frame["label_text"] == labels[split]] for split, frame in frames.items()}
+    chosen = frames | {split: frame[frame["label_text"] == labels[split]] for split, frame in frames.items()}
     model, objective = build("gradient_ascent_descent", chosen=chosen)
     retain, forget = [0, 1], [2, 3]
     before = nll_of(model, objective, retain), nll_of(model, objective, forget)
@@ -431,11 +432,11 @@ def test_dpo_against_two_models(build, tokenizer):
     assert abs(wanted - 10 * math.log(2)) > 1e-3
 
 
-def test_a_prompt_with_two_answers_of_one_token_is_read_once(build, tokenizer, monkeypatch):
+def test_a_prompt_with_two_answers_of_one_token_is_read_once(build, tokenizer, frames, monkeypatch):
     """The same loss and gradient as with every row read for itself."""
-    monkeypatch.setattr(objectives, "PREFERRED", "positive")
     assert len(completion_ids(tokenizer, "positive")) == 1
-    model, objective = build("dpo", "--retain_loss=kl")
+    chosen = Splits(frames, replace(frames.task, refusals=("positive",)))
+    model, objective = build("dpo", "--retain_loss=kl", chosen=chosen)
     perturb(model, 0.02)
     read, compute = [], pieces.completion_logits
 

@@ -1,6 +1,5 @@
 """Scores by hand: a language model whose every logit the test wrote, and small tables."""
 
-import argparse
 import math
 from types import SimpleNamespace
 
@@ -18,7 +17,7 @@ from utils.data.splits import SPLITS
 from utils.errors import UserError
 from utils.evaluation.answering import answer_texts
 from utils.evaluation.record import js_divergence
-from utils.evaluation.run import accuracies, check_rows, evaluate_splits, match_lengths
+from utils.evaluation.run import EvaluationSettings, accuracies, check_rows, evaluate_splits, match_lengths
 from utils.evaluation.scores import score_rows
 from utils.interventions.prompt_encoders import Prompt
 from utils.interventions.served import Served
@@ -261,7 +260,7 @@ def evaluation_frames():
 
 
 def test_evaluate_scores_every_split_and_its_slices(llama):
-    args = argparse.Namespace(max_eval_samples=None, rows_seed=42, max_length=200, eval_batch_size=4)
+    args = EvaluationSettings(max_eval_samples=None, max_length=200, eval_batch_size=4)
     frames = evaluation_frames()
     splits, rows = evaluate_splits(llama, frames, classification(WORDS), args, "test")
     sizes = {split: len(frames[split]) for split in SPLITS}
@@ -281,7 +280,7 @@ def test_evaluate_scores_every_split_and_its_slices(llama):
 
 
 def test_evaluate_at_most_so_many_rows(llama):
-    args = argparse.Namespace(max_eval_samples=5, rows_seed=42, max_length=200, eval_batch_size=4)
+    args = EvaluationSettings(max_eval_samples=5, max_length=200, eval_batch_size=4)
     splits, rows = evaluate_splits(llama, evaluation_frames(), classification(WORDS), args, "test")
     assert {splits[split]["n"] for split in SPLITS} == {5}
     assert len(rows) == 20
@@ -289,7 +288,7 @@ def test_evaluate_at_most_so_many_rows(llama):
 
 def test_columns_of_the_data_do_not_get_into_the_scores(llama):
     """Whatever else the user's files hold, also under names that the scores use."""
-    args = argparse.Namespace(max_eval_samples=3, rows_seed=42, max_length=200, eval_batch_size=4)
+    args = EvaluationSettings(max_eval_samples=3, max_length=200, eval_batch_size=4)
     extra = {"loss": "x", "prediction": "x", "correct": "x", "split": "x", "label_prediction": "x", "method": "x"}
     frames = {split: sentences(6) for split in SPLITS}
     expected, _ = evaluate_splits(llama, frames, classification(WORDS), args, "test")
@@ -302,7 +301,7 @@ def test_columns_of_the_data_do_not_get_into_the_scores(llama):
 
 
 def test_accuracies_of_the_curve_switch_dropout_off_and_on_again(llama):
-    args = argparse.Namespace(curve_samples=3, max_length=200, eval_batch_size=4)
+    args = EvaluationSettings(curve_samples=3, max_length=200, eval_batch_size=4)
     model = llama.model.train()
     shares = accuracies(llama, evaluation_frames(), classification(WORDS), args)
     assert list(shares) == list(SPLITS) and all(0 <= share <= 1 for share in shares.values())

@@ -58,7 +58,8 @@ def test_an_unknown_dataset(place, script, dataset):
     check(
         place,
         script,
-        f"dataset '{dataset}' is neither one of sst2, yelp, snippets nor an existing folder",
+        f"dataset '{dataset}' is neither one of sst2, yelp, tofu, mmlu, sciq, wmdp, snippets, plays, "
+        "plays-questions, plays-both nor an existing folder",
         dataset=dataset,
     )
 

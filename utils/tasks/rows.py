@@ -33,6 +33,10 @@ class Splits(dict[str, pd.DataFrame]):
         super().__init__(frames)
         self.task = task
 
+    def __or__(self, others: Mapping[str, pd.DataFrame]) -> "Splits":
+        """These splits with `others` instead of those of their names."""
+        return Splits({**self, **others}, self.task)
+
 
 def load_splits(dataset: str, arguments: Mapping[str, Any] | None = None) -> Splits:
     """The splits of `dataset`, {split: DataFrame with the columns text, label, label_text, ...}, and their task.
