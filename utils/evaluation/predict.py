@@ -3,7 +3,7 @@
 import json
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +35,7 @@ class TextSettings:
     input_file: str | None = None
     json: bool = False
     max_length: int = 1024
+    max_new_tokens: int | None = None
     eval_batch_size: int = 32
 
     def rows(self) -> list[dict[str, Any]]:
@@ -78,8 +79,11 @@ def _answer_all(
     settings: TextSettings,
     last: bool,
 ) -> None:
-    """`answer_rows` of texts that fit the model. last: print them."""
+    """`answer_rows` of texts that fit the model. last: print them. `settings` may allow other answers than the task of
+    the checkpoint records."""
     texts = [row["text"] for row in rows]
+    if task.generates and settings.max_new_tokens:
+        task = replace(task, max_new_tokens=settings.max_new_tokens)
     check_texts(served, texts, task, settings.max_length)
     note_other_length(served, pd.DataFrame({"text": texts}), task, settings.max_length)
     answer_rows(rows, variants, task, settings.max_length, settings.eval_batch_size, settings.json, last)

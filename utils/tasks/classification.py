@@ -64,6 +64,11 @@ class Classification(Task):
     def tail(self) -> str:
         return self.end
 
+    @property
+    def around(self) -> tuple[str, str]:
+        """What stands before and behind a text."""
+        return self.head, self.end
+
     def queries(self, rows: pd.DataFrame) -> list[Query]:
         return [Query(self.head, text, self.end) for text in rows["text"]]
 
