@@ -34,7 +34,7 @@ TEMPLATES = {"plain marks": asking.CHAT, "own marks": OWN_MARKS, "system": WITH_
 
 
 def tokenizer_with(template, named=True):
-    """The tiny tokenizer, which begins every text with <s>, as Llama's do. named: whether it lists its special marks."""
+    """The tiny tokenizer, which begins every text with <s>, as Llama's do. named: whether it lists its marks."""
     tokenizer = tiny.build_tokenizer()
     tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing("<s> $A", special_tokens=[("<s>", 0)])
     marks = [AddedToken(mark, special=True) for mark in ("<|user|>", "<|assistant|>", "<|end|>")]

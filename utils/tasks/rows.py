@@ -84,11 +84,9 @@ def refuse_other_form(manifest: Mapping[str, Any] | None, task: Task, name: str)
         raise UserError(f"{name} was trained with --prompt_format={trained}; {remedy}")
     learnt = recorded_task(manifest)
     if isinstance(learnt, Classification) and isinstance(task, Classification) and learnt.around != task.around:
-        given = arguments.get("template")
-        said, remedy = (
-            (f"--template={given!r}", "give this command the same") if given else ("the published template", "")
-        )
-        raise UserError(f"{name} was trained with {said}; {remedy or 'leave out --template'}")
+        if given := arguments.get("template"):
+            raise UserError(f"{name} was trained with --template={given!r}; give this command the same")
+        raise UserError(f"{name} was trained with the published template; leave out --template")
 
 
 def _find_task(frame: pd.DataFrame, dataset: str) -> type[Task]:
