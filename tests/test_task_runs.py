@@ -119,9 +119,10 @@ def test_without_the_retain_model_there_is_no_distance(runs):
 def test_new_texts_side_by_side(runs):
     folder, kind, _ = runs
     asked = "--text=Where does Bob 1 live now ?", "--text=Where does the film 1 live now ?"
-    ask = lambda *flags: done(
-        call(folder, "inference_spul", *scripts.ROWS, "--model_checkpoints=gated", *asked, *flags)
-    )  # noqa: E731
+
+    def ask(*flags):
+        return done(call(folder, "inference_spul", *scripts.ROWS, "--model_checkpoints=gated", *asked, *flags))
+
     lines = ask().stdout.splitlines()
     assert lines[0] == "Where does Bob 1 live now ?" and lines[3] == "Where does the film 1 live now ?"
     assert [line.split()[:2] for line in lines[1:3]] == [["without", "prompt"], ["with", "prompt"]]
