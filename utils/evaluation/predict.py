@@ -79,7 +79,8 @@ def _answer_all(
     settings: TextSettings,
     last: bool,
 ) -> None:
-    """`answer_rows` of texts that fit the model. last: print them."""
+    """`answer_rows` of texts that fit the model. last: print them. `settings` may allow other answers than the task of
+    the checkpoint records."""
     texts = [row["text"] for row in rows]
     if settings.max_new_tokens and task.generates:
         task = replace(task, max_new_tokens=settings.max_new_tokens)

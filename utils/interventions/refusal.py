@@ -60,7 +60,7 @@ def refuse(served: FrozenModel, task: Task, gate: Gate | None = None, answer: st
     task: decides whether an answer ends in a token of its own. Raises UserError on an answer of another version.
     """
     answer = answer or task.refusals[0]
-    if answer not in (*task.refusals, *task.taught):
+    if task.words and answer not in (*task.refusals, *task.taught):
         raise UserError(f"{answer!r} is no answer of a refusal; make the checkpoint again")
     return Refusal(word=answer, tokens=known_answers(served.tokenizer, task).ids[answer], gate=gate)
 

@@ -7,7 +7,7 @@ from typing import Any
 from utils.errors import UserError, first_line
 from utils.tasks.base import Query
 
-USER, ASSISTANT = "USERTURN", "ASSISTANTTURN"  # no template changes a word
+USER, ASSISTANT = "UserTurn", "AssistantTurn"  # a template that changes words, or their case, does not find them
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,8 @@ def chat_template(tokenizer: Any) -> ChatTemplate:
     if not said or not answer or not answered.startswith(asked) or USER in after:
         raise UserError("the model's chat template does not keep turns as they are; leave out --prompt_format=chat")
     ids = tokenizer(rest, add_special_tokens=False)["input_ids"] if rest.strip() else []
-    special = [token for token in ids if token in tokenizer.all_special_ids]
+    marks = {token for token, added in tokenizer.added_tokens_decoder.items() if added.special}  # not all have a name
+    special = [token for token in ids if token in marks or token in tokenizer.all_special_ids]
     end = special[0] if special else tokenizer.eos_token_id
     if end is None:
         raise UserError("the model's chat template ends an answer with no token; leave out --prompt_format=chat")

@@ -34,7 +34,7 @@ class Continuation(FreeAnswers):
     judged: ClassVar[bool] = True
     scored: ClassVar[tuple[str, ...]] = (
         "prediction", "correct", "loss", "tokens", "probability", "perplexity", "rouge_l_recall", "rouge_l_f1", "bleu",
-        "unique_tokens", "exact_memorisation", "extraction_strength",
+        "unique_tokens", "generated_perplexity", "exact_memorisation", "extraction_strength",
     )  # fmt: skip
     max_new_tokens: int = MAX_NEW_TOKENS
 
@@ -79,7 +79,7 @@ class Continuation(FreeAnswers):
         kept = [
             name
             for name in ("loss", "probability", "perplexity", "exact_memorisation", "extraction_strength", "correct",
-                         "rouge_l_recall", "rouge_l_f1", "bleu", "unique_tokens")
+                         "rouge_l_recall", "rouge_l_f1", "bleu", "unique_tokens", "generated_perplexity")
             if name in rows
         ]  # fmt: skip
         found = {"n": len(rows), **{name: float(rows[name].mean()) for name in kept}}

@@ -89,8 +89,8 @@ class MultipleChoice(Task):
         return [dict(zip(LETTERS, choices)) for choices in rows["choices"]]
 
     def row_scores(self, row: Mapping[str, Any], asked: Mapping[str, Asked], answer: str | None) -> dict[str, Any]:
-        totals = {letter: said.total for letter, said in asked.items()}
-        best = max(totals, key=totals.get)
+        means = {letter: said.mean for letter, said in asked.items()}
+        best = max(means, key=means.get)
         return {"choice_prediction": best, "choice_correct": best == row["label_text"]}
 
     def split_scores(self, rows: pd.DataFrame) -> Scores:

@@ -76,7 +76,8 @@ def recorded_task(manifest: Mapping[str, Any]) -> Task | None:
         return None
     if kind not in TASKS:
         raise UserError(f"the checkpoint is about the unknown task {kind!r}; this version has {', '.join(TASKS)}")
-    return TASKS[kind].recorded(words, _options(TASKS[kind], manifest["arguments"]))
+    arguments = {**manifest["arguments"], "refusals": None}  # they are for training, and their file may have gone
+    return TASKS[kind].recorded(words, _options(TASKS[kind], arguments))
 
 
 def data_arguments(manifest: Mapping[str, Any], arguments: Mapping[str, Any]) -> dict[str, Any]:
