@@ -305,11 +305,11 @@ def test_scores_of_a_passage():
 
 
 def test_scores_of_choices():
-    """The most probable choice as a whole, whatever its length."""
+    """The choice with the most probable tokens in the mean, whatever its length."""
     asked = {"A": said(-1, -1, -1), "B": said(-2), "C": said(-4), "D": said(-2.5)}
     task = task_of(MultipleChoice)
-    assert task.row_scores({"label_text": "B"}, asked, None) == {"choice_prediction": "B", "choice_correct": True}
-    assert not task.row_scores({"label_text": "A"}, asked, None)["choice_correct"]
+    assert task.row_scores({"label_text": "A"}, asked, None) == {"choice_prediction": "A", "choice_correct": True}
+    assert not task.row_scores({"label_text": "B"}, asked, None)["choice_correct"]
     rows = pd.DataFrame({
         "label_text": ["A", "B"], "prediction": ["A", "unknown"], "label_prediction": ["A", "B"], "loss": [1.0, 3.0],
         "choice_correct": [True, False],
@@ -375,10 +375,23 @@ def test_a_template_that_cannot_be(template):
         task_of(Classification, template=template)
 
 
-@pytest.mark.parametrize("kind", [MultipleChoice, QuestionAnswering, Continuation])
-def test_a_template_is_for_classification(kind):
-    with pytest.raises(UserError, match="--template is for classification; leave it out with"):
-        task_of(kind, template="{text}:")
+@pytest.mark.parametrize("kind", TASKS)
+def test_options_that_a_task_has_no_use_for(kind, tmp_path):
+    options = {
+        "template": "{text}:",
+        "prompt_format": "chat",
+        "max_new_tokens": 3,
+        "refusals": str(tmp_path / "no.txt"),
+    }
+    (tmp_path / "no.txt").write_text("I cannot say.\n")
+    for i, (name, value) in enumerate(options.items()):
+        (tmp_path / str(i)).mkdir()
+        data = tmp_path / str(i), [ROWS[kind](i, "Bob") for i in range(2)]
+        if name in TASKS[kind].options:
+            loaded(*data, **{name: value})
+        else:
+            with pytest.raises(UserError, match=f"--{name} is not for {kind.replace('_', ' ')}, which these rows are"):
+                loaded(*data, **{name: value})
 
 
 # Input that cannot be.

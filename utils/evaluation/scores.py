@@ -115,19 +115,27 @@ def _all_scores(
 def _generated(
     served: Served, frame: pd.DataFrame, known: FreeAnswers, max_length: int, batch_size: int, acting: Acting
 ) -> tuple[list[str], list[dict[str, float]]]:
-    """The greedy answer to each row, as text; and, where the task wants it, how the fine-tuned model judges it,
+    """The greedy answer to each row, as text; and, where the task wants it, how the frozen model judges it,
     {"generated_perplexity"}: that of a checkpoint that stands in front of it, or that is it."""
     words = list(frame["label_text"])  # behind which a text is cut
     examples = tokenized(served, frame, words, known, max_length, acting)
     found = generated(served, examples, acting, known, batch_size)
     texts = [known.spelled(tokens) for tokens, _ in found]
-    tuned = served.chain[-1].kind == "lora" and not served.manifest["arguments"].get("exclude_forget")
-    if not known.task.judged or not (served.interventions or tuned):
+    if not known.task.judged or not _has_fine_tuned(served):
         return texts, [{} for _ in texts]
     plain = tokenized(served.plain, frame, words, known, max_length, [None] * len(frame))
     answered = [dataclasses.replace(row, completion=tokens) for row, (tokens, _) in zip(plain, found)]
     said = _all_scores(served.plain, answered, [None] * len(answered), batch_size, None, 1)
     return texts, [{"generated_perplexity": metrics.perplexity(one.total, len(one.log_p))} for one in said]
+
+
+def _has_fine_tuned(served: Served) -> bool:
+    """Whether the frozen model of `served` may be the fine-tuned one: no method has changed its weights, and it is no
+    retain model."""
+    manifests = [link.manifest for link in served.chain if link.manifest]
+    changed = any(manifest["kind"] == "full" or "unlearn_method" in manifest["arguments"] for manifest in manifests)
+    excluded = any(manifest["arguments"].get("exclude_forget") for manifest in manifests)
+    return bool(served.interventions) or not (changed or excluded)
 
 
 def probed(logits: Mapping[int, np.ndarray], labels: Sequence[str], seed: int) -> dict[str, float]:
