@@ -82,9 +82,10 @@ def by_hand(plain, task, row, text, before):
     """What `row_scores` makes of a row whose prompt is this text, of which `before` makes the embeddings."""
     embed = plain.model.get_input_embeddings()
     ids = lambda text: plain.tokenizer(text)["input_ids"]  # noqa: E731
-    front, end = before(embed(torch.tensor(ids(text)))), plain.tokenizer.eos_token_id
+    prompt, end = embed(torch.tensor(ids(text))), plain.tokenizer.eos_token_id
+    front = before(prompt)
 
-    def logits(tokens):
+    def logits(tokens, front=front):
         behind = embed(torch.tensor(tokens, dtype=torch.long))
         return plain.model(inputs_embeds=torch.cat([front, behind])[None], use_cache=False).logits[0, len(front) - 1 :]
 
@@ -97,7 +98,11 @@ def by_hand(plain, task, row, text, before):
     while len(answer) < NEW and answer[-1:] != [end]:
         answer.append(logits(answer)[-1].argmax().item())
     said = plain.tokenizer.decode([token for token in answer if token != end], skip_special_tokens=True).strip()
-    return task.row_scores(row, asked, said)
+    scores = task.row_scores(row, asked, said)
+    if task.judged:  # by the frozen model alone
+        log_p = logits(answer[:-1], prompt).log_softmax(-1)[range(len(answer)), answer]
+        scores["generated_perplexity"] = log_p.mean().neg().exp().item()
+    return scores
 
 
 def slowly(plain, kind, before, acts=lambda text: True):
