@@ -1,5 +1,6 @@
 """The pictures that a run leaves. They are decoration: one that fails is a note."""
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,8 @@ import numpy as np
 from utils.data.splits import SPLITS
 from utils.errors import first_line, note_once
 from utils.storage.files import new_file
+from utils.tasks.classification import Classification
+from utils.tasks.rows import TASKS
 
 FILLS = ("full", "none", "left")
 matplotlib.use("Agg")
@@ -116,8 +119,9 @@ def draw_roc(settings: dict[str, Any]) -> pyplot.Figure:
 
 @picture
 def draw_comparison(records: list[dict]) -> pyplot.Figure:
-    """Bars of accuracy (percent) per split and method; hatched, so that it reads without colour."""
-    figure, axes = pyplot.subplots(figsize=(8, 3.6))
+    """Bars of the headline (percent) per split and method; hatched, so that it reads without colour."""
+    task, columns = TASKS[records[0].get("task", Classification.kind)], min(4, len(records))
+    figure, axes = pyplot.subplots(figsize=(8, 3.4 + 0.2 * math.ceil(len(records) / columns)))
     width, headline = 0.8 / len(records), records[0].get("headline", "accuracy")
     for i, (entry, hatch) in enumerate(zip(records, ("", "//", "..", "xx", "\\\\", "++", "oo", "**") * len(records))):
         shares = [100 * entry["splits"][split][headline] for split in SPLITS]
@@ -126,9 +130,9 @@ def draw_comparison(records: list[dict]) -> pyplot.Figure:
         if len(records) <= 4:
             axes.bar_label(bars, fmt="%.0f", padding=2, fontsize=8)
     axes.set_xticks(range(len(SPLITS)), [split.replace("_", " ") for split in SPLITS])
-    axes.set(ylabel=f"{headline.replace('_', ' ')}, %", ylim=(0, 110))
+    axes.set(ylabel=f"{task.shown.get(headline, headline)}, %", ylim=(0, 105))
     axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False, ncols=min(4, len(records)), loc="upper center", bbox_to_anchor=(0.5, 1.16))
+    axes.legend(frameon=False, ncols=columns, loc="lower center", bbox_to_anchor=(0.5, 1.0))
     figure.tight_layout()
     return figure
 
