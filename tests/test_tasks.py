@@ -465,3 +465,12 @@ def test_a_row_without_wrong_answers(empty):
     rows = checked(QuestionAnswering, question_row(0, "Bob"), question_row(1, "Bob") | {"perturbed_answer": empty})
     assert rows["perturbed_answer"][1] is None
     assert set(task_of(QuestionAnswering).asks(rows)[1]) == {"answer", "paraphrase"}
+
+
+def test_a_search_asks_about_what_its_score_needs():
+    task = task_of(QuestionAnswering)
+    rows = QuestionAnswering.checked("train_forget", pd.DataFrame([question_row(i, "Bob") for i in range(2)]), "data")
+    assert [set(asked) for asked in task.asks(task.trimmed(rows, "probability"))] == [{"answer"}] * 2
+    assert task.asks(task.trimmed(rows, "truth_score")) == task.asks(rows)
+    outside = rows.drop(columns="paraphrased_answer")  # there wrong answers normalise the probability
+    assert task.asks(task.trimmed(outside, "probability")) == task.asks(outside)

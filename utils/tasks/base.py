@@ -144,6 +144,10 @@ class Task:
         """For each row the completions whose log-probabilities its scores need: {name: text}."""
         return [{} for _ in range(len(rows))]
 
+    def trimmed(self, rows: pd.DataFrame, score: str) -> pd.DataFrame:
+        """`rows` without what a search that looks at one `score` of their split need not ask about."""
+        return rows
+
     def row_scores(self, row: Mapping[str, Any], asked: Mapping[str, Asked], answer: str | None) -> dict[str, Any]:
         """What is known of one row. answer: what the model generated, None where it was not asked to."""
         return {}

@@ -119,6 +119,12 @@ class QuestionAnswering(FreeAnswers):
             found.append(asked | {f"perturbed {number}": text for number, text in enumerate(wrong)})
         return found
 
+    def trimmed(self, rows: pd.DataFrame, score: str) -> pd.DataFrame:
+        """Wrong answers are asked about for the truth ratio, and where there is no paraphrase for the probability."""
+        if score == "truth_score" or not rows.get("paraphrased_answer", pd.Series([None])).notna().all():
+            return rows
+        return rows.drop(columns=["paraphrased_answer", "perturbed_answer"], errors="ignore")
+
     def row_scores(self, row: Mapping[str, Any], asked: Mapping[str, Asked], answer: str | None) -> dict[str, Any]:
         own, wrong = asked["answer"], [said.mean for name, said in asked.items() if name.startswith("perturbed")]
         found = {

@@ -162,7 +162,7 @@ def zeroth_order(
 
 def _score(settings: EcoSettings, served: Served, frame: pd.DataFrame, task: Task) -> float:
     metric = settings.eco_metric or task.compared
-    how = settings.max_length, settings.eval_batch_size
+    how, frame = (settings.max_length, settings.eval_batch_size), task.trimmed(frame, metric)
     rows = score_rows(served, frame, task, *how, generate=metric in task.generated)
     labelled = pd.concat([frame[["label_text"]].reset_index(drop=True), rows], axis=1)
     return task.split_scores(labelled.assign(split="train_forget"))[metric]
