@@ -150,7 +150,8 @@ def test_manifests_say_what_from_what_and_how(run, tiny_model):
 def check_record(record, splits):
     """One record of metrics.json has exactly the shared keys, and values in range."""
     assert list(record) == [
-        "method", "checkpoint", "model", "dataset", "seed", "splits", "seconds", "peak_memory_bytes",
+        "method", "checkpoint", "model", "dataset", "seed", "task", "headline", "splits", "seconds",
+        "peak_memory_bytes",
         *(["training"] if "training" in record else []),
     ]  # fmt: skip
     assert all(isinstance(record[key], str) and record[key] for key in ("method", "checkpoint", "model", "dataset"))

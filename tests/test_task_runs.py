@@ -13,7 +13,7 @@ from utils.tasks.rows import TASKS
 
 pytestmark = pytest.mark.slow
 
-FLAGS = ("--max_new_tokens=5", "--max_length=160", "--max_eval_samples=2")
+FLAGS = ("--max_length=160", "--max_eval_samples=2")
 GATE = "--eco_threshold=0.5"
 METHODS = {  # shared out, so that each is run once
     "question_answering": {
@@ -31,21 +31,25 @@ DISTANCES = {
 }
 
 
+def flags_of(kind):
+    return (*FLAGS, "--max_new_tokens=5") if TASKS[kind].generates else FLAGS
+
+
 @pytest.fixture(scope="module", params=METHODS)
 def runs(request, tmp_path_factory, tiny_model):
     """(folder of all runs of a task, its kind, what was printed by the last one)."""
     kind, folder = request.param, tmp_path_factory.mktemp(request.param)
     asking.save_task(folder / "data", kind)
-    tuning = "--lr=2e-3", "--num_epochs=3", "--lora_target_modules=all-linear"
-    done(scripts.qlora(folder, tiny_model, "data", *FLAGS, *tuning, "--output_path=tuned"))
-    done(scripts.qlora(folder, tiny_model, "data", *FLAGS, *tuning, "--exclude_forget", "--max_eval_samples=0",
+    how, tuning = flags_of(kind), ("--lr=2e-3", "--num_epochs=3", "--lora_target_modules=all-linear")
+    done(scripts.qlora(folder, tiny_model, "data", *how, *tuning, "--output_path=tuned"))
+    done(scripts.qlora(folder, tiny_model, "data", *how, *tuning, "--exclude_forget", "--max_eval_samples=0",
                        "--output_path=retain"))  # fmt: skip
-    done(scripts.spul(folder, "tuned", "data", *FLAGS, "--output_path=prompt"))
-    done(scripts.spul(folder, "tuned", "data", *FLAGS, "--gate=tfidf", GATE, "--output_path=gated"))
+    done(scripts.spul(folder, "tuned", "data", *how, "--output_path=prompt"))
+    done(scripts.spul(folder, "tuned", "data", *how, "--gate=tfidf", GATE, "--output_path=gated"))
     for method, flags in METHODS[kind].items():
-        done(scripts.baselines(folder, "tuned", "data", method, *FLAGS, *flags, f"--output_path={method}"))
+        done(scripts.baselines(folder, "tuned", "data", method, *how, *flags, f"--output_path={method}"))
     checkpoints = "--model_checkpoints", "tuned", "retain", "prompt", "gated", *METHODS[kind]
-    result = done(call(folder, "inference_spul", "--dataset=data", *scripts.ROWS, *FLAGS, *checkpoints,
+    result = done(call(folder, "inference_spul", "--dataset=data", *scripts.ROWS, *how, *checkpoints,
                        "--show_examples=1", "--output_path=results"))  # fmt: skip
     return folder, kind, result.stdout
 
@@ -109,8 +113,8 @@ def test_the_table_shows_what_the_task_counts(runs):
 
 def test_without_the_retain_model_there_is_no_distance(runs):
     folder, kind, _ = runs
-    result = done(call(folder, "inference_spul", "--dataset=data", *scripts.ROWS, *FLAGS, "--model_checkpoints",
-                       "tuned", "gated", "--output_path=alone"))  # fmt: skip
+    how = "--dataset=data", *scripts.ROWS, *flags_of(kind), "--output_path=alone"
+    result = done(call(folder, "inference_spul", *how, "--model_checkpoints", "tuned", "gated"))
     assert ("so there is no forget quality" in result.stdout) == TASKS[kind].generates
     assert not any("distance_to_retain_model" in record for record in metrics_of(folder / "alone"))
     assert "forget quality  " not in result.stdout and "similarity gap train" not in result.stdout
