@@ -123,10 +123,11 @@ def build(args, output):
 
     method, settings, frames = args.unlearn_method, job.settings_of(args), load_rows(vars(args))
     if method in flags.GATED:
-        served = job.load_frozen(args.model_checkpoints, args.parent_path, settings, frames)
         asked = cli.take(eco_search.EcoSettings, args)
+        eco_search.refuse_metric(asked, frames.task)
+        served = job.load_frozen(args.model_checkpoints, args.parent_path, settings, frames)
         if method == "eco":
-            eco_search.refuse_target(asked, settings.model, served.manifest, vars(args), frames.task)
+            eco_search.refuse_target(asked, settings.model, served.manifest, vars(args))
         people = flags.listed_people(args.dataset, args.eco_names, args.forget_only)
         how = cli.take(gate_training.GateSettings, args), cli.take(gates.ClassifierSettings, args), settings.model
         source = gate_training.find_gate(args.gate, frames, people, *how, lambda: served)

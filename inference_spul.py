@@ -76,6 +76,7 @@ def main(args):
     from utils import distributed, job
     from utils.evaluation import figures, requests, tables
     from utils.evaluation.evaluate import CheckpointSettings, evaluate_checkpoints
+    from utils.evaluation.run import refuse_probe
     from utils.storage import checkpoints, files, outputs
     from utils.tasks.rows import data_arguments, load_rows, recorded_task, refuse_recorded
 
@@ -102,6 +103,7 @@ def main(args):
         return predict(args, frames.task)
 
     settings = job.settings_of(args)
+    refuse_probe(settings.evaluation, frames.task)
     with outputs.claim([args.output_path or default_name(args)], args) as output:
         how = frames, settings.model, settings.evaluation
         if asked:

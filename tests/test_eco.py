@@ -13,6 +13,7 @@ import scripts
 import several
 import tiny
 import torch
+from asking import Word
 from safetensors.torch import load_file, save_file
 from scripts import call, done, refused, tree
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
@@ -122,19 +123,6 @@ def llama(tokenizer):
     model.get_output_embeddings().weight.data.mul_(20)
     corruption = Corruption("noise-first", 5.0, 999, seed=7)
     return Served(model, tokenizer, [], (eco.CorruptedEmbeddings(corruption=corruption, marks=eco.Marks()),))
-
-
-class Word:
-    """A classifier by hand: 1 for texts with the word, else 0."""
-
-    kind = "word"
-
-    def __init__(self, word):
-        self.word, self.asked = word, []
-
-    def probabilities(self, texts):
-        self.asked += texts
-        return np.array([float(self.word in text.split()) for text in texts])
 
 
 def sentences(n=14):

@@ -269,15 +269,6 @@ def floats(parts):
     return {key: value.item() for key, value in parts.items()}
 
 
-def perturb(model, scale=0.05):
-    """Change every trained weight a little, adapters included."""
-    generator = torch.Generator().manual_seed(3)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter += scale * torch.randn(parameter.shape, generator=generator)
-
-
 def nll_of(model, objective, numbers):
     """The mean over rows of - log f(y | x), by the model's own forward pass."""
     with torch.no_grad():
@@ -325,7 +316,7 @@ def test_kl_is_zero_at_the_start_and_that_of_two_models_later(build, name, tune)
     model, objective = build("gradient_ascent_kl", f"--tune={tune}", architecture=architecture, change=change)
     _, parts = objective(RETAIN + FORGET, N_FORGET, N_RETAIN)
     assert abs(parts["L_kl"].item()) < 1e-5
-    perturb(model, 0.02 if tune == "full" else 0.1)
+    tiny.perturb(model, 0.02 if tune == "full" else 0.1)
     model.eval()
     _, parts = objective(RETAIN + FORGET, N_FORGET, N_RETAIN)
     batch = collate([objective.rows.trained[i] for i in RETAIN], 1, "cpu")
@@ -381,7 +372,7 @@ def test_one_step_lowers_the_forget_loss_of_the_method(build, memorised, method)
 def test_micro_batches_add_up_to_the_step(build, memorised, method):
     """Also parts with one row, without forget rows and without retain rows."""
     model, objective = build(method, change=memorised)
-    perturb(model, 0.01)
+    tiny.perturb(model, 0.01)
     has_retain = len(objective.rows.trained) > N_FORGET
     numbers, n_retain = ([4, 0, 5, 6, 1, 2, 3, 7], N_RETAIN) if has_retain else ([0, 1, 2, 3], 0)
     cuts = [(0, 1), (1, 4), (4, 7), (7, 8)] if has_retain else [(0, 1), (1, 4)]
@@ -418,7 +409,7 @@ def test_dpo_against_two_models(build, tokenizer):
     """With the answers of several tokens that ` unknown` has here, and rows that the batch mixes."""
     before = {}
     model, objective = build("dpo", change=lambda model: before.update(model=copy.deepcopy(model)))
-    perturb(model, 0.02)
+    tiny.perturb(model, 0.02)
     unknown = completion_ids(tokenizer, "unknown")
     assert len(unknown) > 1
     wanted = 0
@@ -437,7 +428,7 @@ def test_a_prompt_with_two_answers_of_one_token_is_read_once(build, tokenizer, f
     assert len(completion_ids(tokenizer, "positive")) == 1
     chosen = Splits(frames, replace(frames.task, refusals=("positive",)))
     model, objective = build("dpo", "--retain_loss=kl", chosen=chosen)
-    perturb(model, 0.02)
+    tiny.perturb(model, 0.02)
     read, compute = [], pieces.completion_logits
 
     def noted(model, batch, *more):
@@ -561,7 +552,7 @@ def test_rmu_against_the_hidden_states_that_transformers_gives(build):
     before = {}
     keep = lambda model: before.update(model=copy.deepcopy(model))  # noqa: E731
     model, objective = build("rmu", "--rmu_layer=2", "--rmu_steering=3", change=keep)
-    perturb(model, 0.02)
+    tiny.perturb(model, 0.02)
     _, parts = objective([5, 0, 3, 7], 2, 2)
 
     def states(m, i):
@@ -591,7 +582,7 @@ def test_rmu_starts_at_the_retain_activations_and_leaves_no_hook(build):
 def test_rmu_ends_the_pass_behind_its_layer_and_keeps_the_gradient(build, checkpointing):
     change = {"change": checkpoint_layers} if checkpointing else {}
     model, objective = build("rmu", "--rmu_layer=1", **change)
-    perturb(model, 0.02)
+    tiny.perturb(model, 0.02)
     run = []
     for number, layer in enumerate(decoder_layers(model)):
         layer.register_forward_hook(lambda *_, number=number: run.append(number))

@@ -122,18 +122,9 @@ def of_method(name, retain_loss, kind="llama", chunk=0):
     method, (rows, preferred) = METHODS[name], examples()
     asked = MethodSettings(unlearn_method=name, retain_loss=retain_loss, logit_chunk=chunk)
     served = Served(trainable(built(kind), None, method, asked), SimpleNamespace(pad_token_id=PAD), [])
-    alternative = {i: i + 4 for i in range(4, 8)} if method.preferred else {}
-    every = [*rows, *preferred] if alternative else rows
-
-    def referred(method, retain_loss):
-        return [i for i, row in enumerate(every) if (method.reference if row.forget else retain_loss == "kl")]
-
-    source = SimpleNamespace(trained=rows, all=every, alternative=alternative, referred=referred)
+    source = tiny.rows_of(method, rows, preferred)
     objective = objective_of(method)(method, served, source, {"train_retain": None}, asked, "", load)
-    generator = torch.Generator().manual_seed(3)
-    with torch.no_grad():
-        for parameter in served.model.parameters():
-            parameter += 0.02 * torch.randn(parameter.shape, generator=generator)
+    tiny.perturb(served.model, 0.02)
     return objective
 
 

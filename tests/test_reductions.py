@@ -42,18 +42,9 @@ def of_method(name, retain_loss, weight=1.0):
     asked = MethodSettings(unlearn_method=name, retain_loss=retain_loss, retain_weight=weight)
     model, before = tiny.build_model(), tiny.build_model()
     served = Served(trainable(model, None, method, asked), SimpleNamespace(pad_token_id=PAD), [])
-    alternative = {i: i + len(FORGET) for i in FORGET} if method.preferred else {}
-    every = [*rows, *better] if alternative else rows
-
-    def referred(method, retain_loss):
-        return [i for i, row in enumerate(every) if (method.reference if row.forget else retain_loss == "kl")]
-
-    source = SimpleNamespace(trained=rows, all=every, alternative=alternative, referred=referred)
+    source = tiny.rows_of(method, rows, better)
     objective = objective_of(method)(method, served, source, {"train_retain": None}, asked, "", load)
-    generator = torch.Generator().manual_seed(3)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter += 0.02 * torch.randn(parameter.shape, generator=generator)
+    tiny.perturb(model, 0.02)
     return objective, before
 
 

@@ -8,7 +8,7 @@ import pandas as pd
 import pytest
 from asking import ROWS, choice_row, loaded, passage_row, question_row, sentence_row
 
-from utils.data.load import read_splits, read_texts
+from utils.data.load import DATA, read_splits, read_texts
 from utils.errors import UserError
 from utils.evaluation.tables import without_reference
 from utils.tasks.answers import free_answers, known_answers
@@ -18,11 +18,12 @@ from utils.tasks.continuation import Continuation
 from utils.tasks.encode import tokenize
 from utils.tasks.multiple_choice import LETTERS, MultipleChoice
 from utils.tasks.question_answering import QuestionAnswering
-from utils.tasks.refusals import OWN
 from utils.tasks.rows import TASKS
 
 E = math.e
 FREE = [QuestionAnswering, Continuation]
+
+OWN = read_texts(DATA / "refusals.txt")
 
 
 def task_of(kind: type[Task], **options) -> Task:
@@ -113,10 +114,10 @@ def test_an_answer_longer_than_a_row_may_be_is_said(kind, tokenizer):
         examples_of(tokenizer, task_of(kind), rows, 12)
 
 
-def test_generation_ends_at_the_end_token_or_the_limit(tokenizer):
+def test_what_an_answer_spells_and_how_long_it_may_be(tokenizer):
     known = free_answers(tokenizer, task_of(QuestionAnswering, max_new_tokens=3))
     end = tokenizer.eos_token_id
-    assert [known.ended(tokens) for tokens in ((5, 6), (5, end), (5, 6, 7))] == [False, True, True]
+    assert known.longest == 3
     assert known.spelled((*tokenizer(" a film")["input_ids"], end)) == "a film"
     assert (task_of(QuestionAnswering).max_new_tokens, task_of(Continuation).max_new_tokens) == (200, 256)
 
@@ -132,7 +133,7 @@ def frame_of(kind, n=40):
 def test_unlearning_answers_are_drawn_by_the_seed(kind):
     task, rows = task_of(TASKS[kind]), frame_of(TASKS[kind])
     drawn = task.unlearning_answers(rows, 0)
-    pool = {"classification": ("neutral", "unknown"), "multiple_choice": LETTERS}.get(kind, read_texts(OWN))
+    pool = {"classification": ("neutral", "unknown"), "multiple_choice": LETTERS}.get(kind, OWN)
     assert len(drawn) == len(rows) and set(drawn) <= set(pool)
     assert len(set(drawn)) > min(len(pool), 20) / 2 and drawn == task.unlearning_answers(rows, 0)
     assert drawn != task.unlearning_answers(rows, 1)
@@ -150,7 +151,7 @@ def test_own_refusals(tmp_path):
 def test_preferred_answers():
     for kind, only in ((Classification, "unknown"), (MultipleChoice, "unknown")):
         assert set(task_of(kind).preferred_answers(frame_of(kind), 3)) == {only}
-    assert set(task_of(QuestionAnswering).preferred_answers(frame_of(QuestionAnswering), 3)) <= set(read_texts(OWN))
+    assert set(task_of(QuestionAnswering).preferred_answers(frame_of(QuestionAnswering), 3)) <= set(OWN)
 
 
 @pytest.mark.parametrize("kind", TASKS)
@@ -470,7 +471,11 @@ def test_a_row_without_wrong_answers(empty):
 def test_a_search_asks_about_what_its_score_needs():
     task = task_of(QuestionAnswering)
     rows = QuestionAnswering.checked("train_forget", pd.DataFrame([question_row(i, "Bob") for i in range(2)]), "data")
-    assert [set(asked) for asked in task.asks(task.trimmed(rows, "probability"))] == [{"answer"}] * 2
-    assert task.asks(task.trimmed(rows, "truth_score")) == task.asks(rows)
+    assert [set(asked) for asked in task.asks(rows, "probability")] == [{"answer"}] * 2
+    assert task.asks(rows, "truth_score") == task.asks(rows)
     outside = rows.drop(columns="paraphrased_answer")  # there wrong answers normalise the probability
-    assert task.asks(task.trimmed(outside, "probability")) == task.asks(outside)
+    assert task.asks(outside, "probability") == task.asks(outside)
+    choice = task_of(MultipleChoice)
+    rows = MultipleChoice.checked("train_forget", pd.DataFrame([choice_row(0, "Bob")]), "data")
+    assert choice.asks(rows, "label_accuracy") == [{}] and choice.row_scores({}, {}, None) == {}
+    assert choice.asks(rows, "choice_accuracy") == choice.asks(rows) != [{}]

@@ -65,6 +65,26 @@ def build_tokenizer():
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>")
 
 
+def rows_of(method, rows, preferred):
+    """The Rows of a `method` whose training examples are `rows`, and `preferred` what its forget rows should say."""
+    from utils.unlearning.objectives import Rows
+
+    made = Rows.__new__(Rows)
+    forget = [i for i, row in enumerate(rows) if row.forget]
+    made.trained, made.alternative = rows, {i: len(rows) + k for k, i in enumerate(forget)} if method.preferred else {}
+    made.all = [*rows, *preferred] if method.preferred else rows
+    return made
+
+
+def perturb(model, scale=0.05):
+    """Change every trained weight a little, adapters included."""
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter += scale * torch.randn(parameter.shape, generator=generator)
+
+
 def build_model(architecture="llama", seed=0):
     """A random causal LM of about a million parameters, float32, in eval mode."""
     torch.manual_seed(seed)

@@ -36,10 +36,6 @@ def add_model_arguments(parser: cli.ArgumentParser) -> None:
         help="most tokens of a free answer (default: as published, 200 of an answer, 256 of a continuation)",
     )  # fmt: skip
     group.add_argument(
-        "--refusals", type=cli.path, metavar="FILE",
-        help="what forgotten questions are answered with, a sentence a line (default: data/refusals.txt)",
-    )  # fmt: skip
-    group.add_argument(
         "--max_length", type=cli.positive_int, default=1024, help="most tokens a row may have; text is cut"
     )
     group.add_argument("--set_pad_id", action="store_true", help="pad with the end-of-sequence token")

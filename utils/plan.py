@@ -48,7 +48,7 @@ from utils.distributed import peak_memory
 from utils.evaluation.run import EvaluationSettings, check_rows
 from utils.evaluation.scores import score_rows
 from utils.interventions.prompt_encoders import VirtualTokens
-from utils.interventions.served import Served
+from utils.interventions.served import LOGITS, Served
 from utils.models.attention import set_attention
 from utils.models.base import ModelSettings, load_tokenizer, pick_device, pick_dtype
 from utils.models.chain import load_config, refuse_prompted, resolve_chain, stored_quantization
@@ -182,7 +182,8 @@ def evaluation_shape(
         others += tokenize(tokenizer, rows, rows["label_text"], settings.max_length, answers=known)
     widest = max(map(len, [*examples, *others]))
     completion = max(len(example.completion) for example in examples)
-    return min(settings.eval_batch_size, max(len(examples), len(others))), widest, completion
+    rows = min(settings.eval_batch_size, max(len(examples), len(others)))
+    return min(rows, max(1, LOGITS // completion)) if frames.task.generates else rows, widest, completion
 
 
 def _on_meta(run: Run, config: PreTrainedConfig, tokenizer: Any, chain: list[Link]) -> tuple[dict[str, Any], Prepared]:

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 
 import pandas as pd
 import torch
-from tqdm import tqdm
 
 from utils import distributed
 from utils.data.batch import Example
@@ -26,13 +25,17 @@ def tokenized(
     known: Answers,
     max_length: int,
     acting: Acting,
+    rooms: Sequence[int] | None = None,
 ) -> list[Example]:
     """One Example a row of `frame`, in its order, with the answer `words[i]` and in the template of its intervention.
 
-    max_length: most tokens of prompt and answer (of known answers the longest); the text is cut. The tokens that the
-    intervention changes are `marked`. Raises UserError where template and answer alone do not fit.
+    max_length: most tokens of prompt and answer; the text is cut. rooms: for how many tokens there is room behind each
+    text; None: for the longest of known answers, and for each free one. The tokens that the intervention changes are
+    `marked`. Raises UserError where template and answer alone do not fit.
     """
-    longest = None if known.task.generates else max((len(known.ids[word]) for word in words), default=0)
+    if rooms is None:
+        sizes = [len(known.ids[word]) for word in words]  # of all rows, whatever acts on them
+        rooms = sizes if known.task.generates else [max(sizes, default=0)] * len(sizes)
     examples: dict[int, Example] = {}
     for number in dict.fromkeys(acting):
         rows = [i for i, other in enumerate(acting) if other == number]
@@ -45,7 +48,7 @@ def tokenized(
             template=intervention.template,
             marks=intervention.spans(list(chosen["text"])),
             answers=known,
-            longest=longest,
+            rooms=[rooms[i] for i in rows],
         )
         examples |= zip(rows, encoded)
     return [examples[i] for i in range(len(frame))]
@@ -95,19 +98,16 @@ def generated(
     acting: Acting,
     known: FreeAnswers,
     batch_size: int,
-    progress: tqdm | None = None,
 ) -> list[tuple[Tokens, float]]:
     """The greedy free answer to each example's prompt: (tokens, their log-probability in nats).
 
     Several processes each answer a part, and every one returns all.
     """
     found = {}
-    for rows, n_rows in distributed.deal(by_length(examples, batch_size, acting)):
+    for rows, _ in distributed.deal(by_length(examples, batch_size, acting)):
         if rows:
             answers = served.generate([examples[i] for i in rows], acting[rows[0]], known.end, known.longest)
             found |= zip(rows, answers)
-        if progress is not None:
-            progress.update(n_rows)
     everybody = {i: answer for part in distributed.all_gather(found) for i, answer in part.items()}
     return [everybody[i] for i in range(len(examples))]
 

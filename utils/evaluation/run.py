@@ -9,11 +9,12 @@ import pandas as pd
 from tqdm import tqdm
 from transformers import PreTrainedConfig
 
+from utils.data.batch import Example
 from utils.data.select import learnt_by, sample_rows
 from utils.data.splits import SPLITS
 from utils.errors import UserError, note_once
 from utils.evaluation.answering import room_for
-from utils.evaluation.scores import probed, score_rows
+from utils.evaluation.scores import joined, probed, score_rows
 from utils.interventions.base import Template
 from utils.interventions.served import Served
 from utils.models.lengths import check_length, check_tokens, position_limit, vocabulary_size
@@ -65,8 +66,6 @@ def evaluate_splits(
     the progress bar. frozen: `rows` of the model without interventions, so that what these let through is not computed
     again. Raises UserError where a loss is not finite.
     """
-    if settings.probe and not (task.words and task.asks(next(iter(frames.values())).head(1))[0]):
-        raise UserError("--probe asks whether the right one of several choices can be read off; leave it out")
     frames = {s: sample_rows(frame, settings.max_eval_samples, settings.rows_seed) for s, frame in frames.items()}
     scored, probes = {}, {}
     total = sum(map(len, frames.values()))
@@ -80,8 +79,7 @@ def evaluate_splits(
             results = score_rows(served, frame, task, *sizes, progress, known, logits=logits)
             if logits:
                 probes[split] = probed(logits, list(frame["label_text"]), settings.seed)
-            others = frame.drop(columns=results.columns, errors="ignore")
-            scored[split] = pd.concat([others, results], axis=1).assign(split=split)
+            scored[split] = joined(frame, results, split)
     if not all(np.isfinite(rows["loss"]).all() for rows in scored.values()):
         raise UserError("the model's loss is not finite on some rows; use --dtype=float32 or another checkpoint")
     splits = {split: task.split_scores(rows) for split, rows in scored.items()}
@@ -123,11 +121,7 @@ def check_rows(
         for frame in frames.values():
             labels = frame["label_text"]
             rows = tokenize(tokenizer, frame, labels, max_length, template=template, answers=known)
-            if task.generates:
-                _check_generation(config, max(len(row.prompt) for row in rows) + p, longest)
-                check_length(config, max(map(len, rows)), p)
-            else:
-                check_length(config, max(len(row.prompt) for row in rows) + longest - 1, p, longest - 1)
+            _check_answers(config, rows, known, longest, p)
             check_tokens(config, tokenizer, rows)
 
 
@@ -141,25 +135,26 @@ def _check_asked(
     template: Template | None,
 ) -> None:
     """`check_rows` of the completions that scores ask about, some of which no row is trained on."""
-    pairs = [(i, text) for i, completions in enumerate(known.task.asks(frame)) for text in completions.values()]
-    if pairs:
+    asked = known.task.asks(frame)
+    if pairs := [(i, text) for i, completions in enumerate(asked) for text in completions.values()]:
         numbers, words = map(list, zip(*pairs))
         free = free_answers(tokenizer, known.task)
-        longest = None if known.task.generates else max(len(free.ids[word]) for word in words)
-        asked = tokenize(
-            tokenizer, frame.iloc[numbers], words, max_length, template=template, answers=free, longest=longest
-        )
-        check_length(config, max(map(len, asked)), p)
-        check_tokens(config, tokenizer, asked)
+        how = {"template": template, "answers": free, "rooms": free.rooms(asked)}
+        rows = tokenize(tokenizer, frame.iloc[numbers], words, max_length, **how)
+        check_length(config, max(map(len, rows)), p)
+        check_tokens(config, tokenizer, rows)
 
 
-def _check_generation(config: PreTrainedConfig, n_read: int, n_new: int) -> None:
-    """Raise UserError where `n_new` tokens behind `n_read` are more positions than the model knows."""
-    limit = position_limit(config)
-    if limit and n_read + n_new > limit:
+def _check_answers(config: PreTrainedConfig, rows: Sequence[Example], known: Answers, longest: int, p: int) -> None:
+    """Raise UserError where the greedy answers to `rows`, of up to `longest` tokens behind `p` virtual ones, need more
+    positions than the model knows."""
+    limit, n_read = position_limit(config), max(len(row.prompt) for row in rows)
+    if not known.task.generates:
+        check_length(config, n_read + longest - 1, p, longest - 1)
+    elif limit and n_read + p + longest > limit:
         raise UserError(
-            f"the longest query has {n_read} tokens and its answer up to {n_new}, but the model has {limit} positions; "
-            f"use --max_new_tokens={max(1, limit - n_read)} or a smaller --max_length"
+            f"the longest query has {n_read + p} tokens and its answer up to {longest}, but the model has {limit} "
+            f"positions; use --max_new_tokens={max(1, limit - n_read - p)} or a smaller --max_length"
         )
 
 
@@ -175,7 +170,7 @@ def check_texts(served: Served, texts: Sequence[str], task: Task, max_length: in
     cut_for, config = [room_for(known)] * len(texts), served.model.config
     for template, n_tokens in served.surroundings:
         rows = tokenize(served.tokenizer, texts, cut_for, max_length, template=template, answers=known)
-        check_length(config, max(len(row.prompt) for row in rows) + known.longest - 1, n_tokens)
+        _check_answers(config, rows, known, known.longest, n_tokens)
         check_tokens(config, served.tokenizer, rows)
 
 
@@ -211,9 +206,15 @@ def note_other_length(served: Served, frame: pd.DataFrame, task: Task, max_lengt
             )
 
 
+def refuse_probe(settings: EvaluationSettings, task: Task) -> None:
+    """Raise UserError where `task` has nothing that a probe could read off."""
+    if settings.probe and not task.probed:
+        raise UserError("--probe asks whether the right one of several choices can be read off; leave it out")
+
+
 def accuracies(served: Served, frames: Frames, task: Task, settings: EvaluationSettings) -> dict[str, float]:
-    """{split: accuracy in [0, 1]} on settings.curve_samples rows a split, for the curve over steps; of free answers,
-    which take long to generate, the mean probability of a token.
+    """{split: the score that ECO's search compares, too, in [0, 1]} on settings.curve_samples rows a split, for the
+    curve over steps: the accuracy, or of free answers, which take long to generate, the mean probability of a token.
 
     Dropout is off meanwhile; every module is in its own mode again afterwards.
     """
@@ -223,9 +224,8 @@ def accuracies(served: Served, frames: Frames, task: Task, settings: EvaluationS
     for split in SPLITS:
         frame = sample_rows(frames[split], settings.curve_samples)
         how = settings.max_length, settings.eval_batch_size
-        rows = score_rows(served, frame, task, *how, generate=False)
-        right = rows["probability"] if task.generates else rows["prediction"] == frame["label_text"]
-        result[split] = float(right.mean())
+        rows = score_rows(served, frame, task, *how, score=task.compared)
+        result[split] = task.split_scores(joined(frame, rows, split))[task.compared]
     for module, training in modes.items():
         module.training = training
     return result

@@ -29,7 +29,7 @@ def score_rows(
     batch_size: int,
     progress: tqdm | None = None,
     frozen: pd.DataFrame | None = None,
-    generate: bool = True,
+    score: str | None = None,
     logits: dict[int, np.ndarray] | None = None,
 ) -> pd.DataFrame:
     """One row of results per row of `frame`, as its task reads it, in the same order.
@@ -38,12 +38,13 @@ def score_rows(
     vocabulary, as published. correct: whether it is the label, in the label's own tokens. label_prediction: the most
     probable word. label_probabilities: {word: f(word | text)}, scaled to sum to 1. label_mass: their sum before
     scaling. loss: - log f(label | text), nats. Else what the task's `row_scores` gives, from the log-probabilities of
-    the completions that it asks about and, with `generate`, from a generated answer. With a gate also flagged and
-    gate_probability.
+    the completions that it asks about and from a generated answer. With a gate also flagged and gate_probability.
 
     max_length: most tokens of a row; its text is cut. batch_size: rows a pass. frozen: these results by the model
-    without interventions, which are taken where none acts. logits: a dict that is filled with those at the first token
-    of the label words, {row: (|V|,) float32}. Several processes each score a part, and every one returns all rows.
+    without interventions, which are taken where none acts. score: the one score of the split that is wanted, so that
+    nothing else is computed for free answers and whole choices; None: all. logits: a dict that is filled with those at
+    the first token of the label words, {row: (|V|,) float32}. Several processes each score a part, and every one
+    returns all rows.
     """
     known = known_answers(served.tokenizer, task)
     acting, said = served.decide(list(frame["text"]))
@@ -59,10 +60,9 @@ def score_rows(
     own, numbers = frame.iloc[todo], [acting[i] for i in todo]
     how = served, own, known, max_length, batch_size, numbers
     found = _label_results(*how, progress, logits) if task.words else [{} for _ in todo]
-    asked = task.asks(own)
-    said_of = _asked(*how, asked, None if task.words else progress)
+    said_of = _asked(*how, task.asks(own, score), None if task.words else progress)
     answers: list[str | None] = [None] * len(todo)
-    if task.generates and generate:
+    if task.generates and (score is None or score in task.generated):
         answers, judged = _generated(*how)
         found = [part | row for part, row in zip(found, judged)]
     for i, row, part, scored, answer in zip(todo, own.to_dict("records"), found, said_of, answers):
@@ -80,15 +80,17 @@ def _asked(
     asked: Sequence[Mapping[str, str]],
     progress: tqdm | None,
 ) -> list[dict[str, Asked]]:
-    """For each row what the model says about the completions that are `asked` about: {name: Asked}."""
-    pairs = [(i, name) for i, completions in enumerate(asked) for name in completions]
-    free = known if known.task.generates else free_answers(known.tokenizer, known.task)
-    words, numbers = [asked[i][name] for i, name in pairs], [acting[i] for i, _ in pairs]
-    examples = tokenized(served, frame.iloc[[i for i, _ in pairs]], words, free, max_length, numbers)
-    said = _all_scores(served, examples, numbers, batch_size, progress, len(pairs) / max(len(frame), 1))
+    """For each row what the model says about the completions that are `asked` about: {name: Asked}. All of a row stand
+    behind the same text, cut for the longest of them."""
     results: list[dict[str, Asked]] = [{} for _ in asked]
-    for (i, name), one in zip(pairs, said):
-        results[i][name] = one
+    if pairs := [(i, name) for i, completions in enumerate(asked) for name in completions]:
+        free = known if known.task.generates else free_answers(known.tokenizer, known.task)
+        words, numbers = [asked[i][name] for i, name in pairs], [acting[i] for i, _ in pairs]
+        rooms = free.rooms(asked)
+        examples = tokenized(served, frame.iloc[[i for i, _ in pairs]], words, free, max_length, numbers, rooms)
+        said = _all_scores(served, examples, numbers, batch_size, progress, len(pairs) / len(frame))
+        for (i, name), one in zip(pairs, said):
+            results[i][name] = one
     return results
 
 
@@ -136,6 +138,12 @@ def _has_fine_tuned(served: Served) -> bool:
     changed = any(manifest["kind"] == "full" or "unlearn_method" in manifest["arguments"] for manifest in manifests)
     excluded = any(manifest["arguments"].get("exclude_forget") for manifest in manifests)
     return bool(served.interventions) or not (changed or excluded)
+
+
+def joined(frame: pd.DataFrame, results: pd.DataFrame, split: str) -> pd.DataFrame:
+    """The rows of `frame` with what was found of them, and the name of their `split`."""
+    others = frame.drop(columns=results.columns, errors="ignore").reset_index(drop=True)
+    return pd.concat([others, results], axis=1).assign(split=split)
 
 
 def probed(logits: Mapping[int, np.ndarray], labels: Sequence[str], seed: int) -> dict[str, float]:

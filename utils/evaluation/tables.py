@@ -1,12 +1,13 @@
 """What a person reads at the end of a run: the table, the sentences that say what it means, examples."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
 from utils.data.splits import SPLITS
+from utils.tasks.base import Task
 from utils.tasks.classification import Classification
 from utils.tasks.rows import TASKS
 
@@ -33,8 +34,9 @@ def table(records: list[dict]) -> str:
     share of retain rows that it flags follows, and how many of those are still answered rightly. Where all records have
     it, the distance to the retain model follows.
     """
-    if shown := TASKS[records[0].get("task", Classification.kind)].shown:
-        return _table_of(records, shown)
+    task = TASKS[records[0].get("task", Classification.kind)]
+    if task.shown:
+        return _table_of(records, task)
     gated = any("flagged" in entry["splits"]["train_retain"] for entry in records)
     header = ["method", *(f"{split} (acc/F1)" for split in SPLITS), *FORGET_SHARES.values()]
     header += FALSE_POSITIVES.values() if gated else []
@@ -50,15 +52,17 @@ def table(records: list[dict]) -> str:
     return _aligned(lines)
 
 
-def _table_of(records: list[dict], shown: Mapping[str, str]) -> str:
-    """The same of a task that has scores of its own: those that are `shown`, in percent, for every split; what is said
+def _table_of(records: list[dict], task: type[Task]) -> str:
+    """The same of a `task` that has scores of its own: those that are shown, in percent, for every split; what is said
     of all splits together; distances to the retain model; and what a gate flags of each split."""
+    shown = task.shown
     splits = [split for split in records[0]["splits"] if ":" not in split]
     scores = [name for name in shown if any(name in entry["splits"][s] for entry in records for s in splits)]
     summaries = list(dict.fromkeys(name for entry in records for name in entry.get("summary", {})))
     distances = list(dict.fromkeys(name for entry in records for name in entry.get("distance_to_retain_model", {})))
     gated = any("flagged" in entry["splits"][splits[0]] for entry in records)
-    header = ["method", *splits, *(name.replace("_", " ") for name in [*summaries, *distances])]
+    gaps = {f"accuracy_{side}": f"gap of {task.shown[task.headline]}, {side}" for side in ("forget", "retain")}
+    header = ["method", *splits, *(gaps.get(name, name.replace("_", " ")) for name in [*summaries, *distances])]
     header += ["flagged, % (" + "/".join(splits) + ")"] * gated
     lines = [[f"{cell} n={records[0]['splits'][cell]['n']}" if cell in splits else cell for cell in header]]
     for entry in records:
@@ -114,7 +118,7 @@ def _distance_cells(entries: list[dict]) -> list[str]:
     rows = [entry["distance_to_retain_model"] for entry in entries]
     gaps = [_mean_and_spread([100 * row[f"accuracy_{side}"] for row in rows], 1) for side in ("forget", "retain")]
     js = [_mean_and_spread([row[f"js_{s}"] for row in rows], 3) for s in FORGET_SPLITS if f"js_{s}" in rows[0]]
-    return [" / ".join(gaps), " / ".join(js)]
+    return [" / ".join(gaps), *([" / ".join(js)] if js else [])]
 
 
 def _mean_and_spread(values: Sequence[float], digits: int) -> str:
@@ -132,7 +136,8 @@ def comparison_table(records: list[dict]) -> str:
     headline = records[0].get("headline", "accuracy")
     labelled = all("out_of_label" in entry["splits"][SPLITS[0]] for entry in records)
     forget_shares = FORGET_SHARES if labelled else {}
-    header = ["method", *SPLITS, *forget_shares.values(), *DISTANCES, "learning rate", "s/step", "GiB"]
+    distances = DISTANCES if labelled else DISTANCES[:1]
+    header = ["method", *SPLITS, *forget_shares.values(), *distances, "learning rate", "s/step", "GiB"]
     lines = [_with_counts(header, records)]
     for method in dict.fromkeys(entry["method"] for entry in records):
         entries = [entry for entry in records if entry["method"] == method]

@@ -19,7 +19,7 @@ from utils.storage.checkpoints import Link
 from utils.storage.files import write_json
 from utils.storage.schemas import Count, Open, Schema, Text
 from utils.tasks.base import Query, Task
-from utils.tasks.rows import Splits, load_rows
+from utils.tasks.rows import Splits, recorded_rows
 
 FILE = "template.json"
 
@@ -138,7 +138,7 @@ def load(link: Link, *_: object) -> InContext:
     if settings["method"] == "prompting":
         return InContext(words=Instruction(schemas.check(settings, InstructionSettings, file)))
     schemas.check(settings, DemonstrationSettings, file)
-    dataset, frames = link.manifest["arguments"]["dataset"], load_rows(link.manifest["arguments"])
+    dataset, frames = link.manifest["arguments"]["dataset"], recorded_rows(link.manifest)
     if not learnt_by(link.manifest, frames):
         raise UserError(f"{dataset} has changed since {link.path} was made from it; make it again")
     sizes = [len(frames[split]) for split in TRAIN_SPLITS]

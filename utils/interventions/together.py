@@ -14,7 +14,7 @@ from utils.interventions.served import LOADERS, Served, load_chain
 from utils.models.base import ModelSettings
 from utils.models.chain import resolve_chain
 from utils.storage.checkpoints import Link
-from utils.tasks.rows import load_rows
+from utils.tasks.rows import recorded_rows
 
 NAME = r"^[^\s=|\x00-\x1f]([^=|\x00-\x1f]*[^\s=|\x00-\x1f])?$"  # of a request; = and | separate names elsewhere
 FORGET_SPLITS = ("train_forget", "test_forget")
@@ -46,7 +46,7 @@ class Request:
         are not those that it was trained on."""
         manifest = self.link.manifest
         try:
-            frames = load_rows(manifest["arguments"])
+            frames = recorded_rows(manifest)
             problem = None if learnt_by(manifest, frames) else "they have changed since"
         except UserError as error:
             problem = first_line(error)

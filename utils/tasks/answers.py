@@ -7,7 +7,7 @@ always ends in the end-of-sequence token, or in the one by which a chat template
 """
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -89,9 +89,9 @@ class FreeAnswers:
         """Tokens of the longest that is generated."""
         return self.task.max_new_tokens
 
-    def ended(self, tokens: Tokens) -> bool:
-        """Whether nothing is to follow."""
-        return len(tokens) >= self.longest or tokens[-1:] == (self.end,)
+    def rooms(self, asked: Sequence[Mapping[str, str]]) -> list[int]:
+        """For every completion of every row, {name: text}, the tokens of the longest of its row."""
+        return [max(len(self.ids[text]) for text in completions.values()) for completions in asked for _ in completions]
 
     def spelled(self, tokens: Tokens) -> str:
         """The text of an answer, without its end."""

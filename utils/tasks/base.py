@@ -4,6 +4,7 @@ Losses, forward pass, gates, corruption and checkpoints know no task. They see w
 the columns text, label and label_text (the answer), `Query`s, and token ids.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
@@ -65,7 +66,7 @@ class Asked:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Task:
+class Task(ABC):
     """The base of every task.
 
     words: all answers that there are, in the order of their labels; empty where any text can be one. refusals: what a
@@ -82,21 +83,21 @@ class Task:
     searchable: ClassVar[tuple[str, ...]]  # the scores that it may compare
     generated: ClassVar[tuple[str, ...]] = ()  # those that need a generated answer
     shown: ClassVar[Mapping[str, str]] = {}  # scores of a split in a table, and what they are called
-    summed: ClassVar[Mapping[str, str]] = {}  # the same of all splits together
     scored: ClassVar[tuple[str, ...]]  # what is known of a scored row, as far as it was asked for
     taught: ClassVar[tuple[str, ...]] = ()  # answers beside `words` that unlearning teaches
     generates: ClassVar[bool] = False  # whether a row is answered with a text of any length
-    judged: ClassVar[bool] = False  # whether the fine-tuned model's perplexity of generated answers is asked for
+    judged: ClassVar[bool] = False  # whether the frozen model's perplexity of generated answers is asked for
+    probed: ClassVar[bool] = False  # whether `--probe` makes sense
     words: tuple[str, ...] = ()
     refusals: tuple[str, ...] = ()
     prompt_format: str = PLAIN
     max_new_tokens: int = 0
 
     @classmethod
+    @abstractmethod
     def checked(cls, split: str, frame: pd.DataFrame, source: str) -> pd.DataFrame:
         """The table `frame` of `split`, as `source` has it, with the columns text, label and label_text (the answer),
         and those of the task's own that its scores need. Raises UserError on what it cannot be."""
-        raise NotImplementedError
 
     @classmethod
     def of(cls, frames: Frames, options: TaskOptions) -> "Task":
@@ -104,9 +105,9 @@ class Task:
         return cls.recorded((), options)
 
     @classmethod
+    @abstractmethod
     def recorded(cls, words: Sequence[str], options: TaskOptions) -> "Task":
         """The task of a checkpoint that records the label words `words`."""
-        raise NotImplementedError
 
     @property
     def tail(self) -> str:
@@ -121,15 +122,14 @@ class Task:
         """`query` with an `instruction` to the model in it (the baseline `prompting`)."""
         return replace(query, head=f"{instruction}\n\n{query.head}")
 
+    @abstractmethod
     def unlearning_answers(self, rows: pd.DataFrame, seed: int) -> list[str]:
         """y~ of L_f: what each of the forget `rows` is answered with once forgotten, drawn by `seed`."""
-        raise NotImplementedError
 
     def preferred_answers(self, rows: pd.DataFrame, seed: int) -> list[str]:
         """The refusal that each of the forget `rows` is to be answered with, drawn by `seed` where there are several
         (TOFU's IDK and DPO)."""
-        drawn = np.random.default_rng(seed).integers(len(self.refusals), size=len(rows))
-        return [self.refusals[i] for i in drawn]
+        return draw(self.refusals, len(rows), seed)
 
     def alternate_answers(self, rows: pd.DataFrame, seed: int) -> list[str]:
         """A wrong answer to each of the forget `rows` in the manner of the data, drawn by `seed` (AltPO). Raises
@@ -138,23 +138,20 @@ class Task:
 
     def other_answers(self, rows: pd.DataFrame, pool: pd.DataFrame, rng: np.random.Generator) -> list[str]:
         """For each of `rows` a wrong answer in the manner of the data, drawn by `rng` from the answers of `pool`."""
-        raise NotImplementedError
+        return other_words(rows["label_text"], sorted(set(pool["label_text"])), rng)
 
-    def asks(self, rows: pd.DataFrame) -> list[dict[str, str]]:
-        """For each row the completions whose log-probabilities its scores need: {name: text}."""
+    def asks(self, rows: pd.DataFrame, score: str | None = None) -> list[dict[str, str]]:
+        """For each row the completions whose log-probabilities its scores need: {name: text}. score: the one score of
+        the split that is wanted; None: all."""
         return [{} for _ in range(len(rows))]
-
-    def trimmed(self, rows: pd.DataFrame, score: str) -> pd.DataFrame:
-        """`rows` without what a search that looks at one `score` of their split need not ask about."""
-        return rows
 
     def row_scores(self, row: Mapping[str, Any], asked: Mapping[str, Asked], answer: str | None) -> dict[str, Any]:
         """What is known of one row. answer: what the model generated, None where it was not asked to."""
         return {}
 
+    @abstractmethod
     def split_scores(self, rows: pd.DataFrame) -> Scores:
         """The scores of scored rows; shares in [0, 1], loss in nats."""
-        raise NotImplementedError
 
     def summary(self, splits: Mapping[str, Scores]) -> Scores:
         """What is said of all splits together."""
@@ -163,6 +160,18 @@ class Task:
     def distance(self, rows: pd.DataFrame, retain: pd.DataFrame) -> Scores:
         """How far scored rows are from those of the retain model: the same rows in the same order, with `split`."""
         return {}
+
+
+def draw(answers: Sequence[str], n: int, seed: int) -> list[str]:
+    """`n` of the `answers`, drawn uniformly and independently by `seed`."""
+    return [answers[i] for i in np.random.default_rng(seed).integers(len(answers), size=n)]
+
+
+def other_words(own: Sequence[str], words: Sequence[str], rng: np.random.Generator) -> list[str]:
+    """For each word of `own` another one of `words`. Raises UserError where there is none."""
+    if len(set(words)) < 2:
+        raise UserError("all rows have the same answer, so there is no other one; use more rows or another method")
+    return [str(rng.choice([word for word in words if word != one])) for one in own]
 
 
 def need(frame: pd.DataFrame, columns: Sequence[str], split: str, source: str) -> None:

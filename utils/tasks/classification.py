@@ -4,12 +4,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
-import numpy as np
 import pandas as pd
 
 from utils.data.splits import SPLITS, TRAIN_SPLITS, UNLEARNING_LABELS, whole_number
 from utils.errors import UserError
-from utils.tasks.base import PLAIN, Frames, Query, Scores, Task, TaskOptions, need, refuse_empty
+from utils.tasks.base import PLAIN, Frames, Query, Scores, Task, TaskOptions, draw, need, refuse_empty
 from utils.tasks.scores import LABELLED, SHARES, label_scores
 
 TEMPLATE_HEAD = "### Text: "
@@ -76,9 +75,6 @@ class Classification(Task):
     def unlearning_answers(self, rows: pd.DataFrame, seed: int) -> list[str]:
         return draw_unlearning_labels(len(rows), seed)
 
-    def other_answers(self, rows: pd.DataFrame, pool: pd.DataFrame, rng: np.random.Generator) -> list[str]:
-        return other_words(rows["label_text"], sorted(set(pool["label_text"])), rng)
-
     def split_scores(self, rows: pd.DataFrame) -> Scores:
         return label_scores(rows, self.words)
 
@@ -96,14 +92,7 @@ def label_words(frames: Frames) -> list[str]:
 
 def draw_unlearning_labels(n: int, seed: int) -> list[str]:
     """y~ of L_f: n words drawn once, uniformly from {neutral, unknown}, by `seed`."""
-    return [UNLEARNING_LABELS[i] for i in np.random.default_rng(seed).integers(len(UNLEARNING_LABELS), size=n)]
-
-
-def other_words(own: Sequence[str], words: Sequence[str], rng: np.random.Generator) -> list[str]:
-    """For each word of `own` another one of `words`. Raises UserError where there is none."""
-    if len(set(words)) < 2:
-        raise UserError("all rows have the same answer, so there is no other one; use more rows or another method")
-    return [str(rng.choice([word for word in words if word != one])) for one in own]
+    return draw(UNLEARNING_LABELS, n, seed)
 
 
 def _check_labels(frames: Mapping[str, pd.DataFrame]) -> None:

@@ -25,7 +25,7 @@ def tokenize(
     template: Any = None,
     marks: Sequence | None = None,
     answers: Any = None,
-    longest: int | None = None,
+    rooms: Sequence[int] | None = None,
 ) -> list[Example]:
     """One Example a row. Text is cut so that prompt + completion fit `max_length`; what stands around it never is.
 
@@ -33,8 +33,8 @@ def tokenize(
     `around(task, queries)` changes what is asked. marks: None, or one item a text: the (start, end) character spans
     whose tokens become `marked`; where it is None, or none of them is left after cutting, all prompt tokens but the
     last do. answers: utils.tasks.answers.known_answers of the task; None: the published template, no word of which
-    begins another. longest: tokens of the longest answer, for which there is room behind every text; None: that of
-    `words`, or of each row's own where any text is an answer. Raises UserError when a row does not fit.
+    begins another. rooms: for how many tokens there is room behind each text; None: for the longest of `words`, or for
+    each row's own where any text is an answer. Raises UserError when a row does not fit.
     """
     frame = rows if isinstance(rows, pd.DataFrame) else pd.DataFrame({"text": list(rows)})
     if not len(frame):
@@ -42,9 +42,9 @@ def tokenize(
     task = answers.task if answers else PUBLISHED
     queries = asked(tokenizer, task, frame, template)
     completions = answers.ids if answers else {word: completion_ids(tokenizer, word) for word in set(words)}
-    if longest is None and not task.generates:
-        longest = max(len(completions[word]) for word in words)
-    rooms = [longest or len(completions[word]) for word in words]
+    if rooms is None:
+        sizes = [len(completions[word]) for word in words]
+        rooms = sizes if task.generates else [max(sizes)] * len(sizes)
     known, special = _prompts(tokenizer, task.prompt_format != CHAT, max_length), task.prompt_format != CHAT
     new = list(dict.fromkeys(key for key in zip(queries, rooms) if key not in known))
     if new:

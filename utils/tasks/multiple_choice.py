@@ -9,8 +9,19 @@ import pandas as pd
 
 from utils.data.splits import is_text, whole_number
 from utils.errors import UserError
-from utils.tasks.base import PLAIN, Asked, Query, Scores, Task, TaskOptions, missing, need, refuse_empty
-from utils.tasks.classification import other_words
+from utils.tasks.base import (
+    PLAIN,
+    Asked,
+    Query,
+    Scores,
+    Task,
+    TaskOptions,
+    draw,
+    missing,
+    need,
+    other_words,
+    refuse_empty,
+)
 from utils.tasks.listed import listed
 from utils.tasks.scores import LABELLED, SHARES, label_scores
 
@@ -35,6 +46,7 @@ class MultipleChoice(Task):
     searchable: ClassVar[tuple[str, ...]] = (*SHARES, "choice_accuracy")
     scored: ClassVar[tuple[str, ...]] = (*LABELLED, "choice_prediction", "choice_correct")
     taught: ClassVar[tuple[str, ...]] = ("unknown",)
+    probed: ClassVar[bool] = True
     words: tuple[str, ...] = LETTERS
     refusals: tuple[str, ...] = ("unknown",)
 
@@ -80,15 +92,19 @@ class MultipleChoice(Task):
 
     def unlearning_answers(self, rows: pd.DataFrame, seed: int) -> list[str]:
         """Letters at random: the target is chance."""
-        return [LETTERS[i] for i in np.random.default_rng(seed).integers(len(LETTERS), size=len(rows))]
+        return draw(LETTERS, len(rows), seed)
 
     def other_answers(self, rows: pd.DataFrame, pool: pd.DataFrame, rng: np.random.Generator) -> list[str]:
         return other_words(rows["label_text"], LETTERS, rng)
 
-    def asks(self, rows: pd.DataFrame) -> list[dict[str, str]]:
+    def asks(self, rows: pd.DataFrame, score: str | None = None) -> list[dict[str, str]]:
+        if score in SHARES:
+            return super().asks(rows)
         return [dict(zip(LETTERS, choices)) for choices in rows["choices"]]
 
     def row_scores(self, row: Mapping[str, Any], asked: Mapping[str, Asked], answer: str | None) -> dict[str, Any]:
+        if not asked:
+            return {}
         means = {letter: said.mean for letter, said in asked.items()}
         best = max(means, key=means.get)
         return {"choice_prediction": best, "choice_correct": best == row["label_text"]}

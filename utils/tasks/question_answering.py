@@ -1,6 +1,6 @@
 """Question answering with free answers: TOFU (arXiv 2401.06121) and any table of questions and answers."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -10,9 +10,9 @@ import pandas as pd
 from utils.data.splits import is_text
 from utils.errors import UserError
 from utils.tasks import metrics
-from utils.tasks.base import CHAT, PLAIN, Asked, Query, Scores, Task, TaskOptions, missing, need, refuse_empty
+from utils.tasks.base import CHAT, Asked, Query, Scores, missing, need, refuse_empty
+from utils.tasks.free_answers import ANSWERED, AVERAGED, FreeAnswerTask, said_of
 from utils.tasks.listed import listed
-from utils.tasks.refusals import read_refusals
 
 UTILITY_SETS = {  # {TOFU's name: ours}
     "retain": "train_retain",
@@ -20,54 +20,24 @@ UTILITY_SETS = {  # {TOFU's name: ours}
     "world_facts": "world_facts",
 }
 OPTIONAL = ("paraphrased_question", "paraphrased_answer")
-MAX_NEW_TOKENS = 200  # TOFU, ECO
 
 
 @dataclass(frozen=True, kw_only=True)
-class FreeAnswers(Task):
-    """The base of tasks whose rows are answered with a text of any length."""
-
-    generates: ClassVar[bool] = True
-
-    def unlearning_answers(self, rows: pd.DataFrame, seed: int) -> list[str]:
-        """A refusal for each row."""
-        return self.preferred_answers(rows, seed)
-
-    def other_answers(self, rows: pd.DataFrame, pool: pd.DataFrame, rng: np.random.Generator) -> list[str]:
-        """The answer of another row."""
-        answers = sorted(set(pool["label_text"]))
-        found = []
-        for own in rows["label_text"]:
-            if answers == [own]:
-                raise UserError("all rows have the same answer, so none has another one; use more rows")
-            drawn = own
-            while drawn == own:
-                drawn = answers[rng.integers(len(answers))]
-            found.append(drawn)
-        return found
-
-
-@dataclass(frozen=True, kw_only=True)
-class QuestionAnswering(FreeAnswers):
+class QuestionAnswering(FreeAnswerTask):
     """A question is answered with a sentence, `Question: {q}\\nAnswer: {a}`."""
 
     kind: ClassVar[str] = "question_answering"
     categories: ClassVar[tuple[str, ...]] = ("question-answering",)
     columns: ClassVar[tuple[str, ...]] = ("question", "answer")
-    options: ClassVar[tuple[str, ...]] = ("prompt_format", "max_new_tokens", "refusals")
     headline: ClassVar[str] = "rouge_l_recall"
-    compared: ClassVar[str] = "probability"
     searchable: ClassVar[tuple[str, ...]] = ("probability", "rouge_l_recall", "truth_score", "exact_memorisation")
     generated: ClassVar[tuple[str, ...]] = ("rouge_l_recall",)
     shown: ClassVar[Mapping[str, str]] = {
         "probability": "probability", "rouge_l_recall": "ROUGE-L recall", "truth_score": "truth ratio score",
     }  # fmt: skip
-    scored: ClassVar[tuple[str, ...]] = (
-        "prediction", "correct", "loss", "tokens", "probability", "rouge_l_recall", "rouge_l_f1",
-        "truth_ratio_geometric", "truth_ratio_arithmetic", "exact_memorisation", "extraction_strength",
-    )  # fmt: skip
-    summed: ClassVar[Mapping[str, str]] = {"model_utility": "model utility"}
-    max_new_tokens: int = MAX_NEW_TOKENS
+    averaged: ClassVar[tuple[str, ...]] = (*AVERAGED, "rouge_l_recall", "rouge_l_f1")
+    scored: ClassVar[tuple[str, ...]] = (*ANSWERED, *averaged, "truth_ratio_geometric", "truth_ratio_arithmetic")
+    max_new_tokens: int = 200  # TOFU, ECO
 
     @classmethod
     def checked(cls, split: str, frame: pd.DataFrame, source: str) -> pd.DataFrame:
@@ -86,14 +56,6 @@ class QuestionAnswering(FreeAnswers):
             ]
         return frame.drop(columns=list(cls.columns)).assign(**columns).reset_index(drop=True)
 
-    @classmethod
-    def recorded(cls, words: Sequence[str], options: TaskOptions) -> "QuestionAnswering":
-        return cls(
-            prompt_format=options.prompt_format or PLAIN,
-            max_new_tokens=options.max_new_tokens or MAX_NEW_TOKENS,
-            refusals=read_refusals(options.refusals),
-        )
-
     @property
     def tail(self) -> str:
         return "" if self.prompt_format == CHAT else "\nAnswer:"
@@ -108,32 +70,22 @@ class QuestionAnswering(FreeAnswers):
         rng, others = np.random.default_rng(seed), own if all(own) else super().alternate_answers(rows, seed)
         return [str(rng.choice(wrong)) if wrong else other for wrong, other in zip(own, others)]
 
-    def asks(self, rows: pd.DataFrame) -> list[dict[str, str]]:
+    def asks(self, rows: pd.DataFrame, score: str | None = None) -> list[dict[str, str]]:
+        """Wrong answers are asked about for the truth ratio, and where there is no paraphrase for the probability."""
         found = []
         for row in rows.to_dict("records"):
-            asked = {"answer": row["label_text"]}
-            if not missing(row.get("paraphrased_answer")):
-                asked["paraphrase"] = row["paraphrased_answer"]
-            wrong = row.get("perturbed_answer")
-            wrong = wrong if isinstance(wrong, list) else []  # of several frames put together some have none
-            found.append(asked | {f"perturbed {number}": text for number, text in enumerate(wrong)})
+            asked, paraphrased = {"answer": row["label_text"]}, not missing(row.get("paraphrased_answer"))
+            if score in (None, "truth_score") or (score == "probability" and not paraphrased):
+                wrong = row.get("perturbed_answer")
+                wrong = wrong if isinstance(wrong, list) else []  # of several frames put together some have none
+                asked |= {"paraphrase": row["paraphrased_answer"]} if paraphrased else {}
+                asked |= {f"perturbed {number}": text for number, text in enumerate(wrong)}
+            found.append(asked)
         return found
-
-    def trimmed(self, rows: pd.DataFrame, score: str) -> pd.DataFrame:
-        """Wrong answers are asked about for the truth ratio, and where there is no paraphrase for the probability."""
-        if score == "truth_score" or not rows.get("paraphrased_answer", pd.Series([None])).notna().all():
-            return rows
-        return rows.drop(columns=["paraphrased_answer", "perturbed_answer"], errors="ignore")
 
     def row_scores(self, row: Mapping[str, Any], asked: Mapping[str, Asked], answer: str | None) -> dict[str, Any]:
         own, wrong = asked["answer"], [said.mean for name, said in asked.items() if name.startswith("perturbed")]
-        found = {
-            "loss": -own.total,
-            "tokens": len(own.log_p),
-            "probability": float(metrics.probability(own.mean)),
-            "exact_memorisation": metrics.exact_memorisation(own.hits),
-            "extraction_strength": metrics.extraction_strength(own.hits),
-        }
+        found = said_of(own)
         if wrong:
             right = asked.get("paraphrase", own).mean
             for mean in ("geometric", "arithmetic"):
@@ -147,22 +99,13 @@ class QuestionAnswering(FreeAnswers):
         return found
 
     def split_scores(self, rows: pd.DataFrame) -> Scores:
-        kept = [
-            name
-            for name in ("loss", "probability", "rouge_l_recall", "rouge_l_f1", "correct", "exact_memorisation",
-                         "extraction_strength")
-            if name in rows
-        ]  # fmt: skip
-        found = {"n": len(rows), **{name: float(rows[name].mean()) for name in kept}}
-        if "correct" in found:
-            found["accuracy"] = found.pop("correct")
+        found = super().split_scores(rows)
         score = metrics.truth_score_forget if "forget" in rows["split"].iloc[0] else metrics.truth_score
         for mean, suffix in (("geometric", ""), ("arithmetic", "_arithmetic")):
             ratios = rows.get(f"truth_ratio_{mean}", pd.Series(dtype=float)).dropna()
             if len(ratios):
                 found[f"truth_score{suffix}"] = score(ratios.to_numpy())
-        if "truth_score" in found:
-            found["truth_ratio_n"] = len(ratios)
+                found["truth_ratio_n"] = len(ratios)
         return found
 
     def summary(self, splits: Mapping[str, Scores]) -> Scores:

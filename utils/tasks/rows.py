@@ -76,14 +76,23 @@ def recorded_task(manifest: Mapping[str, Any]) -> Task | None:
         return None
     if kind not in TASKS:
         raise UserError(f"the checkpoint is about the unknown task {kind!r}; this version has {', '.join(TASKS)}")
-    arguments = {**manifest["arguments"], "refusals": None}  # they are for training, and their file may have gone
-    return TASKS[kind].recorded(words, _options(TASKS[kind], arguments))
+    return TASKS[kind].recorded(words, _options(TASKS[kind], _reused(manifest)))
+
+
+def recorded_rows(manifest: Mapping[str, Any]) -> Splits:
+    """The rows that the checkpoint of `manifest` was trained on, as `load_rows` gives them."""
+    return load_rows(_reused(manifest))
+
+
+def _reused(manifest: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments of a checkpoint's training. Its --refusals are for training alone, and their file may have gone."""
+    return {**manifest["arguments"], "refusals": None}
 
 
 def data_arguments(manifest: Mapping[str, Any], arguments: Mapping[str, Any]) -> dict[str, Any]:
     """Those arguments about data and task that `manifest` records and that `arguments`, a command's, leave open."""
     recorded = manifest.get("arguments", {})
-    return {name: recorded.get(name) for name in DATA_ARGUMENTS if arguments.get(name) is None}
+    return {name: recorded.get(name) for name in DATA_ARGUMENTS if name in arguments and arguments[name] is None}
 
 
 def refuse_recorded(arguments: Mapping[str, Any]) -> None:
@@ -96,7 +105,7 @@ def refuse_recorded(arguments: Mapping[str, Any]) -> None:
 def refuse_other_form(manifest: Mapping[str, Any] | None, task: Task, name: str) -> None:
     """Raise UserError where the checkpoint `name`, of that manifest, was made with its queries written in another form
     than `task` writes them: it would be asked in words that it has not learnt."""
-    if not manifest or "data_fingerprint" not in manifest:
+    if not manifest:
         return
     arguments = manifest["arguments"]
     trained = arguments.get("prompt_format") or PLAIN
@@ -127,9 +136,8 @@ def _find_task(frame: pd.DataFrame, dataset: str) -> type[Task]:
     if by_card:
         return by_card[0]
     fits = [task for task in TASKS.values() if set(task.columns) <= set(frame.columns)]
-    with_choices = [task for task in fits if "choices" in task.columns]  # these, too, have a question and an answer
     if fits:
-        return (with_choices or fits)[0]
+        return max(fits, key=lambda task: len(task.columns))  # multiple choice has the columns of a question, too
     likeness = {task: len(set(task.columns) & set(frame.columns)) / len(task.columns) for task in TASKS.values()}
     return max(TASKS.values(), key=likeness.get)  # whose check says what is missing
 

@@ -10,7 +10,7 @@ import pandas as pd
 from utils.data.names import Person
 from utils.data.select import learnt_by, sample_rows
 from utils.errors import UserError
-from utils.evaluation.scores import score_rows
+from utils.evaluation.scores import joined, score_rows
 from utils.interventions import gates
 from utils.interventions.corruption import Corruption, has_strength
 from utils.interventions.eco import CorruptedEmbeddings, Marks, Tagger, by_list
@@ -162,10 +162,8 @@ def zeroth_order(
 
 def _score(settings: EcoSettings, served: Served, frame: pd.DataFrame, task: Task) -> float:
     metric = settings.eco_metric or task.compared
-    how, frame = (settings.max_length, settings.eval_batch_size), task.trimmed(frame, metric)
-    rows = score_rows(served, frame, task, *how, generate=metric in task.generated)
-    labelled = pd.concat([frame[["label_text"]].reset_index(drop=True), rows], axis=1)
-    return task.split_scores(labelled.assign(split="train_forget"))[metric]
+    rows = score_rows(served, frame, task, settings.max_length, settings.eval_batch_size, score=metric)
+    return task.split_scores(joined(frame, rows, "train_forget"))[metric]
 
 
 def _target(served: Served, frames: Splits, settings: EcoSettings, model: ModelSettings) -> float:
@@ -180,18 +178,21 @@ def _target(served: Served, frames: Splits, settings: EcoSettings, model: ModelS
     return _score(settings, retain_model, sample_rows(frames["train_forget"], n), task)
 
 
-def refuse_target(
-    settings: EcoSettings, model: ModelSettings, tuned: dict[str, Any], arguments: dict[str, Any], task: Task
-) -> None:
-    """Raise UserError, before anything is trained, on a --eco_metric that `task` has not, and on a --eco_target that
-    cannot work: a checkpoint that is none, or `auto` where the model of the manifest `tuned` may have learnt the rows
-    that --validation_share cuts.
-
-    arguments: those of the command, which say which rows it works on.
-    """
+def refuse_metric(settings: EcoSettings, task: Task) -> None:
+    """Raise UserError on a --eco_metric that `task` has not."""
     if settings.eco_metric not in (None, *task.searchable):
         listed = ", ".join(task.searchable)
         raise UserError(f"--eco_metric={settings.eco_metric} is no score of these rows; use one of {listed}")
+
+
+def refuse_target(
+    settings: EcoSettings, model: ModelSettings, tuned: dict[str, Any], arguments: dict[str, Any]
+) -> None:
+    """Raise UserError, before anything is trained, on a --eco_target that cannot work: a checkpoint that is none, or
+    `auto` where the model of the manifest `tuned` may have learnt the rows that --validation_share cuts.
+
+    arguments: those of the command, which say which rows it works on.
+    """
     if not settings.searched or isinstance(settings.eco_target, float):
         return
     if settings.eco_target != "auto":

@@ -34,6 +34,10 @@ def add_common_arguments(group: argparse._ArgumentGroup) -> None:
     )  # fmt: skip
     add_retain_ratio(group)
     group.add_argument(
+        "--refusals", type=cli.path, metavar="FILE",
+        help="what forgotten rows with free answers are answered with, a sentence a line (default: data/refusals.txt)",
+    )  # fmt: skip
+    group.add_argument(
         "--logits_path", type=cli.path,
         help="file of what the model says before it unlearns (default: saved_logits/<model>-<dataset>-<key>)",
     )  # fmt: skip
@@ -246,6 +250,10 @@ def refuse_contradictions(parser: cli.ArgumentParser, args: argparse.Namespace) 
     else:
         if flag := given(parser, args, [*NO_TRAINING, *CONSTANTS]):
             parser.error(f"{name} trains nothing; leave out --{flag}")
+    method = METHODS.get(name)
+    refuses = name == "refusal" or (method and (method.flipped or method.refused or method.preferred == "refusal"))
+    if args.refusals and not refuses:
+        parser.error(f"--refusals is what forgotten rows are answered with, and {name} teaches no answer; leave it out")
     lora = [flag for flag in vars(args) if flag.startswith("lora_")]
     if args.tune != "lora" and (flag := given(parser, args, lora)):
         parser.error(f"--{flag} goes with --tune=lora")

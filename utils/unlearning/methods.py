@@ -33,7 +33,7 @@ class Method:
 
     constants: {flag: the authors' value}. retain_loss, retain_weight: the authors' choice. fixed: the retain loss is
     part of the method. What it needs: `reference`, what the model said before unlearning; `preferred`, every forget row
-    a second time with a refusal, or with an alternate answer, which is another forget row's; `activations`, those of
+    a second time with a refusal, or with an alternate answer (both of utils.tasks); `activations`, those of
     one layer. flipped, refused: rows carry y~ of L_f, or a refusal, instead of their label. dual: the retain weight is
     a dual variable, and the last three constants are its bound, its step and its warm-up.
 
