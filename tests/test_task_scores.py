@@ -251,3 +251,22 @@ def test_every_completion_must_fit(plain, kind, row):
     few = type(config)(**config.to_dict() | {"max_position_embeddings": n + 20})
     with pytest.raises(UserError, match="positions"):
         check_rows(few, plain.tokenizer, frames, 400)
+
+
+def test_the_length_that_is_asked_for_is_enough_for_every_row_of_every_split(plain):
+    kind = MultipleChoice
+    own = [["it", "bad", "film", "cast " * n] for n in (20, 80, 40, 60)]
+    splits = "train_retain", "train_forget", "test_retain", "test_forget"
+    frames = Splits(
+        {
+            split: kind.checked(split, pd.DataFrame([{"question": "Who ?", "choices": c, "answer": "A"}]), "data")
+            for split, c in zip(splits, own)
+        },
+        task_of(kind),
+    )
+    with pytest.raises(UserError) as said:
+        check_rows(tiny.CONFIGS["llama"], plain.tokenizer, frames, 12)
+    least = int(str(said.value).split()[-1])
+    check_rows(tiny.CONFIGS["llama"], plain.tokenizer, frames, least)
+    with pytest.raises(UserError, match=f"use at least {least}"):
+        check_rows(tiny.CONFIGS["llama"], plain.tokenizer, frames, least - 1)

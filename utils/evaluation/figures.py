@@ -168,7 +168,8 @@ def gates_differ(records: list[dict]) -> bool:
 
 
 @picture
-def draw_curves(log: list[dict]) -> pyplot.Figure:
+def draw_curves(log: list[dict], measured: str = "accuracy") -> pyplot.Figure:
+    """The losses over steps, and beside them what was `measured` on the way, if anything was."""
     losses = [line for line in log if "loss" in line]
     accuracies = [line for line in log if "accuracy" in line]
     figure, axes = pyplot.subplots(1, 1 + bool(accuracies), figsize=(5 + 5 * bool(accuracies), 3.6), squeeze=False)
@@ -191,7 +192,7 @@ def draw_curves(log: list[dict]) -> pyplot.Figure:
         for style, split in zip(("-", "--", "-.", ":"), accuracies[0]["accuracy"]):
             shares = [100 * line["accuracy"][split] for line in accuracies]
             axes[0][1].plot(steps, shares, style, label=split, marker="o", markersize=3)
-        axes[0][1].set(xlabel="step", ylabel="accuracy, %", ylim=(0, 101))
+        axes[0][1].set(xlabel="step", ylabel=f"{measured}, %", ylim=(0, 101))
         axes[0][1].legend(frameon=False, ncols=2, loc="lower center", bbox_to_anchor=(0.5, 1.0))  # off the curves
     for panel in axes[0]:
         panel.xaxis.set_major_locator(MaxNLocator(integer=True))

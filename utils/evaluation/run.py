@@ -114,15 +114,13 @@ def check_rows(
     longest = known.longest if task.generates else max(len(known.ids[word]) for word in task.words)
     if longest > 1:  # then the greedy answer may become an unlearning word too
         longest = known.longest
-    for frame in frames.values():
-        _check_asked(config, tokenizer, frame, known, max_length, p, template)
+    everything = pd.concat(frames.values(), ignore_index=True)  # so that one sentence is about the longest row of all
+    _check_asked(config, tokenizer, everything, known, max_length, p, template)
     may_be_long = limit and max_length + longest + p > limit
     if may_be_long or len(tokenizer) > vocabulary_size(config) or task.generates:
-        for frame in frames.values():
-            labels = frame["label_text"]
-            rows = tokenize(tokenizer, frame, labels, max_length, template=template, answers=known)
-            _check_answers(config, rows, known, longest, p)
-            check_tokens(config, tokenizer, rows)
+        rows = tokenize(tokenizer, everything, everything["label_text"], max_length, template=template, answers=known)
+        _check_answers(config, rows, known, longest, p)
+        check_tokens(config, tokenizer, rows)
 
 
 def _check_asked(

@@ -49,8 +49,10 @@ def tokenize(
     new = list(dict.fromkeys(key for key in zip(queries, rooms) if key not in known))
     if new:
         encoded = tokenizer([str(query) for query, _ in new], return_offsets_mapping=True, add_special_tokens=special)
-        for (query, room), ids, offsets in zip(new, encoded["input_ids"], encoded["offset_mapping"]):
-            known[query, room] = _cut(query, ids, offsets, max_length, room)
+        cut = [_cut(*row, max_length) for row in zip(new, encoded["input_ids"], encoded["offset_mapping"])]
+        if (needed := max(least for _, least in cut)) > max_length:
+            raise UserError(f"--max_length={max_length} cannot hold template and label; use at least {needed}")
+        known.update(zip(new, (row for row, _ in cut)))
     examples = []
     for i, (query, room, word) in enumerate(zip(queries, rooms, words)):
         ids, offsets = known[query, room]
@@ -74,21 +76,27 @@ def _prompts(tokenizer: Any, special: bool, max_length: int) -> dict[tuple[Query
     return {}
 
 
-def _cut(query: Query, ids: list[int], offsets: list[tuple[int, int]], max_length: int, longest: int) -> tuple:
-    """Token ids and character offsets of a query, cut inside its text so that `longest` more tokens fit."""
+def _cut(
+    key: tuple[Query, int], ids: list[int], offsets: list[tuple[int, int]], max_length: int
+) -> tuple[tuple | None, int]:
+    """The token ids and character offsets of a query, cut inside its text so that its room of more tokens fits, None
+    where nothing of the text would be left; and the least max_length with which something would.
+
+    key: (query, the room behind it).
+    """
+    query, room = key
     while offsets[-1][1] == 0:  # an end-of-text token that the tokenizer appends must not precede the answer
         ids, offsets = ids[:-1], offsets[:-1]
-    excess = len(ids) + longest - max_length
-    if excess > 0:
-        begin = len(query.head)
-        end = begin + len(query.text)
-        inside = [at for at, (start, stop) in enumerate(offsets) if begin <= start < stop <= end]
-        if excess >= len(inside):
-            needed = len(ids) - len(inside) + longest + 1
-            raise UserError(f"--max_length={max_length} cannot hold template and label; use at least {needed}")
-        kept = slice(0, inside[-1] + 1 - excess), slice(inside[-1] + 1, None)
-        ids, offsets = (list(items[kept[0]]) + list(items[kept[1]]) for items in (ids, offsets))
-    return tuple(ids), tuple(offsets)
+    begin = len(query.head)
+    end = begin + len(query.text)
+    inside = [at for at, (start, stop) in enumerate(offsets) if begin <= start < stop <= end]
+    excess, least = len(ids) + room - max_length, len(ids) - len(inside) + room + 1
+    if excess <= 0:
+        return (tuple(ids), tuple(offsets)), min(least, max_length)
+    if excess >= len(inside):
+        return None, least
+    kept = slice(0, inside[-1] + 1 - excess), slice(inside[-1] + 1, None)
+    return tuple(tuple(items[kept[0]]) + tuple(items[kept[1]]) for items in (ids, offsets)), least
 
 
 def _marked(offsets: Sequence[tuple[int, int]], begin: int, spans: Sequence | None) -> tuple[int, ...]:

@@ -70,10 +70,10 @@ class Training:
     arguments by which a resumed run is known again (utils.training.state.saved_arguments). state_path: the file that
     holds everything needed to continue. fingerprint: the hash of the data (utils.data.select.fingerprint). chain: Links
     of the frozen model, and of all else that the run depends on. warmup: the share of the steps in which the learning
-    rate rises. evaluate: function() -> {split: accuracy}, called every settings.eval_steps steps. log_path: a file that
-    gets each line of the log at once. buffers: scalars that `after_step` changes, which belong to the state. It is a
-    function(parts of the step, share of the steps done) -> more for the log line. `cost`, after `run`: {"steps",
-    "seconds_per_step" (median), "peak_memory_bytes"}.
+    rate rises. evaluate: function() -> {split: share}, called every settings.eval_steps steps. measured: the name of
+    that share in the printed line. log_path: a file that gets each line of the log at once. buffers: scalars that
+    `after_step` changes, which belong to the state. It is a function(parts of the step, share of the steps done) -> more
+    for the log line. `cost`, after `run`: {"steps", "seconds_per_step" (median), "peak_memory_bytes"}.
 
     Started by `accelerate launch`, every process runs the same Training, and the rows of a step are shared out
     (utils.distributed). That changes only the order of float additions and the places that dropout draws.
@@ -89,6 +89,7 @@ class Training:
     chain: list[Link]
     warmup: float
     evaluate: Callable[[], dict[str, float]] | None = None
+    measured: str = "accuracy"
     log_path: Path | None = None
     buffers: dict[str, torch.Tensor] = field(default_factory=dict)
     after_step: Callable[[dict[str, float], float], dict[str, float]] | None = None
@@ -176,7 +177,7 @@ class Training:
                 log.append({"step": step, "accuracy": self.evaluate()})
                 self._show(log[-1])
                 shares = ", ".join(f"{split} {100 * share:.1f}" for split, share in log[-1]["accuracy"].items())
-                bar.write(f"step {step}: accuracy in percent: {shares}")
+                bar.write(f"step {step}: {self.measured} in percent: {shares}")
             if step % settings.save_steps == 0 and step < total:
                 self._save(optimizer, schedule, log)
         bar.close()
