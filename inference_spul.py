@@ -18,6 +18,7 @@ LONGEST_NAME = 150  # characters of a default output folder
 
 def parse_args():
     from utils import arguments
+    from utils.audit.names import AUDIT_NAMES
 
     parser = cli.ArgumentParser(__doc__)
     parser.add_argument(
@@ -56,8 +57,10 @@ def parse_args():
     )
     group.add_argument("--json", action="store_true", help="print the answers as JSON lines instead of a table")
     arguments.add_request_arguments(parser)
+    arguments.add_audit_arguments(parser, AUDIT_NAMES)
     parser.set_defaults(dataset=None)  # default: what the checkpoint was trained on, so that --text needs no hub
     args = parser.parse_args()
+    arguments.refuse_audit_contradictions(parser, args)
     arguments.refuse_request_contradictions(parser, args)
     if args.max_eval_samples == 0:
         parser.error("--max_eval_samples=0 leaves nothing to evaluate")
@@ -102,6 +105,10 @@ def main(args):
     if new_text:
         return predict(args, frames.task)
 
+    if args.audit is not None:
+        from utils.audit.command import audit
+
+        return audit(args, frames, default_name(args))
     settings = job.settings_of(args)
     refuse_probe(settings.evaluation, frames.task)
     with outputs.claim([args.output_path or default_name(args)], args) as output:
@@ -128,14 +135,14 @@ def main(args):
 
 
 def default_name(args):
-    """The output folder of an evaluation without --output_path."""
+    """The output folder of an evaluation, or an audit, without --output_path."""
     from utils.data.load import dataset_name
 
     names = "+".join(Path(os.path.abspath(name)).name for name in args.model_checkpoints)
     if len(names) > LONGEST_NAME:
         digest = hashlib.sha256(names.encode()).hexdigest()[:8]
         names = f"{names[:LONGEST_NAME]}...{len(args.model_checkpoints)}-{digest}"
-    return f"saved_results/{names}-{dataset_name(args.dataset)}"
+    return f"saved_results/{names}-{dataset_name(args.dataset)}{'' if args.audit is None else '-audit'}"
 
 
 def predict(args, task, asked=None):

@@ -22,8 +22,15 @@ def parse_args():
     group = parser.add_argument_group("fine-tuning")
     group.add_argument("--quantization", choices=["nf4", "none"], default="nf4", help="of the frozen base")
     group.add_argument("--exclude_forget", action="store_true", help="fine-tune on retain rows only: the retain model")
+    group.add_argument(
+        "--shadow", type=cli.non_negative_int, metavar="N",
+        help="a shadow model for --audit membership: half of all forget rows; 2 i and 2 i + 1 share a draw",
+    )  # fmt: skip
     arguments.add_lora_arguments(parser, "LoRA")
-    return parser.parse_args()
+    args = parser.parse_args()
+    if args.shadow is not None and args.exclude_forget:
+        parser.error("a --shadow model learns forget rows; leave out --exclude_forget")
+    return args
 
 
 def main(args):
@@ -31,7 +38,7 @@ def main(args):
     from utils.models.chain import short_name
     from utils.training.state import claim_run
 
-    suffix = "-retain" if args.exclude_forget else ""
+    suffix = "-retain" if args.exclude_forget else "" if args.shadow is None else f"-shadow{args.shadow}"
     name = f"{short_name(args.model_name)}-qlora-{dataset_name(args.dataset)}{suffix}"
     with claim_run(args, f"qlora_checkpoints/{name}") as output:
         if output:
@@ -102,7 +109,7 @@ def fine_tune(args, output):
         save_weights(served.model, folder)
         tokenizer.save_pretrained(folder)
 
-    method = "retain model" if args.exclude_forget else "fine-tuned"
+    method = "retain model" if args.exclude_forget else "fine-tuned" if args.shadow is None else "shadow model"
     finish(
         output, served, frames, args, settings.evaluation, method=method, kind="lora", write=write,
         trained_on=splits, cost=cost, log=log,

@@ -1,6 +1,7 @@
 """The flags that several scripts share. Defaults are the published ones where the paper or its code gives one."""
 
 import argparse
+from collections.abc import Sequence
 
 from utils import cli
 
@@ -179,6 +180,50 @@ def add_request_arguments(parser: cli.ArgumentParser) -> None:
         "--add", type=cli.named_path, metavar="NAME=PATH", help="only add this checkpoint to the ledger as a request"
     )
     edit.add_argument("--revoke", type=cli.text, metavar="NAME", help="only revoke this request of the ledger")
+
+
+def add_audit_arguments(parser: cli.ArgumentParser, names: Sequence[str]) -> None:
+    """What `--audit` looks at, and with which means. names: of the audits."""
+    group = parser.add_argument_group("audit (instead of the evaluation)")
+    group.add_argument(
+        "--audit", nargs="*", choices=["all", *names], metavar="NAME",
+        help=f"what would an attacker find? Audits: {', '.join(names)}, or all (default: those that take minutes)",
+    )  # fmt: skip
+    group.add_argument(
+        "--dry_run", action="store_true", help="--audit: only say what each audit will take, by the time of some rows"
+    )
+    group.add_argument("--every_measure", action="store_true", help="--audit: print every measure, not the headlines")
+    group.add_argument(
+        "--attack_steps",
+        type=cli.positive_int,
+        default=20,
+        help="--audit: optimisation steps of relearning, soft attack",
+    )
+    group.add_argument("--attack_lr", type=cli.positive_float, default=1e-3, help="--audit: their learning rate")
+    group.add_argument(
+        "--attack_share", type=cli.fraction, default=0.1, metavar="S",
+        help="--audit: the share of the forget rows that such an attacker has",
+    )  # fmt: skip
+    group.add_argument(
+        "--samples", type=cli.positive_int, default=32, help="--audit sampling: answers drawn for each question"
+    )
+    group.add_argument(
+        "--shadows", type=cli.path, nargs="+", default=[], metavar="PATH",
+        help="--audit membership: shadow models of qlora.py --shadow=N, in pairs",
+    )  # fmt: skip
+
+
+def refuse_audit_contradictions(parser: cli.ArgumentParser, args: argparse.Namespace) -> None:
+    """End the command if flags do not go with --audit, or not without it. All of its `args` are needed: what is not of
+    an audit would be ignored."""
+    own = ("dry_run", "every_measure", "attack_steps", "attack_lr", "attack_share", "samples", "shadows")
+    others = (
+        "router", "without_gate", "force", "show_examples", "probe", "text", "input_file", "together", "requests",
+        "logits_path",
+    )  # fmt: skip
+    named = own if args.audit is None else others
+    if given := [name for name in named if getattr(args, name) != parser.get_default(name)]:
+        parser.error(f"--{given[0]} {'goes with' if args.audit is None else 'does not go with'} --audit")
 
 
 def refuse_request_contradictions(parser: cli.ArgumentParser, args: argparse.Namespace) -> None:

@@ -14,6 +14,7 @@ from utils.errors import UserError, note_once
 SUBSET_SEED = 42  # the published protocol draws forget subsets with default_rng(42), whatever the training seed
 SELECTION = (  # arguments that decide which rows a command works on
     "forget_size", "max_train_samples", "forget_share", "forget_only", "rows_seed", "validation_share", "final",
+    "shadow",
 )  # fmt: skip
 
 
@@ -26,6 +27,7 @@ def select_rows(
     rows_seed: int = SUBSET_SEED,
     validation_share: float | None = None,
     final: bool = False,
+    shadow: int | None = None,
 ) -> dict[str, pd.DataFrame]:
     """The training protocol's row selection; returns new frames, order kept.
 
@@ -36,7 +38,8 @@ def select_rows(
     `forget_size` < 1 then keeps int(size * n) rows of train_forget, drawn with NumPy default_rng(42) (the published
     protocol). Nothing depends on the training seed. The rows that a `forget_size` keeps are among those kept without
     one, so spul.py sees rows that qlora.py has seen. A column `nested` of the test splits is about the train rows kept
-    before `forget_size`, since the model that unlearns has seen them. Says on stderr how many rows to forget name whom.
+    before `forget_size`, since the model that unlearns has seen them. `shadow`: see `shadow_rows`, last of all. Says on
+    stderr how many rows to forget name whom.
     Raises UserError when a split would be left without a row, or has fewer than were asked for.
     """
     whole, frames = frames, dict(frames)
@@ -69,7 +72,21 @@ def select_rows(
         if not kept:
             raise UserError(f"--forget_size={forget_size} leaves no forget row; choose a larger share")
         frames["train_forget"] = sample_rows(frames["train_forget"], kept)
-    return frames
+    return frames if shadow is None else frames | shadow_rows(frames, shadow)
+
+
+def shadow_rows(frames: Mapping[str, pd.DataFrame], shadow: int) -> dict[str, pd.DataFrame]:
+    """The forget splits of shadow model number `shadow`: a half of all rows to forget, train and test together, as
+    train_forget, and the other half as test_forget. Numbers 2 i and 2 i + 1 have the two halves of one draw, so that of
+    every such pair one model was trained on a row and the other was not (Carlini et al. 2022, arXiv 2112.03570)."""
+    rows = pd.concat([frames["train_forget"], frames["test_forget"]], ignore_index=True)
+    if len(rows) < 2:
+        raise UserError("a shadow model needs two rows to forget at least; use more rows")
+    order = np.random.default_rng([shadow // 2, 2112]).permutation(len(rows))
+    halves = order[: len(rows) // 2], order[len(rows) // 2 :]
+    chosen = halves[shadow % 2], halves[1 - shadow % 2]
+    parts = (rows.iloc[np.sort(numbers)].reset_index(drop=True) for numbers in chosen)
+    return dict(zip(("train_forget", "test_forget"), parts))
 
 
 def _that_name(people: list[Person], frames: dict[str, pd.DataFrame], path: str) -> dict[str, pd.DataFrame]:

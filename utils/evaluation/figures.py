@@ -38,7 +38,7 @@ def picture(draw: Callable[..., pyplot.Figure]) -> Callable[..., None]:
     return drawn
 
 
-def _plain(name: str) -> str:
+def plain(name: str) -> str:
     """`name` as matplotlib draws it letter by letter: between two `$` it would read a formula."""
     return name.replace("$", r"\$")
 
@@ -61,7 +61,7 @@ def draw_tradeoff(records: list[dict]) -> pyplot.Figure:
             style = {"marker": shape, "color": "black" if target else f"C{i % 10}", "linestyle": "none"}
             if len(splits) > 1:
                 panel.plot(retain, forget, markersize=4, alpha=0.5, **style)
-            label = "retain model (target)" if target else _plain(method)
+            label = "retain model (target)" if target else plain(method)
             edge = {} if shape in "x+1234|_" else {"markeredgecolor": "black", "fillstyle": FILLS[i // 10 % 3]}
             size = 13 - 7 * i / len(methods)  # those drawn later are smaller, so that none hides another
             panel.plot(np.mean(retain), np.mean(forget), markersize=size, label=label, **style, **edge)
@@ -126,7 +126,7 @@ def draw_comparison(records: list[dict]) -> pyplot.Figure:
     for i, (entry, hatch) in enumerate(zip(records, ("", "//", "..", "xx", "\\\\", "++", "oo", "**") * len(records))):
         shares = [100 * entry["splits"][split][headline] for split in SPLITS]
         places = np.arange(len(SPLITS)) + (i - (len(records) - 1) / 2) * width
-        bars = axes.bar(places, shares, width * 0.94, label=_plain(entry["method"]), hatch=hatch, edgecolor="white")
+        bars = axes.bar(places, shares, width * 0.94, label=plain(entry["method"]), hatch=hatch, edgecolor="white")
         if len(records) <= 4:
             axes.bar_label(bars, fmt="%.0f", padding=2, fontsize=8)
     axes.set_xticks(range(len(SPLITS)), [split.replace("_", " ") for split in SPLITS])
@@ -150,7 +150,7 @@ def draw_false_positives(records: list[dict]) -> pyplot.Figure:
             panels, (kept.get("flagged_accuracy"), entry["splits"]["test_forget"][entry.get("headline", "accuracy")])
         ):
             if value is not None:
-                panel.plot(share, 100 * value, label=_plain(entry["method"]), **style)
+                panel.plot(share, 100 * value, label=plain(entry["method"]), **style)
     for panel, title in zip(panels, ("of these answered rightly, %", "test_forget answered rightly, %")):
         panel.set(xlabel="test_retain rows flagged, %", ylabel=title, ylim=(-4, 104))
         panel.set_xlim(left=-0.04 * panel.get_xlim()[1])

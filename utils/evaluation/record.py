@@ -111,7 +111,8 @@ def method_names(chains: Sequence[list[Link]]) -> list[str]:
     for chain in chains:
         last = chain[-1]
         arguments = last.manifest["arguments"] if last.manifest else {}
-        retain = "retain model" if arguments.get("exclude_forget") else None
+        rows = None if arguments.get("shadow") is None else "shadow model"
+        retain = "retain model" if arguments.get("exclude_forget") else rows
         known = {"model": "base", "lora": "fine-tuned", "prompt": "SPUL"}  # the others carry their method
         gated = "SPUL behind a gate" if last.kind == "prompt" and "gate" in last.manifest else None
         names.append(arguments.get("unlearn_method") or retain or gated or known[last.kind])

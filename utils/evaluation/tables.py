@@ -49,7 +49,7 @@ def table(records: list[dict]) -> str:
         if gated:
             cells += [" / ".join(_percent(splits[s].get(score)) for s in RETAIN_SPLITS) for score in FALSE_POSITIVES]
         lines.append([entry["method"], *cells, *(_distance_cells([entry]) if distances else [])])
-    return _aligned(lines)
+    return aligned(lines)
 
 
 def _table_of(records: list[dict], task: type[Task]) -> str:
@@ -72,7 +72,7 @@ def _table_of(records: list[dict], task: type[Task]) -> str:
         if gated:
             cells.append(" / ".join(_percent(entry["splits"][s].get("flagged")) for s in splits))
         lines.append([entry["method"], *cells])
-    return f"{_aligned(lines)}\nper split, in %: {' / '.join(shown[name] for name in scores)}"
+    return f"{aligned(lines)}\nper split, in %: {' / '.join(shown[name] for name in scores)}"
 
 
 def without_reference(records: list[dict]) -> str | None:
@@ -106,7 +106,7 @@ def _with_counts(header: list[str], records: list[dict]) -> list[str]:
     return named
 
 
-def _aligned(lines: list[list[str]]) -> str:
+def aligned(lines: list[list[str]]) -> str:
     """Rows of cells, the header first, as a Markdown table."""
     widths = [max(map(len, column)) for column in zip(*lines)]
     lines = [lines[0], ["-" * width for width in widths], *lines[1:]]
@@ -155,7 +155,7 @@ def comparison_table(records: list[dict]) -> str:
             ", ".join(f"{rate:g}" for rate in rates), f"{np.mean(seconds):.2f}" if seconds else "",
             f"{max(cost['peak_memory_bytes'] for cost in costs) / 2**30:.1f}" if costs else "",
         ])  # fmt: skip
-    return _aligned(lines)
+    return aligned(lines)
 
 
 def gate_table(settings: dict[str, Any]) -> str:
@@ -174,14 +174,14 @@ def gate_table(settings: dict[str, Any]) -> str:
         f"classifier {settings['classifier']}, threshold {settings['threshold']:.4f} set on the scores "
         f"of {held['retain']} retain and {held['forget']} forget rows not seen in fitting, AUC {held['auc']:.3f}; "
         f"{rates['auc_train']:.3f} on train, {rates['auc_test']:.3f} on test",
-        _aligned(lines),
+        aligned(lines),
     ]
     if settings.get("evasion"):  # of earlier versions
         evasions = [["names rewritten", "flagged, % (train_forget)", "flagged, % (test_forget)"]]
         for evasion, share in settings["evasion"].items():
             shares = [f"{100 * share[s]:.1f}" if s in share else "" for s in ("train_forget", "test_forget")]
             evasions.append([evasion, *shares])
-        text.append(_aligned(evasions))
+        text.append(aligned(evasions))
     if settings.get("rewritings"):
         text.append(_rewritings(settings))
     return "\n".join(text)
@@ -193,7 +193,7 @@ def ledger_table(ledger: dict[str, Any]) -> str:
     for entry in ledger["requests"]:
         state = "active" if entry["active"] else "revoked"
         lines.append([entry["name"], state, entry["date"], entry["revoked"] or "", entry["checkpoint"]])
-    return _aligned(lines)
+    return aligned(lines)
 
 
 def request_tables(requests: dict[str, Any]) -> str:
@@ -214,7 +214,7 @@ def request_tables(requests: dict[str, Any]) -> str:
     for name in names:
         cells = [requests[key][name] for key in ("rows", "seconds", "bytes")]
         costs.append([name, *("" if cell is None else f"{cell:,}" for cell in cells)])
-    return f"{_aligned(lines)}\n\n{_aligned(costs)}"
+    return f"{aligned(lines)}\n\n{aligned(costs)}"
 
 
 def _rewritings(settings: dict[str, Any]) -> str:
@@ -235,7 +235,7 @@ def _rewritings(settings: dict[str, Any]) -> str:
         lines.append(
             [name, *cells, " / ".join(str(parts[split]["rows"]) if split in parts else "0" for split in splits)]
         )
-    text = _aligned(lines)
+    text = aligned(lines)
     if before:
         text += "\nin brackets: the gate trained without --gate_augment"
     if settings["names_by"] != "list":

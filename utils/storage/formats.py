@@ -67,6 +67,7 @@ class Arguments(Open):
     rows_seed: Seed | None = None
     validation_share: Annotated[float, Field(gt=0, le=1)] | None = None
     final: bool | None = None
+    shadow: Annotated[int, Field(ge=0)] | None = None
 
 
 class Manifest(Open):

@@ -16,11 +16,11 @@ from utils.storage.reading import read_json
 READ = (  # arguments that may name a file or folder
     "model_name", "model_checkpoints", "init_checkpoint", "parent_path", "router", "requests", "gate", "dataset",
     "input", "input_file", "forget_only", "forget_names", "eco_names", "eco_classifier", "eco_token_classifier",
-    "eco_target", "logits_path", "hide_like",
+    "eco_target", "logits_path", "hide_like", "shadows",
 )  # fmt: skip
 BESIDE = {  # what outputs hold beside the files that a manifest lists
     checkpoints.MANIFEST, "metrics.json", "predictions.jsonl", "comparison.png", "false_positives.png",
-    "training.jsonl", "training.png",
+    "training.jsonl", "training.png", "audit.json", "audit.png",
     "strength.png", "gate_roc.png", "README.md", "generation_config.json", "special_tokens_map.json",
     "added_tokens.json", "chat_template.jinja", "vocab.json", "merges.txt", "model.safetensors.index.json", ".DS_Store",
 }  # fmt: skip
@@ -159,13 +159,21 @@ def _refuse_foreign(name: str, path: Path, ours: Callable[[Path], set[str] | Non
 def written(folder: Path) -> set[str] | None:
     """The relative paths of files that a script wrote into its output `folder`; None if it is not one.
 
-    Recognised by content: a manifest of ours, or the records and predictions of an evaluation.
+    Recognised by content: a manifest of ours, the records and predictions of an evaluation, or a report of an audit.
     """
     manifest = checkpoints.manifest_at(folder)
     if manifest is not None:
         return set(manifest["files"])
     evaluated = records_in(folder / "metrics.json") and (folder / "predictions.jsonl").is_file()
-    return set() if evaluated else None
+    return set() if evaluated or is_report(folder / "audit.json") else None
+
+
+def is_report(file: Path) -> bool:
+    """Whether `file` is the report of an audit."""
+    try:
+        return {"version", "audits", "asks"} <= read_json(file).keys()
+    except (UserError, AttributeError):
+        return False
 
 
 def records_in(file: Path) -> list[dict]:

@@ -72,8 +72,8 @@ class Training:
     of the frozen model, and of all else that the run depends on. warmup: the share of the steps in which the learning
     rate rises. evaluate: function() -> {split: share}, called every settings.eval_steps steps. measured: the name of
     that share in the printed line. log_path: a file that gets each line of the log at once. buffers: scalars that
-    `after_step` changes, which belong to the state. It is a function(parts of the step, share of the steps done) -> more
-    for the log line. `cost`, after `run`: {"steps", "seconds_per_step" (median), "peak_memory_bytes"}.
+    `after_step` changes, which belong to the state. It is a function(parts of the step, share of the steps done) ->
+    more for the log line. `cost`, after `run`: {"steps", "seconds_per_step" (median), "peak_memory_bytes"}.
 
     Started by `accelerate launch`, every process runs the same Training, and the rows of a step are shared out
     (utils.distributed). That changes only the order of float additions and the places that dropout draws.

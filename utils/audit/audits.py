@@ -1,0 +1,7 @@
+"""Every audit there is."""
+
+from utils.audit.base import Audit
+from utils.audit.bypass import BYPASS
+from utils.audit.membership import MEMBERSHIP
+
+AUDITS: dict[str, Audit] = {audit.name: audit for audit in (MEMBERSHIP, BYPASS)}

@@ -1,0 +1,29 @@
+"""`inference_spul.py --audit`: from the command line to the report."""
+
+from argparse import Namespace
+
+from utils import cli, job
+from utils.audit import report, run
+from utils.audit.base import AuditSettings
+from utils.evaluation.evaluate import CheckpointSettings
+from utils.storage import files, outputs
+from utils.tasks.rows import Splits
+
+
+def audit(args: Namespace, frames: Splits, name: str) -> None:
+    """Attack the checkpoints on `frames`, write the report and print it; with --dry_run only say what it takes.
+
+    name: of the output folder where the command's `args` give none; all of them say what must not be replaced.
+    """
+    model, settings = job.settings_of(args).model, cli.take(AuditSettings, args)
+    asked, audits = cli.take(CheckpointSettings, args), run.chosen_audits(args.audit)
+    if args.dry_run:
+        print(run.estimate(asked, audits, frames, model, settings))
+        return
+    with outputs.claim([args.output_path or name], args) as output:
+        found = run.audit_checkpoints(asked, audits, frames, model, settings)
+        with output.new_folder() as folder:
+            files.write_json(folder / "audit.json", found)
+            report.draw_audit(found, path=folder / "audit.png")
+    print(report.audit_table(found, args.every_measure))
+    print(f"wrote {output}")

@@ -1,0 +1,172 @@
+"""`--audit`: every audit on every subject, and what each number says beside that of the retain-only model."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from time import perf_counter
+from typing import Any
+
+from utils import distributed
+from utils.audit.audits import AUDITS
+from utils.audit.base import NO_GATE, NONE, OFF, ON, Audit, AuditSettings, Case, Measure, Subject
+from utils.audit.shadows import check_shadows
+from utils.data.select import sample_rows
+from utils.errors import UserError
+from utils.evaluation.evaluate import CheckpointSettings, check_model
+from utils.evaluation.record import method_names
+from utils.evaluation.run import note_other_rows
+from utils.evaluation.statistics import DRAWS, LEVEL, difference
+from utils.evaluation.tables import aligned
+from utils.interventions.served import LOADERS, Served, load_served
+from utils.models.base import ModelSettings
+from utils.models.chain import resolve_chain
+from utils.tasks.rows import Splits, refuse_other_form
+from utils.unlearning.flags import listed_people
+
+VERSION = 1
+LEAKS, OVER, ALIKE = "leaks", "over-unlearnt", "as the retain model"
+
+
+def chosen_audits(names: Sequence[str]) -> list[Audit]:
+    """The audits of those names; of none every one that is not dear, of `all` every one."""
+    if "all" in names:
+        return list(AUDITS.values())
+    return [audit for audit in AUDITS.values() if audit.name in names or (not names and not audit.dear)]
+
+
+def audit_checkpoints(
+    asked: CheckpointSettings, audits: Sequence[Audit], whole: Splits, model: ModelSettings, settings: AuditSettings
+) -> dict[str, Any]:
+    """The report of `audits` on all checkpoints, as audit.json holds it.
+
+    Of each checkpoint with a wrapper the frozen model alone is audited, too: once, however many wrappers stand in front
+    of it. Raises UserError where checkpoints, rows or shadow models do not go together.
+    """
+    if distributed.world_size() > 1:
+        raise UserError("--audit runs in one process; start it with python, not accelerate launch")
+    check_shadows(settings.shadows, whole)
+    case = make_case(whole, model, settings)
+    names = asked.model_checkpoints
+    chains = [resolve_chain(name, model.trust_remote_code, asked.parent_path) for name in names]
+    note_other_rows(chains, whole, asked.forget_size)
+    for chain in chains:
+        refuse_other_form(chain[-1].manifest, whole.task, chain[-1].name)
+    found: list[tuple[Subject, Audit, list[Measure], float]] = []
+    for method, name in zip(method_names(chains), names):
+        for subject in _subjects(method, name, asked, case, {s.frozen for s, *_ in found if s.wrapper in (OFF, NONE)}):
+            for audit in audits:
+                if subject.wrapper == NO_GATE and audit.name != "bypass":
+                    continue
+                start = perf_counter()
+                measures = audit.measure(subject, case)
+                found.append((replace(subject, served=None), audit, measures, perf_counter() - start))
+    return _report(found, case, settings)
+
+
+def make_case(whole: Splits, model: ModelSettings, settings: AuditSettings) -> Case:
+    """The rows that are looked at, and whom they name."""
+    parts = {s: sample_rows(frame, settings.max_eval_samples, settings.rows_seed) for s, frame in whole.items()}
+    return Case(
+        frames=Splits(parts, whole.task), whole=whole, settings=settings, model=model,
+        people=listed_people(settings.dataset, settings.forget_only),
+    )  # fmt: skip
+
+
+def _subjects(
+    method: str, name: str, asked: CheckpointSettings, case: Case, done: set[tuple[str, ...]]
+) -> Iterator[Subject]:
+    """The frozen model of checkpoint `name` unless it is `done`, then the checkpoint as it is served, then without its
+    gate."""
+    served = load_served(name, case.model, asked.parent_path, case.settings.max_length)
+    check_model(served, case.frames, case.settings.max_length)
+    frozen = tuple(link.sha256 for link in served.chain if link.kind not in LOADERS)
+    wrapper = ON if served.interventions else NONE
+    subject = Subject(method=method, checkpoint=str(name), wrapper=wrapper, served=served, frozen=frozen)
+    if wrapper == ON and frozen not in done:
+        yield subject.plain
+    yield subject
+    if served.is_gated:
+        yield replace(subject, wrapper=NO_GATE, served=served.ungated)
+
+
+def _report(
+    found: Sequence[tuple[Subject, Audit, list[Measure], float]], case: Case, settings: AuditSettings
+) -> dict[str, Any]:
+    """What audit.json holds."""
+    retain = {
+        (audit.name, measure.name): measure
+        for subject, audit, measures, _ in found
+        if subject.method == "retain model"
+        for measure in measures
+    }
+    if not retain:
+        case.note(
+            "No retain model (qlora.py --exclude_forget) is among --model_checkpoints, so most numbers have nothing to "
+            "be compared with."
+        )
+    entries = []
+    for subject, audit, measures, seconds in found:
+        for measure in measures:
+            reference = retain.get((audit.name, measure.name)) if subject.method != "retain model" else None
+            entries.append({
+                "audit": audit.name, "measure": measure.name, "headline": measure.headline, "method": subject.method,
+                "checkpoint": subject.checkpoint, "wrapper": subject.wrapper,
+                **_estimate(measure, reference, settings.seed), "seconds": seconds,
+            })  # fmt: skip
+    return {
+        "version": VERSION, "level": LEVEL, "draws": DRAWS, "seed": settings.seed, "dataset": settings.dataset,
+        "rows": {split: len(frame) for split, frame in case.frames.items()},
+        "asks": {audit.name: audit.asks for _, audit, _, _ in found}, "audits": entries, "notes": case.notes,
+    }  # fmt: skip
+
+
+def _estimate(measure: Measure, reference: Measure | None, seed: int) -> dict[str, Any]:
+    """The value of a measure with its interval, and how far it is above that of the `reference`, with a verdict."""
+    sample = measure.sample
+    entry = {"value": sample.value(), "interval": list(sample.interval(seed)), "n": len(sample.values)}
+    if not measure.compared:
+        return entry
+    if measure.neutral is not None:
+        interval = [bound - measure.neutral for bound in entry["interval"]]
+        advantage = entry["value"] - measure.neutral
+    elif reference is not None:
+        advantage, interval = difference(sample, reference.sample, seed)
+    else:
+        return entry
+    verdict = LEAKS if interval[0] > 0 else OVER if interval[1] < 0 else ALIKE
+    return {**entry, "advantage": advantage, "advantage_interval": list(interval), "verdict": verdict}
+
+
+def estimate(
+    asked: CheckpointSettings, audits: Sequence[Audit], whole: Splits, model: ModelSettings, settings: AuditSettings
+) -> str:
+    """What `audit_checkpoints` will take, as text: rows and tokens of each audit of one subject, and minutes for all
+    subjects, by the time that some rows take on the first checkpoint."""
+    case, name = make_case(whole, model, settings), asked.model_checkpoints[0]
+    chains = [resolve_chain(path, model.trust_remote_code, asked.parent_path) for path in asked.model_checkpoints]
+    frozen = {tuple(link.sha256 for link in chain if link.kind not in LOADERS) for chain in chains}
+    n_subjects = len({*frozen, *(tuple(link.sha256 for link in chain) for chain in chains)})
+    served = load_served(name, model, asked.parent_path, settings.max_length)
+    check_model(served, case.frames, settings.max_length)
+    row, trained, token = seconds_a_row(served.plain, case)
+    lines = [["audit", "rows", "rows trained on", "tokens drawn", f"minutes for {n_subjects} models"]]
+    for audit in audits:
+        passes = audit.passes(case)
+        seconds = n_subjects * (passes.forward * row + passes.trained * trained + passes.generated * token)
+        cells = (passes.forward, passes.trained, passes.generated)
+        lines.append([audit.name, *(f"{cell:,}" for cell in cells), f"{seconds / 60:.1f}"])
+    return aligned(lines)
+
+
+def seconds_a_row(served: Served, case: Case) -> tuple[float, float, float]:
+    """(seconds that a row takes in evaluation, in training, and a token takes to be drawn), by one batch of rows.
+
+    A row is trained on in three times the time of its evaluation: forward, and twice that back. A token that is drawn
+    reads one position where a row reads many, but waits for all weights; half a row's time is its upper bound here.
+    """
+    frame = case.frames["train_forget"].head(case.settings.eval_batch_size)
+    subject = Subject(method="", checkpoint="", wrapper=NONE, served=served, frozen=())
+    case.scored(subject, "warm up", frame.head(1))
+    start = perf_counter()
+    case.scored(subject, "timed", frame)
+    seconds = (perf_counter() - start) / len(frame)
+    return seconds, 3 * seconds, seconds / 2
