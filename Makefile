@@ -1,6 +1,8 @@
 # make demo  SPUL behind a gate, on embedded data with a real small model, some minutes on two cores
 # make demo-names  the published way: SPUL alone, told the names in its first words, a quarter of an hour on two cores
 # make compare  SPUL and every baseline on the same rows with the same budget, in one table; an estimated hour on two cores
+# make audit  attacks the demo's checkpoints, its retain model and other methods, one report; AUDITS=all for every audit,
+# an hour or two more; make shadows trains eight shadow models, which make audit then uses
 # make test  every test; make test-latest with the newest packages allowed; make lock moves requirements.lock
 # make bench speed and memory against the plain path, an estimated forty minutes; BENCH_ARGS="--parts training" does a part
 # make lint  ruff
@@ -67,7 +69,14 @@ PROMPTING = $(if $(filter snippets,$(DATASET)),,--instruction="If the text names
 # A run that was killed goes on from its last saved state.
 resume = $(if $(wildcard $(1).training.safetensors),--resume) --overwrite
 
-.PHONY: demo demo-names compare bench test test-latest lock lint
+# What make audit attacks beside the checkpoints of make demo.
+AUDITS ?=
+RETAIN := $(TUNED)-retain
+EDITS := npo gradient_ascent_descent
+OTHERS := $(addprefix $(GATED)-,names no-names eco $(EDITS))
+SHADOWS := $(addprefix $(TUNED)-shadow,0 1 2 3 4 5 6 7)
+
+.PHONY: demo demo-names audit shadows compare bench test test-latest lock lint
 .DELETE_ON_ERROR:
 
 # The base model, the fine-tuned one, the gate with a fixed answer, and SPUL behind that gate.
@@ -96,10 +105,35 @@ $(UNLEARNT)/manifest.json: $(FINE_TUNED)/manifest.json
 	$(PY) spul.py $(ROWS) $(SILENT) $(UNLEARN) --model_checkpoints=$(FINE_TUNED) --output_path=$(UNLEARNT) \
 		$(call resume,$(UNLEARNT))
 
-$(FINE_TUNED)/manifest.json $(TUNED)/manifest.json: \
+# A retain model without the rows to forget, shadow models with a half of them, train and test, each.
+$(FINE_TUNED)/manifest.json $(TUNED)/manifest.json $(RETAIN)/manifest.json $(SHADOWS:=/manifest.json): \
 		| $(READY) $(if $(filter data/models/smollm2,$(MODEL)),data/models/smollm2/config.json)
-	$(PY) qlora.py $(ROWS) $(SILENT) $(FINE_TUNE) $(if $(filter $(TUNED)/%,$@),--num_epochs=4) --model_name=$(MODEL) \
+	$(PY) qlora.py $(ROWS) $(SILENT) $(FINE_TUNE) $(if $(filter $(TUNED)%,$(@D)),--num_epochs=4) --model_name=$(MODEL) \
+		$(if $(filter $(RETAIN),$(@D)),--exclude_forget) $(patsubst $(TUNED)-shadow%,--shadow=%,$(filter $(SHADOWS),$(@D))) \
 		--output_path=$(@D) $(call resume,$(@D))
+
+shadows: $(SHADOWS:=/manifest.json)
+
+# Prompts without a gate that are told the names in their first words, or told nothing of them; ECO behind the demo's
+# gate, as strong as it takes to look like the retain model; two methods that change weights.
+$(GATED)-names/manifest.json $(GATED)-no-names/manifest.json: $(TUNED)/manifest.json
+	$(PY) spul.py $(ROWS) $(SILENT) $(LOSS) --settings=$(SETTINGS)/unlearn.txt --max_steps=100 $(SPUL_FLAGS) \
+		--init_text="$(if $(filter %-no-names,$(@D)),$(ELSEWHERE),$(INSTRUCTION))" --model_checkpoints=$(TUNED) \
+		--output_path=$(@D) $(call resume,$(@D))
+
+$(GATED)-eco/manifest.json: $(GATED)/manifest.json $(RETAIN)/manifest.json
+	$(PY) baselines.py $(ROWS) --unlearn_method=eco --gate=$(GATED) --eco_target=$(RETAIN) $(ECO) --max_eval_samples=0 \
+		--seed=$(SEED) --model_checkpoints=$(TUNED) --output_path=$(@D) --overwrite
+
+$(patsubst %,$(GATED)-%/manifest.json,$(EDITS)): $(TUNED)/manifest.json
+	$(PY) baselines.py $(ROWS) $(SILENT) --unlearn_method=$(patsubst $(GATED)-%,%,$(@D)) --lr=2e-4 --train_batch_size=16 \
+		--forget_per_batch=4 --num_epochs=100 --max_steps=40 --model_checkpoints=$(TUNED) --output_path=$(@D) \
+		$(call resume,$(@D))
+
+audit: $(patsubst %,%/manifest.json,$(RETAIN) $(REFUSAL) $(OTHERS))
+	$(PY) inference_spul.py $(ROWS) --model_checkpoints $(TUNED) $(RETAIN) $(GATED) $(REFUSAL) $(OTHERS) --seed=$(SEED) \
+		--audit $(AUDITS) $(if $(wildcard $(SHADOWS:=/manifest.json)),--shadows $(SHADOWS)) --max_eval_samples=250 \
+		--output_path=results/audit$(if $(AUDITS),-$(subst $() ,-,$(AUDITS))) --overwrite
 
 compare: | $(READY) $(if $(filter data/models/smollm2,$(MODEL)),data/models/smollm2/config.json)
 	$(PY) -m utils.compare --model_name=$(MODEL) --dataset=$(DATASET) --seeds $(SEEDS) $(if $(METHODS),--methods $(METHODS)) \
