@@ -2,6 +2,8 @@
 
 from utils.audit.base import Audit
 from utils.audit.bypass import BYPASS
+from utils.audit.evasion import EVASION
+from utils.audit.inversion import INVERSION
 from utils.audit.membership import MEMBERSHIP
 
-AUDITS: dict[str, Audit] = {audit.name: audit for audit in (MEMBERSHIP, BYPASS)}
+AUDITS: dict[str, Audit] = {audit.name: audit for audit in (MEMBERSHIP, BYPASS, EVASION, INVERSION)}
