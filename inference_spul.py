@@ -62,7 +62,7 @@ def parse_args():
 
 def main(args):
     from utils import distributed, job
-    from utils.evaluation import figures, requests, tables
+    from utils.evaluation import export, figures, requests, tables
     from utils.evaluation.evaluate import CheckpointSettings, evaluate_checkpoints
     from utils.evaluation.run import refuse_probe
     from utils.storage import checkpoints, files, outputs
@@ -106,6 +106,8 @@ def main(args):
             with output.new_folder() as folder:
                 files.write_json(folder / "metrics.json", records)
                 predictions.to_json(folder / "predictions.jsonl", orient="records", lines=True)
+                if args.export:
+                    export.write_open_unlearning(folder, records, predictions, frames.task)
                 figures.draw_comparison(records, path=folder / "comparison.png")
                 if figures.gates_differ(records):
                     figures.draw_false_positives(records, path=folder / "false_positives.png")

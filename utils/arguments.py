@@ -194,7 +194,12 @@ def add_report_arguments(parser: cli.ArgumentParser) -> None:
     )  # fmt: skip
     parser.add_argument(
         "--ci", action="store_true",
-        help="print the 95 %% interval of each accuracy, and p-values of McNemar's test against the fine-tuned model",
+        help="print the 95 %% interval of each accuracy, p-values of McNemar's test against the fine-tuned model, and "
+        "with a retain model the overall score",
+    )  # fmt: skip
+    parser.add_argument(
+        "--export", choices=["open-unlearning"],
+        help="also write <method>_EVAL.json and <method>_SUMMARY.json as open-unlearning does",
     )  # fmt: skip
 
 
@@ -205,7 +210,7 @@ def refuse_text_contradictions(parser: cli.ArgumentParser, args: argparse.Namesp
         if args.json:
             parser.error("--json goes with --text or --input_file")
         return
-    of_evaluation = ("max_eval_samples", "show_examples", "probe", "ci", "output_path", "overwrite")
+    of_evaluation = ("max_eval_samples", "show_examples", "probe", "ci", "export", "output_path", "overwrite")
     if given := [name for name in of_evaluation if getattr(args, name) != parser.get_default(name)]:
         parser.error(f"--{given[0]} is of the evaluation, which --text and --input_file replace; leave it out")
 
@@ -246,8 +251,8 @@ def refuse_audit_contradictions(parser: cli.ArgumentParser, args: argparse.Names
     an audit would be ignored."""
     own = ("dry_run", "every_measure", "attack_steps", "attack_lr", "attack_share", "samples", "shadows")
     others = (
-        "router", "without_gate", "force", "show_examples", "probe", "ci", "text", "input_file", "together", "requests",
-        "logits_path",
+        "router", "without_gate", "force", "show_examples", "probe", "ci", "export", "text", "input_file", "together",
+        "requests", "logits_path",
     )  # fmt: skip
     named = own if args.audit is None else others
     if given := [name for name in named if getattr(args, name) != parser.get_default(name)]:

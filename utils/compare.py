@@ -141,6 +141,7 @@ def refuse_foreign(folder: Path) -> None:
 
 def compare(work: "Workplace", args: Namespace, seed: int) -> list[dict]:
     """One record per method for this seed, distances to the retain model included."""
+    from utils.evaluation.overall import with_overall
     from utils.evaluation.record import with_distances, with_mcnemar
 
     own = [f"--seed={seed}", "--max_eval_samples=0"]
@@ -172,7 +173,8 @@ def compare(work: "Workplace", args: Namespace, seed: int) -> list[dict]:
         for method, (record, _) in evaluated.items()
     ]
     predictions = [rows for _, rows in evaluated.values()]
-    return with_mcnemar(with_distances(records, predictions, work.task), predictions)
+    records = with_mcnemar(with_distances(records, predictions, work.task), predictions)
+    return with_overall(records, predictions, work.task)
 
 
 def search(

@@ -8,6 +8,7 @@ from typing import Any
 import pandas as pd
 
 from utils.errors import UserError
+from utils.evaluation.overall import with_overall
 from utils.evaluation.record import make_record, method_names, with_distances, with_mcnemar
 from utils.evaluation.run import (
     GATE_COLUMNS,
@@ -74,6 +75,7 @@ def evaluate_checkpoints(
             predictions.append(rows)
         del served, one, variants  # two models need not fit at once
     records = with_mcnemar(with_distances(records, predictions, frames.task), predictions)
+    records = with_overall(records, predictions, frames.task)
     return records, pd.concat(predictions, ignore_index=True)
 
 

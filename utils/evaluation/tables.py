@@ -24,6 +24,7 @@ DISTANCES = [
     "accuracy gap to the retain model, points (forget/retain)",
     "JS to the retain model, bits (train/test forget)",
 ]
+OVERALL = "overall (forgetting/privacy/utility)"
 
 
 def table(records: list[dict], ci: bool = False) -> str:
@@ -32,8 +33,8 @@ def table(records: list[dict], ci: bool = False) -> str:
     Then two shares of the forget rows, in percent: answers that are no label, and rows whose most probable label word
     is their label. Behind the name of a split stands its number of rows. Where a record is of a model with a gate, the
     share of retain rows that it flags follows, and how many of those are still answered rightly. Where all records have
-    it, the distance to the retain model follows. ci: whether 95 % intervals of the accuracies are shown, too, and below
-    the table what `p_values` says.
+    it, the distance to the retain model follows. ci: whether 95 % intervals of the accuracies and the overall score are
+    shown, too, and below the table what `p_values` says.
     """
     task = TASKS[records[0].get("task", Classification.kind)]
     text = _table_of(records, task, ci) if task.shown else _label_table(records, ci)
@@ -46,14 +47,16 @@ def _label_table(records: list[dict], ci: bool) -> str:
     header = ["method", *(f"{split} (acc/F1)" for split in SPLITS), *FORGET_SHARES.values()]
     header += FALSE_POSITIVES.values() if gated else []
     distances = all("distance_to_retain_model" in entry for entry in records)
-    lines = [_with_counts(header, records) + DISTANCES * distances]
+    scored = ci and any("overall" in entry for entry in records)
+    lines = [_with_counts(header, records) + DISTANCES * distances + [OVERALL] * scored]
     for entry in records:
         splits = entry["splits"]
         cells = [f"{_shown(splits[s], 'accuracy', ci)} / {100 * splits[s]['f1']:.1f}" for s in SPLITS]
         cells += [" / ".join(f"{100 * splits[s][score]:.1f}" for s in FORGET_SPLITS) for score in FORGET_SHARES]
         if gated:
             cells += [" / ".join(_percent(splits[s].get(score)) for s in RETAIN_SPLITS) for score in FALSE_POSITIVES]
-        lines.append([entry["method"], *cells, *(_distance_cells([entry]) if distances else [])])
+        cells += _distance_cells([entry]) if distances else []
+        lines.append([entry["method"], *cells, *([_overall([entry])] if scored else [])])
     return aligned(lines)
 
 
@@ -69,6 +72,8 @@ def _table_of(records: list[dict], task: type[Task], ci: bool) -> str:
     gaps = {f"accuracy_{side}": f"gap of {task.shown[task.headline]}, {side}" for side in ("forget", "retain")}
     header = ["method", *splits, *(gaps.get(name, name.replace("_", " ")) for name in [*summaries, *distances])]
     header += ["flagged, % (" + "/".join(splits) + ")"] * gated
+    scored = ci and any("overall" in entry for entry in records)
+    header += [OVERALL] * scored
     lines = [[f"{cell} n={records[0]['splits'][cell]['n']}" if cell in splits else cell for cell in header]]
     for entry in records:
         cells = [" / ".join(_shown(entry["splits"][s], name, ci) for name in scores) for s in splits]
@@ -76,7 +81,7 @@ def _table_of(records: list[dict], task: type[Task], ci: bool) -> str:
         cells += [_number(entry.get("distance_to_retain_model", {}).get(name)) for name in distances]
         if gated:
             cells.append(" / ".join(_percent(entry["splits"][s].get("flagged")) for s in splits))
-        lines.append([entry["method"], *cells])
+        lines.append([entry["method"], *cells, *([_overall([entry])] if scored else [])])
     return f"{aligned(lines)}\nper split, in %: {' / '.join(shown[name] for name in scores)}"
 
 
@@ -111,6 +116,17 @@ def _number(value: float | None) -> str:
 
 def _percent(share: float | None) -> str:
     return "-" if share is None else f"{100 * share:.1f}"
+
+
+def _overall(entries: list[dict]) -> str:
+    """The overall score and its three parts, over seeds; empty where there is none."""
+    found = [entry["overall"] for entry in entries if "overall" in entry]
+    if not found:
+        return ""
+    score, *parts = (
+        _mean_and_spread([one[name] for one in found], 2) for name in ("score", "forgetting", "privacy", "utility")
+    )
+    return f"{score} ({' / '.join(parts)})"
 
 
 def _shown(scores: dict, name: str, ci: bool) -> str:
@@ -184,9 +200,13 @@ def comparison_table(records: list[dict]) -> str:
 
 
 def comparison(records: list[dict]) -> str:
-    """`comparison_table`, and below it the number of seeds where there are several, and McNemar's p-values."""
+    """`comparison_table`, and below it the number of seeds where there are several, overall scores and McNemar's
+    p-values."""
     seeds = len({entry["seed"] for entry in records})
     said = [f"mean ± standard deviation over {seeds} seeds"] if seeds > 1 else []
+    methods = dict.fromkeys(entry["method"] for entry in records if "overall" in entry)
+    for method in methods:
+        said.append(f"{method}, {OVERALL}: {_overall([entry for entry in records if entry['method'] == method])}")
     lines = [*said, *p_values(records, ("test_retain",))]
     return "\n\n".join([comparison_table(records), *(["\n".join(f"- {line}" for line in lines)] if lines else [])])
 
