@@ -20,7 +20,8 @@ The retain model has privacy 1, but its own forgetting: it guesses some answers,
 What differs from OpenUnlearning: there x is the probability of a paraphrased answer, here that of the answer, which is
 the task's own `probability`. There privacy is the harmonic mean of four such scores, of loss, zlib, min-k and min-k++;
 here it is that of the loss. There utility also has the fluency of what is answered to rows to forget. There the unseen
-rows are those of other authors; here they are test_forget. There label words do not occur.
+rows are those of other authors; here they are test_forget, which on TOFU are the same facts in other words, so that
+privacy says less there. There label words do not occur.
 """
 
 from collections.abc import Mapping, Sequence
