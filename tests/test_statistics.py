@@ -7,6 +7,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import scripts
+import tiny
 from scripts import call, done, metrics_of, names, refused
 
 from utils.data.splits import SPLITS
@@ -343,9 +344,9 @@ def test_names_of_exported_files_are_safe_and_differ():
 
 
 @pytest.mark.slow
-def test_intervals_and_export_by_the_command_line(fine_tuned, small_data, tiny_model, tmp_path):
+def test_intervals_and_export_by_the_command_line(tiny_model, small_data, tmp_path):
     how = (f"--dataset={small_data}", *scripts.ROWS, "--output_path=out", "--overwrite")
-    asked = "--model_checkpoints", fine_tuned, tiny_model
+    asked = "--model_checkpoints", tiny_model, tiny.save(tmp_path / "other")
     plain = done(call(tmp_path, "inference_spul", *how, *asked)).stdout.splitlines()
     records = metrics_of(tmp_path / "out")
     schemas.check(records, Records, "metrics.json")
@@ -353,15 +354,15 @@ def test_intervals_and_export_by_the_command_line(fine_tuned, small_data, tiny_m
         for scores in entry["splits"].values():
             hits = round(scores["accuracy"] * scores["n"])
             assert scores["accuracy_ci"] == list(clopper_pearson(hits, scores["n"]))
-    assert records[1]["mcnemar"]["against"] == "fine-tuned" and "overall" not in records[1]
+    assert records[1]["mcnemar"]["against"] == "base (tiny-llama)" and "overall" not in records[1]
     assert plain[0] == tables.table(records).splitlines()[0] and "[" not in "".join(plain[:4])
 
     sure = done(call(tmp_path, "inference_spul", *how, *asked, "--ci", "--export=open-unlearning")).stdout.splitlines()
     assert sure[:5] == tables.table(metrics_of(tmp_path / "out"), ci=True).splitlines()
-    assert sure[4].startswith("base against fine-tuned (McNemar): test_retain p = ")
-    written = {f"{name}_{part}.json" for name in ("base", "fine-tuned") for part in ("EVAL", "SUMMARY")}
+    assert sure[4] == "base (other) against base (tiny-llama) (McNemar): test_retain p = 1, train_forget p = 1"
+    written = {f"base_{name}_{part}.json" for name in ("tiny-llama", "other") for part in ("EVAL", "SUMMARY")}
     assert names(tmp_path / "out") == {"metrics.json", "predictions.jsonl", "comparison.png"} | written
-    found = json.loads((tmp_path / "out" / "base_EVAL.json").read_text())
+    found = json.loads((tmp_path / "out" / "base_other_EVAL.json").read_text())
     assert set(found) == {f"{split}_{score}" for split in SPLITS for score in ("accuracy", "loss")}
     values = [row["score"] for row in found["test_retain_accuracy"]["value_by_index"].values()]
     assert np.mean(values) == found["test_retain_accuracy"]["agg_value"]
