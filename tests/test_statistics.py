@@ -11,6 +11,7 @@ import tiny
 from scripts import call, done, metrics_of, names, refused
 
 from utils.data.splits import SPLITS
+from utils.errors import UserError
 from utils.evaluation import tables
 from utils.evaluation.export import metrics_of as exported
 from utils.evaluation.export import write_open_unlearning
@@ -144,6 +145,16 @@ def test_rows_that_do_not_say_whether_they_are_correct_are_not_tested():
     partly = rows_of([True])
     partly["correct"] = [True, True, True, None]
     assert set(with_mcnemar(records, [partly, rows_of([True])])[1]["mcnemar"]["p"]) == set(SPLITS[:3])
+
+
+def test_an_interval_in_a_file_is_two_shares_or_absent():
+    entry = record("SPUL")
+    del entry["splits"]["test_retain"]["accuracy_ci"]  # as earlier versions wrote it
+    assert schemas.check([entry], Records, "metrics.json") == [entry]
+    for damaged in ([0.1], [0.1, 1.5], 0.5):
+        entry["splits"]["test_retain"]["accuracy_ci"] = damaged
+        with pytest.raises(UserError, match="splits.test_retain.accuracy_ci"):
+            schemas.check([entry], Records, "metrics.json")
 
 
 # Tables.
