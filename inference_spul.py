@@ -37,17 +37,7 @@ def parse_args():
     parser.add_argument(
         "--without_gate", action="store_true", help="add a row for what stands behind a gate, in front of every query"
     )
-    parser.add_argument(
-        "--show_examples",
-        type=cli.non_negative_int,
-        default=0,
-        metavar="N",
-        help="print the answers to N sentences of train_forget and N of test_retain",
-    )
-    parser.add_argument(
-        "--probe", action="store_true",
-        help="multiple choice: can the answer still be read off the logits? A logistic regression on half of the rows",
-    )  # fmt: skip
+    arguments.add_report_arguments(parser)
     group = parser.add_argument_group("new text (instead of the evaluation)")
     group.add_argument("--text", type=cli.text, action="append", help="answer this text (repeatable)")
     group.add_argument(
@@ -66,18 +56,13 @@ def parse_args():
         parser.error("--max_eval_samples=0 leaves nothing to evaluate")
     if args.force and not args.router:
         parser.error("--force goes with --router")
-    if args.json and not (args.text or args.input_file):
-        parser.error("--json goes with --text or --input_file")
-    of_evaluation = ("max_eval_samples", "show_examples", "probe", "output_path", "overwrite")
-    given = [name for name in of_evaluation if getattr(args, name) != parser.get_default(name)]
-    if given and (args.text or args.input_file):
-        parser.error(f"--{given[0]} is of the evaluation, which --text and --input_file replace; leave it out")
+    arguments.refuse_text_contradictions(parser, args)
     return args
 
 
 def main(args):
     from utils import distributed, job
-    from utils.evaluation import figures, requests, tables
+    from utils.evaluation import export, figures, requests, tables
     from utils.evaluation.evaluate import CheckpointSettings, evaluate_checkpoints
     from utils.evaluation.run import refuse_probe
     from utils.storage import checkpoints, files, outputs
@@ -121,10 +106,12 @@ def main(args):
             with output.new_folder() as folder:
                 files.write_json(folder / "metrics.json", records)
                 predictions.to_json(folder / "predictions.jsonl", orient="records", lines=True)
+                if args.export:
+                    export.write_open_unlearning(folder, records, predictions, frames.task)
                 figures.draw_comparison(records, path=folder / "comparison.png")
                 if figures.gates_differ(records):
                     figures.draw_false_positives(records, path=folder / "false_positives.png")
-    print(tables.table(records))
+    print(tables.table(records, args.ci))
     if asked:
         print(f"\n{tables.request_tables(records[0]['requests'])}")
     for sentence in filter(None, (tables.meaning(records), tables.without_reference(records))):

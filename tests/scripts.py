@@ -126,6 +126,12 @@ def metrics_of(folder):
     return json.loads((folder / "metrics.json").read_text())
 
 
+def numbers(scores):
+    """The scores of a split with the two ends of an interval as scores of their own, for pytest.approx."""
+    ends = scores.get("accuracy_ci", [])
+    return {name: value for name, value in scores.items() if name != "accuracy_ci"} | dict(zip(("low", "high"), ends))
+
+
 def kill_after_a_state(cwd, script, *arguments):
     """Start the run in a process of its own and kill it without warning as soon as a state file has appeared."""
     process = subprocess.Popen(

@@ -73,8 +73,12 @@ def test_the_whole_comparison(run, tmp_path):
     rows = ["base", "fine-tuned", "retain model", "SPUL", "SPUL behind a gate", "gradient_ascent", "npo", "prompting"]
     rows += ["eco", "refusal", "SPUL + router"]
     assert [record["method"] for record in records] == rows
-    table = (tmp_path / "out" / "table.md").read_text()
+    table, below = (tmp_path / "out" / "table.md").read_text().split("\n\n")
     assert len(table.splitlines()) == 2 + len(rows) and "retain model (target)" in table
+    tested = [line for line in below.splitlines() if "against fine-tuned (McNemar): test_retain p = " in line]
+    assert [line[2:].split(" against ")[0] for line in tested] == rows[2:]
+    assert all("accuracy_ci" in scores for record in records for scores in record["splits"].values())
+    assert all(0 <= record["overall"]["score"] <= 1 for record in records)
     assert (tmp_path / "out" / "tradeoff.png").read_bytes().startswith(b"\x89PNG")
     by_method = {record["method"]: record for record in records}
     target = by_method["retain model"]["distance_to_retain_model"]

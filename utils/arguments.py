@@ -182,6 +182,39 @@ def add_request_arguments(parser: cli.ArgumentParser) -> None:
     edit.add_argument("--revoke", type=cli.text, metavar="NAME", help="only revoke this request of the ledger")
 
 
+def add_report_arguments(parser: cli.ArgumentParser) -> None:
+    """What an evaluation prints and writes beside its table."""
+    parser.add_argument(
+        "--show_examples", type=cli.non_negative_int, default=0, metavar="N",
+        help="print the answers to N sentences of train_forget and N of test_retain",
+    )  # fmt: skip
+    parser.add_argument(
+        "--probe", action="store_true",
+        help="multiple choice: can the answer still be read off the logits? A logistic regression on half of the rows",
+    )  # fmt: skip
+    parser.add_argument(
+        "--ci", action="store_true",
+        help="print the 95 %% interval of each accuracy, p-values of McNemar's test against the fine-tuned model, and "
+        "with a retain model the overall score",
+    )  # fmt: skip
+    parser.add_argument(
+        "--export", choices=["open-unlearning"],
+        help="also write <method>_EVAL.json and <method>_SUMMARY.json as open-unlearning does",
+    )  # fmt: skip
+
+
+def refuse_text_contradictions(parser: cli.ArgumentParser, args: argparse.Namespace) -> None:
+    """End the command if --json has no new text, or if flags of the evaluation go with one. All of its `args` are
+    needed: what new text makes no use of would be ignored."""
+    if not (args.text or args.input_file):
+        if args.json:
+            parser.error("--json goes with --text or --input_file")
+        return
+    of_evaluation = ("max_eval_samples", "show_examples", "probe", "ci", "export", "output_path", "overwrite")
+    if given := [name for name in of_evaluation if getattr(args, name) != parser.get_default(name)]:
+        parser.error(f"--{given[0]} is of the evaluation, which --text and --input_file replace; leave it out")
+
+
 def add_audit_arguments(parser: cli.ArgumentParser, names: Sequence[str]) -> None:
     """What `--audit` looks at, and with which means. names: of the audits."""
     group = parser.add_argument_group("audit (instead of the evaluation)")
@@ -218,8 +251,8 @@ def refuse_audit_contradictions(parser: cli.ArgumentParser, args: argparse.Names
     an audit would be ignored."""
     own = ("dry_run", "every_measure", "attack_steps", "attack_lr", "attack_share", "samples", "shadows")
     others = (
-        "router", "without_gate", "force", "show_examples", "probe", "text", "input_file", "together", "requests",
-        "logits_path",
+        "router", "without_gate", "force", "show_examples", "probe", "ci", "export", "text", "input_file", "together",
+        "requests", "logits_path",
     )  # fmt: skip
     named = own if args.audit is None else others
     if given := [name for name in named if getattr(args, name) != parser.get_default(name)]:

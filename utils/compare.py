@@ -126,7 +126,7 @@ def main(args: Namespace) -> None:
         work = Workplace(folder, args)
         records = [record for seed in args.seeds for record in compare(work, args, seed)]
         write_comparison(folder, records)
-    print(tables.comparison_table(records))
+    print(tables.comparison(records))
     print(f"wrote {folder}")
 
 
@@ -141,7 +141,8 @@ def refuse_foreign(folder: Path) -> None:
 
 def compare(work: "Workplace", args: Namespace, seed: int) -> list[dict]:
     """One record per method for this seed, distances to the retain model included."""
-    from utils.evaluation.record import with_distances
+    from utils.evaluation.overall import with_overall
+    from utils.evaluation.record import with_distances, with_mcnemar
 
     own = [f"--seed={seed}", "--max_eval_samples=0"]
     tuned = work.run("qlora", f"fine-tuned-{seed}", [], own)
@@ -171,7 +172,9 @@ def compare(work: "Workplace", args: Namespace, seed: int) -> list[dict]:
         | ({"search": searches[method]} if method in searches else {})
         for method, (record, _) in evaluated.items()
     ]
-    return with_distances(records, [predictions for _, predictions in evaluated.values()], work.task)
+    predictions = [rows for _, rows in evaluated.values()]
+    records = with_mcnemar(with_distances(records, predictions, work.task), predictions)
+    return with_overall(records, predictions, work.task)
 
 
 def search(
@@ -350,12 +353,12 @@ def _resume(path: Path) -> list[str]:
 def write_comparison(folder: Path, records: list[dict]) -> None:
     """table.md, metrics.json and tradeoff.png: one record per method and seed."""
     from utils.evaluation.figures import draw_tradeoff
-    from utils.evaluation.tables import comparison_table
+    from utils.evaluation.tables import comparison
     from utils.storage.files import new_file, write_json
 
     write_json(Path(folder) / "metrics.json", records)
     with new_file(Path(folder) / "table.md") as file:
-        file.write_text(comparison_table(records) + "\n", encoding="utf-8")
+        file.write_text(comparison(records) + "\n", encoding="utf-8")
     draw_tradeoff(records, path=Path(folder) / "tradeoff.png")
 
 

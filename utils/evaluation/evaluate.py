@@ -8,7 +8,8 @@ from typing import Any
 import pandas as pd
 
 from utils.errors import UserError
-from utils.evaluation.record import make_record, method_names, with_distances
+from utils.evaluation.overall import with_overall
+from utils.evaluation.record import make_record, method_names, with_distances, with_mcnemar
 from utils.evaluation.run import (
     GATE_COLUMNS,
     EvaluationSettings,
@@ -73,7 +74,9 @@ def evaluate_checkpoints(
             records.append({**entry, "seed": one.manifest.get("seed", entry["seed"])})
             predictions.append(rows)
         del served, one, variants  # two models need not fit at once
-    return with_distances(records, predictions, frames.task), pd.concat(predictions, ignore_index=True)
+    records = with_mcnemar(with_distances(records, predictions, frames.task), predictions)
+    records = with_overall(records, predictions, frames.task)
+    return records, pd.concat(predictions, ignore_index=True)
 
 
 def check_model(served: Served, frames: Splits, max_length: int) -> None:

@@ -13,8 +13,9 @@ from utils.data.splits import SPLITS
 from utils.distributed import peak_memory
 from utils.errors import UserError
 from utils.evaluation.run import EvaluationSettings
+from utils.evaluation.statistics import mcnemar
 from utils.storage.checkpoints import Link
-from utils.tasks.base import Scores, Task
+from utils.tasks.base import Recorded, Task
 
 
 def with_distances(records: list[dict], predictions: Sequence[pd.DataFrame], task: Task) -> list[dict]:
@@ -51,6 +52,34 @@ def _distance(
     return distance
 
 
+def with_mcnemar(records: list[dict], predictions: Sequence[pd.DataFrame]) -> list[dict]:
+    """`records` with a test of whether each is right as often as the model that it is compared with.
+
+    That is the first fine-tuned or merged one, or the first of all where there is none. Every record behind it gets
+    "mcnemar": {"against": its method, "p": {split: p-value of McNemar's exact test (1947)}}. Splits whose rows do not
+    say whether they are `correct` have none. predictions: as in `with_distances`.
+    """
+    names = [record["method"] for record in records]
+    at = next((i for i, name in enumerate(names) if name.split(" (")[0] in ("fine-tuned", "merged")), 0)
+    found = list(records)
+    for i in range(at + 1, len(records)):
+        if p := _p_values(predictions[at], predictions[i]):
+            found[i] = {**records[i], "mcnemar": {"against": names[at], "p": p}}
+    return found
+
+
+def _p_values(first: pd.DataFrame, second: pd.DataFrame) -> dict[str, float]:
+    """{split: p-value} of two models' predictions, the same rows in the same order."""
+    if not all("correct" in rows for rows in (first, second)):
+        return {}
+    found = {}
+    for split in dict.fromkeys(first["split"]):
+        own, other = (rows.loc[rows["split"] == split, "correct"] for rows in (first, second))
+        if own.notna().all() and other.notna().all():
+            found[split] = mcnemar(own, other)
+    return found
+
+
 def js_divergence(p: np.ndarray, q: np.ndarray) -> float:
     """Mean over rows of the Jensen-Shannon divergence, in bits, of distributions p and q, both (rows, outcomes).
 
@@ -75,7 +104,7 @@ def make_record(
     model: object,
     settings: EvaluationSettings,
     task: Task,
-    splits: dict[str, Scores],
+    splits: dict[str, Recorded],
     seconds: float,
     training: dict[str, Any] | None = None,
 ) -> dict[str, Any]:

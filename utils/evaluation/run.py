@@ -15,12 +15,13 @@ from utils.data.splits import SPLITS
 from utils.errors import UserError, note_once
 from utils.evaluation.answering import room_for
 from utils.evaluation.scores import joined, probed, score_rows
+from utils.evaluation.statistics import clopper_pearson
 from utils.interventions.base import Template
 from utils.interventions.served import Served
 from utils.models.lengths import check_length, check_tokens, position_limit, vocabulary_size
 from utils.storage.checkpoints import Link
 from utils.tasks.answers import Answers, free_answers, known_answers
-from utils.tasks.base import Frames, Scores, Task
+from utils.tasks.base import Frames, Recorded, Scores, Task
 from utils.tasks.encode import tokenize
 from utils.tasks.rows import Splits
 
@@ -54,11 +55,12 @@ def evaluate_splits(
     settings: EvaluationSettings,
     description: str,
     frozen: pd.DataFrame | None = None,
-) -> tuple[dict[str, Scores], pd.DataFrame]:
+) -> tuple[dict[str, Recorded], pd.DataFrame]:
     """Score every split (at most settings.max_eval_samples rows each); returns (splits, rows).
 
-    splits: {split or slice: the task's `split_scores`; of a split where there is a gate also the share "flagged" and
-    the headline on these rows, "flagged_accuracy"}. Slices:
+    splits: {split or slice: the task's `split_scores`; "accuracy_ci": [low, high], the exact 95 % interval of an
+    accuracy; of a split where there is a gate also the share "flagged" and the headline on these rows,
+    "flagged_accuracy"}. Slices:
     `<retain split>:length_matched` are retain rows with the forget rows' lengths in words. `<split>:names_other` are
     rows that name somebody who is not to be forgotten, where the data has that column. A prompt that reacts to length,
     or to any name, has not learnt whom to forget. `<test split>:not_nested` are the rows that overlap no train row,
@@ -82,9 +84,7 @@ def evaluate_splits(
             scored[split] = joined(frame, results, split)
     if not all(np.isfinite(rows["loss"]).all() for rows in scored.values()):
         raise UserError("the model's loss is not finite on some rows; use --dtype=float32 or another checkpoint")
-    splits = {split: task.split_scores(rows) for split, rows in scored.items()}
-    for part, rows in _slices(scored).items():
-        splits[part] = task.split_scores(rows)
+    splits = {part: _with_interval(task.split_scores(rows)) for part, rows in {**scored, **_slices(scored)}.items()}
     for split, scores in probes.items():
         splits[split] |= scores
     if served.is_gated:
@@ -94,6 +94,16 @@ def evaluate_splits(
             if flags.any():
                 splits[split]["flagged_accuracy"] = task.split_scores(rows[flags])[task.headline]
     return splits, pd.concat(scored.values(), ignore_index=True)
+
+
+def _with_interval(scores: Scores) -> Recorded:
+    """`scores` with "accuracy_ci" behind their accuracy, where they have one."""
+    found: Recorded = {}
+    for name, value in scores.items():
+        found[name] = value
+        if name == "accuracy":
+            found["accuracy_ci"] = list(clopper_pearson(round(value * scores["n"]), int(scores["n"])))
+    return found
 
 
 def check_rows(

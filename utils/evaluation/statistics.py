@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import ArrayLike
-from scipy.stats import beta, binomtest
+from scipy.stats import beta, binomtest, rankdata
 
 LEVEL = 0.95  # of every interval
 DRAWS = 1000  # of a bootstrap
@@ -35,7 +35,9 @@ def mcnemar(first: ArrayLike, second: ArrayLike) -> float:
 
 def auc(members: ArrayLike, others: ArrayLike) -> float:
     """The share of pairs in which the value of `members` (n,) is above that of `others` (m,); equal ones count half."""
-    return float(_wins(members, others).mean())
+    n, m = len(np.asarray(members)), len(np.asarray(others))
+    ranks = rankdata(np.concatenate([members, others]))[:n]  # of pairs there may be too many to hold
+    return float((ranks.sum() - n * (n + 1) / 2) / (n * m))
 
 
 def _wins(members: ArrayLike, others: ArrayLike) -> np.ndarray:

@@ -24,35 +24,43 @@ DISTANCES = [
     "accuracy gap to the retain model, points (forget/retain)",
     "JS to the retain model, bits (train/test forget)",
 ]
+OVERALL = "overall (forgetting/privacy/utility)"
 
 
-def table(records: list[dict]) -> str:
+def table(records: list[dict], ci: bool = False) -> str:
     """The records as a Markdown table, one line each: accuracy / weighted F1 of the four splits, in percent.
 
     Then two shares of the forget rows, in percent: answers that are no label, and rows whose most probable label word
     is their label. Behind the name of a split stands its number of rows. Where a record is of a model with a gate, the
     share of retain rows that it flags follows, and how many of those are still answered rightly. Where all records have
-    it, the distance to the retain model follows.
+    it, the distance to the retain model follows. ci: whether 95 % intervals of the accuracies and the overall score are
+    shown, too, and below the table what `p_values` says.
     """
     task = TASKS[records[0].get("task", Classification.kind)]
-    if task.shown:
-        return _table_of(records, task)
+    text = _table_of(records, task, ci) if task.shown else _label_table(records, ci)
+    return "\n".join([text, *p_values(records)]) if ci else text
+
+
+def _label_table(records: list[dict], ci: bool) -> str:
+    """`table` of rows that are answered with one of a few words."""
     gated = any("flagged" in entry["splits"]["train_retain"] for entry in records)
     header = ["method", *(f"{split} (acc/F1)" for split in SPLITS), *FORGET_SHARES.values()]
     header += FALSE_POSITIVES.values() if gated else []
     distances = all("distance_to_retain_model" in entry for entry in records)
-    lines = [_with_counts(header, records) + DISTANCES * distances]
+    scored = ci and any("overall" in entry for entry in records)
+    lines = [_with_counts(header, records) + DISTANCES * distances + [OVERALL] * scored]
     for entry in records:
         splits = entry["splits"]
-        cells = [f"{100 * splits[s]['accuracy']:.1f} / {100 * splits[s]['f1']:.1f}" for s in SPLITS]
+        cells = [f"{_shown(splits[s], 'accuracy', ci)} / {100 * splits[s]['f1']:.1f}" for s in SPLITS]
         cells += [" / ".join(f"{100 * splits[s][score]:.1f}" for s in FORGET_SPLITS) for score in FORGET_SHARES]
         if gated:
             cells += [" / ".join(_percent(splits[s].get(score)) for s in RETAIN_SPLITS) for score in FALSE_POSITIVES]
-        lines.append([entry["method"], *cells, *(_distance_cells([entry]) if distances else [])])
+        cells += _distance_cells([entry]) if distances else []
+        lines.append([entry["method"], *cells, *([_overall([entry])] if scored else [])])
     return aligned(lines)
 
 
-def _table_of(records: list[dict], task: type[Task]) -> str:
+def _table_of(records: list[dict], task: type[Task], ci: bool) -> str:
     """The same of a `task` that has scores of its own: those that are shown, in percent, for every split; what is said
     of all splits together; distances to the retain model; and what a gate flags of each split."""
     shown = task.shown
@@ -64,15 +72,31 @@ def _table_of(records: list[dict], task: type[Task]) -> str:
     gaps = {f"accuracy_{side}": f"gap of {task.shown[task.headline]}, {side}" for side in ("forget", "retain")}
     header = ["method", *splits, *(gaps.get(name, name.replace("_", " ")) for name in [*summaries, *distances])]
     header += ["flagged, % (" + "/".join(splits) + ")"] * gated
+    scored = ci and any("overall" in entry for entry in records)
+    header += [OVERALL] * scored
     lines = [[f"{cell} n={records[0]['splits'][cell]['n']}" if cell in splits else cell for cell in header]]
     for entry in records:
-        cells = [" / ".join(_percent(entry["splits"][s].get(name)) for name in scores) for s in splits]
+        cells = [" / ".join(_shown(entry["splits"][s], name, ci) for name in scores) for s in splits]
         cells += [_number(entry.get("summary", {}).get(name)) for name in summaries]
         cells += [_number(entry.get("distance_to_retain_model", {}).get(name)) for name in distances]
         if gated:
             cells.append(" / ".join(_percent(entry["splits"][s].get("flagged")) for s in splits))
-        lines.append([entry["method"], *cells])
+        lines.append([entry["method"], *cells, *([_overall([entry])] if scored else [])])
     return f"{aligned(lines)}\nper split, in %: {' / '.join(shown[name] for name in scores)}"
+
+
+def p_values(records: list[dict], splits: Sequence[str] = ("test_retain", "train_forget")) -> list[str]:
+    """A line for each method that was tested against another: McNemar's p-values of `splits`, medians over seeds."""
+    lines = []
+    tested = [entry for entry in records if "mcnemar" in entry]
+    for method in dict.fromkeys(entry["method"] for entry in tested):
+        tests = [entry["mcnemar"] for entry in tested if entry["method"] == method]
+        medians = {s: np.median([test["p"][s] for test in tests]) for s in splits if all(s in t["p"] for t in tests)}
+        if medians:
+            told = ", ".join(f"{split} p = {_number(p)}" for split, p in medians.items())
+            seeds = f", median over {len(tests)} seeds" if len(tests) > 1 else ""
+            lines.append(f"{method} against {tests[0]['against']} (McNemar{seeds}): {told}")
+    return lines
 
 
 def without_reference(records: list[dict]) -> str | None:
@@ -92,6 +116,23 @@ def _number(value: float | None) -> str:
 
 def _percent(share: float | None) -> str:
     return "-" if share is None else f"{100 * share:.1f}"
+
+
+def _overall(entries: list[dict]) -> str:
+    """The overall score and its three parts, over seeds; empty where there is none."""
+    found = [entry["overall"] for entry in entries if "overall" in entry]
+    if not found:
+        return ""
+    score, *parts = (
+        _mean_and_spread([one[name] for one in found], 2) for name in ("score", "forgetting", "privacy", "utility")
+    )
+    return f"{score} ({' / '.join(parts)})"
+
+
+def _shown(scores: dict, name: str, ci: bool) -> str:
+    """A score of a split in percent, with `ci` an accuracy with its interval; records of earlier versions lack it."""
+    interval = scores.get("accuracy_ci") if ci and name == "accuracy" else None
+    return _percent(scores.get(name)) + (f" [{_percent(interval[0])}, {_percent(interval[1])}]" if interval else "")
 
 
 def _with_counts(header: list[str], records: list[dict]) -> list[str]:
@@ -156,6 +197,18 @@ def comparison_table(records: list[dict]) -> str:
             f"{max(cost['peak_memory_bytes'] for cost in costs) / 2**30:.1f}" if costs else "",
         ])  # fmt: skip
     return aligned(lines)
+
+
+def comparison(records: list[dict]) -> str:
+    """`comparison_table`, and below it the number of seeds where there are several, overall scores and McNemar's
+    p-values."""
+    seeds = len({entry["seed"] for entry in records})
+    said = [f"mean ± standard deviation over {seeds} seeds"] if seeds > 1 else []
+    methods = dict.fromkeys(entry["method"] for entry in records if "overall" in entry)
+    for method in methods:
+        said.append(f"{method}, {OVERALL}: {_overall([entry for entry in records if entry['method'] == method])}")
+    lines = [*said, *p_values(records, ("test_retain",))]
+    return "\n\n".join([comparison_table(records), *(["\n".join(f"- {line}" for line in lines)] if lines else [])])
 
 
 def gate_table(settings: dict[str, Any]) -> str:

@@ -10,9 +10,11 @@ SPLITS = ("train_retain", "train_forget", "test_retain", "test_forget")
 
 
 class Scores(Open):
-    """Of one split. Of label words: all three; of free answers only how many are exactly right."""
+    """Of one split. Of label words: all three; of free answers only how many are exactly right. Earlier versions lack
+    the interval of the accuracy."""
 
     accuracy: Share
+    accuracy_ci: Annotated[list[Share], Field(min_length=2, max_length=2)] | None = None
     f1: Share | None = None
     out_of_label: Share | None = None
 

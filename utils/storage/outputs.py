@@ -2,10 +2,12 @@
 
 import contextlib
 import functools
+import itertools
 import os
+import re
 import shutil
 from argparse import Namespace
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,6 +26,7 @@ BESIDE = {  # what outputs hold beside the files that a manifest lists
     "strength.png", "gate_roc.png", "README.md", "generation_config.json", "special_tokens_map.json",
     "added_tokens.json", "chat_template.jinja", "vocab.json", "merges.txt", "model.safetensors.index.json", ".DS_Store",
 }  # fmt: skip
+LONGEST_STEM = 150  # characters
 
 
 class Occupied(UserError):
@@ -160,12 +163,28 @@ def written(folder: Path) -> set[str] | None:
     """The relative paths of files that a script wrote into its output `folder`; None if it is not one.
 
     Recognised by content: a manifest of ours, the records and predictions of an evaluation, or a report of an audit.
+    What an evaluation exported bears the names of its records.
     """
     manifest = checkpoints.manifest_at(folder)
     if manifest is not None:
         return set(manifest["files"])
-    evaluated = records_in(folder / "metrics.json") and (folder / "predictions.jsonl").is_file()
-    return set() if evaluated or is_report(folder / "audit.json") else None
+    records = records_in(folder / "metrics.json")
+    if records and (folder / "predictions.jsonl").is_file():
+        stems = exported_stems([str(record["method"]) for record in records])
+        return {f"{stem}_{part}.json" for stem in stems for part in ("EVAL", "SUMMARY")}
+    return set() if is_report(folder / "audit.json") else None
+
+
+def exported_stems(methods: Sequence[str]) -> list[str]:
+    """What the files about each of `methods` begin with: its letters, digits and `.+-`, others as `_`. Names that
+    differ in nothing else, or only in capitals, get a number."""
+    stems: list[str] = []
+    for method in methods:
+        plain = re.sub(r"[^\w.+-]+", "_", method, flags=re.ASCII).strip("._")[:LONGEST_STEM] or "model"
+        names = itertools.chain([plain], (f"{plain}-{i}" for i in itertools.count(2)))
+        taken = {stem.casefold() for stem in stems}
+        stems.append(next(name for name in names if name.casefold() not in taken))
+    return stems
 
 
 def is_report(file: Path) -> bool:

@@ -17,6 +17,7 @@ from utils.errors import UserError
 
 Frames = Mapping[str, pd.DataFrame]
 Scores = dict[str, int | float]
+Recorded = dict[str, int | float | list[float]]  # Scores with "accuracy_ci", as a record holds them
 PLAIN, CHAT = "plain", "chat"
 
 
@@ -153,7 +154,7 @@ class Task(ABC):
     def split_scores(self, rows: pd.DataFrame) -> Scores:
         """The scores of scored rows; shares in [0, 1], loss in nats."""
 
-    def summary(self, splits: Mapping[str, Scores]) -> Scores:
+    def summary(self, splits: Mapping[str, Recorded]) -> Scores:
         """What is said of all splits together."""
         return {}
 

@@ -10,7 +10,7 @@ import pandas as pd
 from utils.data.splits import is_text
 from utils.errors import UserError
 from utils.tasks import metrics
-from utils.tasks.base import CHAT, Asked, Query, Scores, missing, need, refuse_empty
+from utils.tasks.base import CHAT, Asked, Query, Recorded, Scores, missing, need, refuse_empty
 from utils.tasks.free_answers import ANSWERED, AVERAGED, FreeAnswerTask, said_of
 from utils.tasks.listed import listed
 
@@ -108,7 +108,7 @@ class QuestionAnswering(FreeAnswerTask):
                 found["truth_ratio_n"] = len(ratios)
         return found
 
-    def summary(self, splits: Mapping[str, Scores]) -> Scores:
+    def summary(self, splits: Mapping[str, Recorded]) -> Scores:
         """TOFU's model utility, where the three sets that it is about are there."""
         sets = {name: splits.get(split, {}) for name, split in UTILITY_SETS.items()}
         complete = all(score in scores for scores in sets.values() for score in self.shown)
