@@ -3,5 +3,15 @@
 from utils.audit.base import Audit
 from utils.audit.bypass import BYPASS
 from utils.audit.membership import MEMBERSHIP
+from utils.audit.probe import PROBE
+from utils.audit.sampling import SAMPLING
 
-AUDITS: dict[str, Audit] = {audit.name: audit for audit in (MEMBERSHIP, BYPASS)}
+AUDITS: dict[str, Audit] = {
+    audit.name: audit
+    for audit in (
+        MEMBERSHIP,
+        BYPASS,
+        PROBE,
+        SAMPLING,
+    )
+}
