@@ -80,9 +80,9 @@ class Drowning(torch.nn.Module):
         return self.direction.expand_as(states)
 
 
-def case_of(frame, task, **settings):
-    """A case whose four splits are all `frame`."""
-    splits = Splits(dict.fromkeys(SPLITS, frame), task)
+def case_of(frame, task, unseen=None, **settings):
+    """A case whose four splits are all `frame`, but test_forget where there are `unseen` rows."""
+    splits = Splits(dict.fromkeys(SPLITS, frame), task) | ({} if unseen is None else {"test_forget": unseen})
     how = AuditSettings(max_length=200, eval_batch_size=8, **settings)
     return Case(frames=splits, whole=splits, settings=how, model=tiny.ON_CPU)
 
