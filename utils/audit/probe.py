@@ -36,7 +36,7 @@ def measure(subject: Subject, case: Case) -> list[Measure]:
     hits, states = _read(subject, case, layers)
     measures = [] if hits is None else _lens(hits, layers)
     if case.task.words:
-        measures += _linear(states, list(case.frames["train_forget"]["label_text"]), case)
+        measures += _linear(states, list(case.frames["train_forget"]["label_text"]), case, headline=hits is None)
     return measures
 
 
@@ -68,7 +68,7 @@ def _lens(hits: np.ndarray, layers: Sequence[int]) -> list[Measure]:
     return [Measure(name="lens, best layer", sample=Sample(best), headline=True), *rest]
 
 
-def _linear(states: np.ndarray, labels: Sequence[str], case: Case) -> list[Measure]:
+def _linear(states: np.ndarray, labels: Sequence[str], case: Case, headline: bool) -> list[Measure]:
     """Measures of a linear probe on `states` (L, n, d) of rows with these `labels`."""
     counts = Counter(labels)
     if len(counts) < 2 or min(counts.values()) < 2:
@@ -78,7 +78,7 @@ def _linear(states: np.ndarray, labels: Sequence[str], case: Case) -> list[Measu
     best = int(np.argmax([row.mean() for row in hits]))
     shuffled = probe_hits(states[best], labels, case.settings.seed, SHUFFLES)
     return [
-        Measure(name="linear probe, best layer", sample=Sample(hits[best])),
+        Measure(name="linear probe, best layer", sample=Sample(hits[best]), headline=headline),
         Measure(name="linear probe, shuffled labels", sample=Sample(shuffled), compared=False),
     ]
 

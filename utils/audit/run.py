@@ -121,8 +121,8 @@ def _report(
     }
     if not retain:
         case.note(
-            "No retain model (qlora.py --exclude_forget) is among --model_checkpoints, so most numbers have nothing to "
-            "be compared with."
+            "No retain model (qlora.py --exclude_forget) is among --model_checkpoints, or several are, so most numbers "
+            "have nothing to be compared with."
         )
     entries, leakage = [], {}
     for subject, audit, measures, seconds in found:

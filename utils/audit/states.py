@@ -30,7 +30,7 @@ def hidden_states(
     """The states (L, N, d) after `layers` at the positions that predict the examples' N completion tokens, and the
     logits (L, N, |V|) that the model's own end makes of them, under the intervention `number`.
 
-    A fixed answer is not looked at: the model is never asked there. See `states_of`.
+    Behind a fixed answer they are the frozen model's, which whoever reads hidden states can read as well.
     """
     intervention, model = served.acting(number), served.model
     batch = collate(examples, served.pad_id, model.device)
@@ -44,11 +44,9 @@ def states_of(
 ) -> Iterator[tuple[int, Example, torch.Tensor, torch.Tensor]]:
     """For each row of `frame`, in any order: its number, its example, its states (L, m, d) and logits (L, m, |V|).
 
-    first: only at the first token of its true answer, so that m = 1; else at all of them. Whoever reads hidden states
-    can read those behind a fixed answer, too: they are the frozen model's.
+    first: only at the first token of its true answer, so that m = 1; else at all of them.
     """
-    decided, _ = served.decide(list(frame["text"]))
-    acting = [None if served.acting(number).fixed_answer is not None else number for number in decided]
+    acting, _ = served.decide(list(frame["text"]))
     examples = tokenized(served, frame, list(frame["label_text"]), known, settings.max_length, acting)
     if first:
         examples = [replace(example, completion=example.completion[:1]) for example in examples]
