@@ -24,6 +24,7 @@ def audit(args: Namespace, frames: Splits, name: str) -> None:
         found = run.audit_checkpoints(asked, audits, frames, model, settings)
         with output.new_folder() as folder:
             files.write_json(folder / "audit.json", found)
-            report.draw_audit(found, path=folder / "audit.png")
+            if any(entry["headline"] for entry in found["audits"]):
+                report.draw_audit(found, path=folder / "audit.png")
     print(report.audit_table(found, args.every_measure))
     print(f"wrote {output}")

@@ -24,6 +24,7 @@ from utils.audit.tokens import token_statistics
 from utils.evaluation.statistics import Sample
 
 SHARES = (0.2, 0.4)
+PRIVACY = ("membership", "AUC, min-k 0.4")  # audit and measure of which MUSE's privacy leakage is told
 
 
 def attack_scores(tokens: list[np.ndarray], frame: pd.DataFrame, by_text: bool) -> dict[str, np.ndarray]:

@@ -1,3 +1,10 @@
 """The names of the audits, apart from their code: the command line needs them before anything heavy is imported."""
 
-AUDIT_NAMES = ("membership", "bypass", "evasion", "inversion")
+AUDIT_NAMES = (
+    "membership",
+    "bypass",
+    "evasion",
+    "inversion",
+    "probe",
+    "sampling",
+)

@@ -5,9 +5,12 @@ from dataclasses import replace
 from time import perf_counter
 from typing import Any
 
+import numpy as np
+
 from utils import distributed
 from utils.audit.audits import AUDITS
-from utils.audit.base import NO_GATE, NONE, OFF, ON, Audit, AuditSettings, Case, Measure, Subject
+from utils.audit.base import NO_GATE, NONE, ON, Audit, AuditSettings, Case, Measure, Subject
+from utils.audit.membership import PRIVACY, privacy_leakage
 from utils.audit.shadows import check_shadows
 from utils.data.select import sample_rows
 from utils.errors import UserError
@@ -19,6 +22,7 @@ from utils.evaluation.tables import aligned
 from utils.interventions.served import LOADERS, Served, load_served
 from utils.models.base import ModelSettings
 from utils.models.chain import resolve_chain
+from utils.storage.checkpoints import Link
 from utils.tasks.rows import Splits, refuse_other_form
 from utils.unlearning.flags import listed_people
 
@@ -39,7 +43,8 @@ def audit_checkpoints(
     """The report of `audits` on all checkpoints, as audit.json holds it.
 
     Of each checkpoint with a wrapper the frozen model alone is audited, too: once, however many wrappers stand in front
-    of it. Raises UserError where checkpoints, rows or shadow models do not go together.
+    of it, and not where it is one of the checkpoints itself. Raises UserError where checkpoints, rows or shadow models
+    do not go together, and where a model gives numbers that are not finite.
     """
     if distributed.world_size() > 1:
         raise UserError("--audit runs in one process; start it with python, not accelerate launch")
@@ -51,15 +56,31 @@ def audit_checkpoints(
     for chain in chains:
         refuse_other_form(chain[-1].manifest, whole.task, chain[-1].name)
     found: list[tuple[Subject, Audit, list[Measure], float]] = []
+    done = {frozen_model(chain) for chain in chains if chain[-1].kind not in LOADERS}
     for method, name in zip(method_names(chains), names):
-        for subject in _subjects(method, name, asked, case, {s.frozen for s, *_ in found if s.wrapper in (OFF, NONE)}):
+        for subject in _subjects(method, name, asked, case, done):
+            done.add(subject.frozen)
             for audit in audits:
                 if subject.wrapper == NO_GATE and audit.name != "bypass":
                     continue
                 start = perf_counter()
                 measures = audit.measure(subject, case)
+                _refuse_infinite(measures, audit, subject)
                 found.append((replace(subject, served=None), audit, measures, perf_counter() - start))
     return _report(found, case, settings)
+
+
+def frozen_model(chain: Sequence[Link]) -> tuple[str, ...]:
+    """What tells the frozen model of `chain` from others: the hashes of all links that are no wrapper."""
+    return tuple(link.sha256 for link in chain if link.kind not in LOADERS)
+
+
+def _refuse_infinite(measures: Sequence[Measure], audit: Audit, subject: Subject) -> None:
+    samples = [part for measure in measures for part in (measure.sample.values, measure.sample.others)]
+    if not all(np.isfinite(part).all() for part in samples if part is not None):
+        raise UserError(
+            f"{audit.name} finds numbers that are not finite in {subject.name}; use --dtype=float32 or leave it out"
+        )
 
 
 def make_case(whole: Splits, model: ModelSettings, settings: AuditSettings) -> Case:
@@ -78,7 +99,7 @@ def _subjects(
     gate."""
     served = load_served(name, case.model, asked.parent_path, case.settings.max_length)
     check_model(served, case.frames, case.settings.max_length)
-    frozen = tuple(link.sha256 for link in served.chain if link.kind not in LOADERS)
+    frozen = frozen_model(served.chain)
     wrapper = ON if served.interventions else NONE
     subject = Subject(method=method, checkpoint=str(name), wrapper=wrapper, served=served, frozen=frozen)
     if wrapper == ON and frozen not in done:
@@ -100,18 +121,25 @@ def _report(
     }
     if not retain:
         case.note(
-            "No retain model (qlora.py --exclude_forget) is among --model_checkpoints, so most numbers have nothing to "
-            "be compared with."
+            "No retain model (qlora.py --exclude_forget) is among --model_checkpoints, or several are, so most numbers "
+            "have nothing to be compared with."
         )
-    entries = []
+    entries, leakage = [], {}
     for subject, audit, measures, seconds in found:
         for measure in measures:
             reference = retain.get((audit.name, measure.name)) if subject.method != "retain model" else None
-            entries.append({
+            entry = {
                 "audit": audit.name, "measure": measure.name, "headline": measure.headline, "method": subject.method,
                 "checkpoint": subject.checkpoint, "wrapper": subject.wrapper,
                 **_estimate(measure, reference, settings.seed), "seconds": seconds,
-            })  # fmt: skip
+            }  # fmt: skip
+            if reference is not None and (audit.name, measure.name) == PRIVACY:
+                leakage[subject.name] = privacy_leakage(measure.sample.value(), reference.sample.value())
+                entry["privacy_leakage"] = leakage[subject.name]
+            entries.append(entry)
+    if leakage:
+        said = ", ".join(f"{name} {value:+.1f}" for name, value in leakage.items())
+        case.note(f"Privacy leakage (MUSE; percent; below 0: too little was unlearnt, above 0: too much): {said}.")
     return {
         "version": VERSION, "level": LEVEL, "draws": DRAWS, "seed": settings.seed, "dataset": settings.dataset,
         "rows": {split: len(frame) for split, frame in case.frames.items()},
@@ -143,8 +171,7 @@ def estimate(
     subjects, by the time that some rows take on the first checkpoint."""
     case, name = make_case(whole, model, settings), asked.model_checkpoints[0]
     chains = [resolve_chain(path, model.trust_remote_code, asked.parent_path) for path in asked.model_checkpoints]
-    frozen = {tuple(link.sha256 for link in chain if link.kind not in LOADERS) for chain in chains}
-    n_subjects = len({*frozen, *(tuple(link.sha256 for link in chain) for chain in chains)})
+    n_subjects = len({*map(frozen_model, chains), *(tuple(link.sha256 for link in chain) for chain in chains)})
     served = load_served(name, model, asked.parent_path, settings.max_length)
     check_model(served, case.frames, settings.max_length)
     row, trained, token = seconds_a_row(served.plain, case)

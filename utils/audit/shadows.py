@@ -25,15 +25,26 @@ LEAST_SPREAD = 1e-3  # where all shadow models are equally sure of every row
 def likelihood_ratios(log_p: Mapping[str, np.ndarray], case: Case) -> dict[str, np.ndarray]:
     """{split: (n,) log likelihood ratios} of the forget rows of `case`, higher for rows that look trained on.
 
-    log_p: for each of these splits the audited model's mean log-probability of a token of the answer, (n,).
+    log_p: for each of these splits the audited model's mean log-probability of a token of the answer, (n,). A row that
+    stands in the data twice may have been in the training of every shadow model. It gets 0, which says nothing.
     """
     found = {}
     for split, (inside, confidence) in _shadows(case).items():
-        means = [np.array([row[mask].mean() for row, mask in zip(confidence.T, m.T)]) for m in (inside, ~inside)]
-        spreads = [max(LEAST_SPREAD, _spread(confidence, m, mean)) for m, mean in zip((inside, ~inside), means)]
-        own = confidence_of(log_p[split])
-        found[split] = norm.logpdf(own, means[0], spreads[0]) - norm.logpdf(own, means[1], spreads[1])
+        told = (inside.any(0) & ~inside.all(0)).nonzero()[0]
+        found[split] = np.zeros(inside.shape[1])
+        if len(told):
+            own = confidence_of(log_p[split][told])
+            found[split][told] = _ratios(own, inside[:, told], confidence[:, told])
     return found
+
+
+def _ratios(own: np.ndarray, inside: np.ndarray, confidence: np.ndarray) -> np.ndarray:
+    """(n,) log likelihood ratios of confidences `own` (n,), by those of K shadow models, (K, n), of which every row has
+    one that was trained on it and one that was not."""
+    masks = inside, ~inside
+    means = [np.where(mask, confidence, 0).sum(0) / mask.sum(0) for mask in masks]
+    spreads = [max(LEAST_SPREAD, _spread(confidence, mask, mean)) for mask, mean in zip(masks, means)]
+    return norm.logpdf(own, means[0], spreads[0]) - norm.logpdf(own, means[1], spreads[1])
 
 
 def confidence_of(log_p: np.ndarray) -> np.ndarray:

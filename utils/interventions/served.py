@@ -139,15 +139,22 @@ class Served:
         return found
 
     def generate(
-        self, examples: Sequence[Example], number: int | None, end: int, max_new_tokens: int
+        self,
+        examples: Sequence[Example],
+        number: int | None,
+        end: int,
+        max_new_tokens: int,
+        temperature: float = 0.0,
+        seed: int = 0,
     ) -> list[tuple[tuple[int, ...], float]]:
-        """The greedy continuation of each example's prompt under the intervention `number`: (tokens up to and with
-        `end`, their log-probability in nats)."""
+        """The continuation of each example's prompt under the intervention `number`: (tokens up to and with `end`,
+        their log-probability in nats). temperature: 0 is greedy; above it tokens are drawn, by `seed`."""
         intervention, model = self.acting(number), self.model
         if (fixed := intervention.fixed_answer) is not None:
             return [(fixed, 0.0)] * len(examples)
         prefix, applied = intervention.prefix(model), partial(intervention.applied, model)
-        return generate(model, examples, self.pad_id, (end,), max_new_tokens, prefix, applied)
+        how = prefix, applied, temperature, seed
+        return generate(model, examples, self.pad_id, (end,), max_new_tokens, *how)
 
 
 def _parts(examples: Sequence[Example]) -> Iterator[list[Example]]:

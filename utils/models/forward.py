@@ -11,8 +11,9 @@ keys of every layer are kept. So the mask decides as it does without a cache.
 
 import inspect
 import weakref
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 
 import torch
 from torch._subclasses import FakeTensor
@@ -23,7 +24,7 @@ from transformers.cache_utils import Cache, DynamicLayer
 from utils.data.batch import Batch, Example, collate
 from utils.errors import UserError, first_line, is_out_of_memory, note_once
 from utils.models.attention import GROUPED, SOFTMAX_LANES
-from utils.models.layers import decoder_of
+from utils.models.layers import decoder_layers, decoder_of, record_activations
 
 # Virtual tokens (p, d), or what `prompt_prefix` made of them: keys and values of every layer, (1, heads, p, width).
 Prefix = torch.Tensor | list[tuple[torch.Tensor, torch.Tensor]]
@@ -66,6 +67,39 @@ def completion_states(model: torch.nn.Module, batch: Batch, prompt: Prefix | Non
 def completion_hidden(model: torch.nn.Module, batch: Batch) -> torch.Tensor:
     """`completion_states` without a prompt and without a gradient."""
     return completion_states(model, batch)
+
+
+@torch.no_grad()
+def layer_logits(
+    model: torch.nn.Module, batch: Batch, layers: Sequence[int], prompt: Prefix | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """What stands at the positions that predict a completion token after each of `layers`, (L, N, d), and what the
+    model's own end makes of it, (L, N, |V|), both float32 (logit lens, nostalgebraist 2020).
+
+    layers: their numbers, the first one is 1. batch, prompt: as `completion_logits` takes them.
+
+    It takes one pass. Behind the last layer the states of all `layers` go on as further rows. So the final norm, a
+    projection, the head and soft caps act on each of them as they do on the last one.
+    """
+    modules, size = decoder_layers(model), len(batch.input_ids)
+    rows = torch.cat([batch.rows + i * size for i in range(len(layers))])
+    wide, states = replace(batch, rows=rows, positions=batch.positions.repeat(len(layers))), []
+
+    def stack(_: torch.nn.Module, inputs: tuple, output: torch.Tensor | tuple) -> torch.Tensor | tuple:
+        hidden = output if isinstance(output, torch.Tensor) else output[0]
+        kept = [seen["activations"].to(hidden.device) for seen in before] + [hidden]
+        chosen = torch.cat([kept[numbers.index(number)] for number in layers])
+        states.append(chosen[wide.rows.to(hidden.device), wide.positions.to(hidden.device) + gathered["offset"]])
+        return chosen if isinstance(output, torch.Tensor) else (chosen, *output[1:])
+
+    numbers = [*(number for number in sorted(set(layers)) if number < len(modules)), len(modules)]
+    with ExitStack() as open_hooks:
+        before = [open_hooks.enter_context(record_activations(modules[number - 1])) for number in numbers[:-1]]
+        handle = modules[-1].register_forward_hook(stack)
+        open_hooks.callback(handle.remove)
+        gathered = open_hooks.enter_context(_gather_before_head(model, wide))
+        logits = _run(model, batch, prompt, gathered).float()
+    return states[0].float().unflatten(0, (len(layers), -1)), logits.unflatten(0, (len(layers), -1))
 
 
 def prompt_prefix(model: torch.nn.Module, prompt: torch.Tensor) -> Prefix:

@@ -115,5 +115,6 @@ def decoder_layers(model: torch.nn.Module) -> torch.nn.ModuleList:
     lists = (m for m in model.modules() if isinstance(m, torch.nn.ModuleList) and len(m) == n)
     layers = next(lists, None)
     if layers is None:
-        raise UserError(f"{model.config.model_type} has no list of its {n} layers, which rmu needs; use another method")
+        kind = model.config.model_type
+        raise UserError(f"{kind} has no list of its {n} layers, which rmu and --audit probe need; use another method")
     return layers
