@@ -1,3 +1,9 @@
 """The names of the audits, apart from their code: the command line needs them before anything heavy is imported."""
 
-AUDIT_NAMES = ("membership", "bypass")
+AUDIT_NAMES = (
+    "membership",
+    "bypass",
+    "relearning",
+    "quantisation",
+    "soft-attack",
+)
