@@ -1,4 +1,4 @@
-"""Relearning, quantisation, soft attack: models that hide what they know, models that never knew it, and restoration."""
+"""Relearning, quantisation, soft attack: models that hide what they know, ones that never knew it, restoration."""
 
 import copy
 import json
@@ -227,16 +227,18 @@ def test_it_trains_through_the_prompt(tokenizer, frames, retain, monkeypatch):
 
 def test_rows_that_a_gate_lets_through_are_asked_anew(tokenizer, frames, retain):
     """What the frozen model said before the attack, or after another one, is not taken for them."""
-    case = make_case(frames, attack_steps=5, attack_lr=1e-2)
+    case, frame = make_case(frames, attack_steps=3, attack_lr=1e-2), frames["train_forget"]
     plain = subject(copy.deepcopy(retain), tokenizer, "retain model")
-    some, rest, kept = relearning.rows_of(case)
-    case.knowledge(plain, "train_forget, rest", rest)
     gate = Gate(Word("nowhere"), 0.5)
     gated = replace(plain, wrapper=ON, served=plain.served.using(replace(broken_prompt(), gate=gate)))
-    expected = relearning.measure(plain, make_case(frames, attack_steps=5, attack_lr=1e-2))
-    assert values(relearning.measure(gated, case)) == values(expected)
-    assert values(expected) != dict.fromkeys(values(expected), knows(plain, case))
-    assert {frozen for frozen, _ in case._plain if len(frozen) > 1} == set()  # a gated subject has no frozen results
+    before = case.scored(plain, "rows", frame)["loss"]
+    with relearning.relearnt(plain, frame, case, "rows") as now:
+        expected = case.scored(now, "rows", frame)["loss"]
+    with relearning.relearnt(gated, frame.head(8), case, "rows") as now:
+        found = case.scored(now, "rows", frame)["loss"]
+        fresh = case.scored(replace(now, frozen=("never asked",)), "rows", frame)["loss"]
+    assert found.equals(fresh)
+    assert not np.allclose(expected, before) and not np.allclose(found, before) and not np.allclose(found, expected)
 
 
 def test_a_fixed_answer_stays_and_its_rows_are_trained_on_as_the_model_alone_is_asked(tokenizer, frames, retain):
