@@ -6,7 +6,10 @@ from utils.audit.evasion import EVASION
 from utils.audit.inversion import INVERSION
 from utils.audit.membership import MEMBERSHIP
 from utils.audit.probe import PROBE
+from utils.audit.quantisation import QUANTISATION
+from utils.audit.relearning import RELEARNING
 from utils.audit.sampling import SAMPLING
+from utils.audit.soft_attack import SOFT_ATTACK
 
 AUDITS: dict[str, Audit] = {
     audit.name: audit
@@ -15,7 +18,10 @@ AUDITS: dict[str, Audit] = {
         BYPASS,
         EVASION,
         INVERSION,
+        RELEARNING,
+        QUANTISATION,
         PROBE,
         SAMPLING,
+        SOFT_ATTACK,
     )
 }

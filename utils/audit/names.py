@@ -5,6 +5,9 @@ AUDIT_NAMES = (
     "bypass",
     "evasion",
     "inversion",
+    "relearning",
+    "quantisation",
     "probe",
     "sampling",
+    "soft-attack",
 )

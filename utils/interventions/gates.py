@@ -3,7 +3,8 @@
 import json
 import math
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
@@ -113,6 +114,10 @@ class Gate:
         to them.
         """
         return _log_odds(probabilities) - _log_odds(self.threshold)
+
+    def anew(self) -> "Gate":
+        """The same gate, which classifies every text again."""
+        return Gate(self.classifier, self.threshold)
 
     def probabilities(self, texts: Sequence[str]) -> np.ndarray:
         """(n,) in [0, 1]."""
@@ -442,6 +447,19 @@ def _log_odds(probabilities: np.ndarray | float) -> np.ndarray:
 
 def _logistic(x: np.ndarray) -> np.ndarray:
     return 1 / (1 + np.exp(-np.asarray(x, dtype=np.float64)))
+
+
+@contextmanager
+def states_anew(model: torch.nn.Module) -> Iterator[None]:
+    """While open, `features` reads the hidden states of `model` again, since its weights have changed. Afterwards those
+    from before count."""
+    from utils.models.layers import decoder_of
+
+    kept = _STATES.pop(decoder_of(model), {})
+    try:
+        yield
+    finally:
+        _STATES[decoder_of(model)] = kept
 
 
 @torch.inference_mode()

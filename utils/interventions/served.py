@@ -131,7 +131,7 @@ class Served:
     def token_scores(self, examples: Sequence[Example], number: int | None) -> list[Asked]:
         """What the model says about each example's completion under the intervention `number`."""
         found = []
-        for part in _parts(examples):
+        for part in in_parts(examples):
             for example, logits in zip(part, self.logits(part, number)):
                 targets = torch.tensor(example.completion, device=logits.device)
                 log_p = -torch.nn.functional.cross_entropy(logits, targets, reduction="none")
@@ -157,7 +157,7 @@ class Served:
         return generate(model, examples, self.pad_id, (end,), max_new_tokens, *how)
 
 
-def _parts(examples: Sequence[Example]) -> Iterator[list[Example]]:
+def in_parts(examples: Sequence[Example]) -> Iterator[list[Example]]:
     """`examples` in order, in groups of at most LOGITS completion tokens; an example alone may have more."""
     part, size = [], 0
     for example in examples:
