@@ -117,7 +117,7 @@ shadows: $(SHADOWS:=/manifest.json)
 # Prompts without a gate that are told the names in their first words, or told nothing of them; ECO behind the demo's
 # gate, as strong as it takes to look like the retain model; two methods that change weights.
 $(GATED)-names/manifest.json $(GATED)-no-names/manifest.json: $(TUNED)/manifest.json
-	$(PY) spul.py $(ROWS) $(SILENT) $(LOSS) --settings=$(SETTINGS)/unlearn.txt --max_steps=100 $(SPUL_FLAGS) \
+	$(PY) spul.py $(ROWS) $(SILENT) $(LOSS) --settings=$(SETTINGS)/unlearn.txt --max_steps=60 $(SPUL_FLAGS) \
 		--init_text="$(if $(filter %-no-names,$(@D)),$(ELSEWHERE),$(INSTRUCTION))" --model_checkpoints=$(TUNED) \
 		--output_path=$(@D) $(call resume,$(@D))
 
