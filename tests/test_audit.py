@@ -452,10 +452,22 @@ def test_an_audit_from_the_command_line(place, tiny_model, small_data, tmp_path)
 def test_a_dry_run_says_minutes_and_writes_nothing(tiny_model, small_data, tmp_path):
     flags = "--model_checkpoints", str(tiny_model), "--audit", "all", "--dry_run"
     said = done(inference(tmp_path, small_data, *flags)).stdout.splitlines()
-    assert "minutes for 1 models" in said[0] and "tokens drawn" in said[0]
+    assert "minutes for 1 model " in said[0] and "tokens drawn" in said[0]
     assert [line.split("|")[1].strip() for line in said[2:]] == list(AUDIT_NAMES)
     assert all(float(line.split("|")[-2]) >= 0 for line in said[2:])
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("flag", "sentence"),
+    [
+        ("--samples=3", "--samples is for --audit sampling; name one of them"),
+        ("--attack_steps=3", "--attack_steps is for --audit relearning and soft-attack; name one of them"),
+    ],
+)
+def test_a_setting_that_no_chosen_audit_reads_is_refused(tiny_model, small_data, tmp_path, flag, sentence):
+    asked = "--model_checkpoints", str(tiny_model), "--audit", "bypass", flag
+    refused(tmp_path, sentence, "inference_spul", f"--dataset={small_data}", *scripts.ROWS, *asked)
 
 
 @pytest.mark.parametrize(

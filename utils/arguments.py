@@ -241,7 +241,7 @@ def add_audit_arguments(parser: cli.ArgumentParser, names: Sequence[str]) -> Non
         "--samples", type=cli.positive_int, default=32, help="--audit sampling: answers drawn for each question"
     )
     group.add_argument(
-        "--shadows", type=cli.path, nargs="+", default=[], metavar="PATH",
+        "--shadows", type=cli.path, nargs="+", default=(), metavar="PATH",
         help="--audit membership: shadow models of qlora.py --shadow=N, in pairs",
     )  # fmt: skip
 

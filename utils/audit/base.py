@@ -90,13 +90,14 @@ class Passes:
 @dataclass(frozen=True, kw_only=True)
 class Audit:
     """name: as --audit takes it. asks: its question, in a sentence. measure: function(subject, case) -> measures; none
-    where it has nothing to say of such a subject. passes: what it costs on one subject. dear: it runs only where it is
-    named."""
+    where it has nothing to say of such a subject. passes: what it costs on one subject. reads: the settings that are
+    for it alone, or for it and a few others. dear: it runs only where it is named."""
 
     name: str
     asks: str
     measure: "Callable[[Subject, Case], list[Measure]]"
     passes: "Callable[[Case], Passes]"
+    reads: tuple[str, ...] = ()
     dear: bool = False
 
 

@@ -1,10 +1,13 @@
 """`inference_spul.py --audit`: from the command line to the report."""
 
 from argparse import Namespace
+from collections.abc import Sequence
 
 from utils import cli, job
 from utils.audit import report, run
-from utils.audit.base import AuditSettings
+from utils.audit.audits import AUDITS
+from utils.audit.base import Audit, AuditSettings
+from utils.errors import UserError
 from utils.evaluation.evaluate import CheckpointSettings
 from utils.storage import files, outputs
 from utils.tasks.rows import Splits
@@ -17,6 +20,7 @@ def audit(args: Namespace, frames: Splits, name: str) -> None:
     """
     model, settings = job.settings_of(args).model, cli.take(AuditSettings, args)
     asked, audits = cli.take(CheckpointSettings, args), run.chosen_audits(args.audit)
+    refuse_unread(settings, audits)
     if args.dry_run:
         print(run.estimate(asked, audits, frames, model, settings))
         return
@@ -28,3 +32,13 @@ def audit(args: Namespace, frames: Splits, name: str) -> None:
                 report.draw_audit(found, path=folder / "audit.png")
     print(report.audit_table(found, args.every_measure))
     print(f"wrote {output}")
+
+
+def refuse_unread(settings: AuditSettings, audits: Sequence[Audit]) -> None:
+    """Raise UserError on a setting that only audits read which do not run."""
+    plain = AuditSettings()
+    for name in dict.fromkeys(name for audit in AUDITS.values() for name in audit.reads):
+        owners = [audit.name for audit in AUDITS.values() if name in audit.reads]
+        given = getattr(settings, name) != getattr(plain, name)
+        if given and not any(audit.name in owners for audit in audits):
+            raise UserError(f"--{name} is for --audit {' and '.join(owners)}; name one of them, or leave it out")

@@ -75,4 +75,5 @@ MEMBERSHIP = Audit(
     asks="Can rows to forget that were trained on be told from unseen ones?",
     measure=measure,
     passes=lambda case: Passes(forward=len(case.frames["train_forget"]) + len(case.frames["test_forget"])),
+    reads=("shadows",),
 )

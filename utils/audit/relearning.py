@@ -71,5 +71,6 @@ RELEARNING = Audit(
     asks="Do rows to forget come back when an attacker fine-tunes on a few others of them?",
     measure=measure,
     passes=lambda case: Passes(trained=2 * case.settings.attack_steps * BATCH, forward=2 * len(rows_of(case)[1])),
+    reads=("attack_steps", "attack_lr", "attack_share"),
     dear=True,
 )

@@ -175,7 +175,7 @@ def estimate(
     served = load_served(name, model, asked.parent_path, settings.max_length)
     check_model(served, case.frames, settings.max_length)
     row, trained, token = seconds_a_row(served.plain, case)
-    lines = [["audit", "rows", "rows trained on", "tokens drawn", f"minutes for {n_subjects} models"]]
+    lines = [["audit", "rows", "rows trained on", "tokens drawn", f"minutes for {n_subjects} model{'s' * (n_subjects > 1)}"]]
     for audit in audits:
         passes = audit.passes(case)
         seconds = n_subjects * (passes.forward * row + passes.trained * trained + passes.generated * token)

@@ -107,5 +107,6 @@ SAMPLING = Audit(
     asks="Do the answers of the rows to forget come out when a question is asked many times?",
     measure=measure,
     passes=passes,
+    reads=("samples",),
     dear=True,
 )

@@ -89,5 +89,6 @@ SOFT_ATTACK = Audit(
     passes=lambda case: Passes(
         trained=3 * case.settings.attack_steps * BATCH, forward=sum(len(rest) for _, rest in rows_of(case).values())
     ),
+    reads=("attack_steps", "attack_lr"),
     dear=True,
 )
