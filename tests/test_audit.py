@@ -382,6 +382,7 @@ REPORT = {
         entry("SPUL", "AUC, zlib", "on", False, advantage=0.0, advantage_interval=[-0.1, 0.1],
               verdict="as the retain model"),
     ],
+    "over_checkpoints": [],
 }  # fmt: skip
 
 
@@ -399,6 +400,24 @@ def test_the_table_of_a_report():
     every = report.audit_table(REPORT, every=True).splitlines()
     assert every[3].split("|")[1].strip() == "membership: AUC, zlib"
     assert every[3].split("|")[4].strip() == "50.0 (+0.0 [-10.0, +10.0]) ="
+
+
+def test_several_checkpoints_of_a_method_have_means_and_deviations():
+    def seed(name, value, advantage, **more):
+        return entry(name, value=value, advantage=advantage, advantage_interval=[0, 1], verdict="leaks", **more)
+
+    entries = [
+        entry("retain model"),
+        seed("SPUL (a)", 0.5, 0.1, wrapper="on"),
+        seed("SPUL (b)", 0.7, 0.3, wrapper="on"),
+    ]
+    (found,) = run._over_checkpoints(entries)
+    assert (found["method"], found["wrapper"], found["n"], found["headline"]) == ("SPUL", "on", 2, True)
+    values = [found[name] for name in ("value", "value_deviation", "advantage", "advantage_deviation")]
+    assert values == pytest.approx([0.6, 0.02**0.5, 0.2, 0.02**0.5])
+    lines = report.audit_table({**REPORT, "audits": entries, "over_checkpoints": [found]}).splitlines()
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[:3]]
+    assert cells[0][-1] == "SPUL, mean of 2" and cells[2][-1] == "60.0 ± 14.1 (+20.0 ± 14.1)"
 
 
 def test_the_picture_of_a_report(tmp_path, capsys):

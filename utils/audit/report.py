@@ -17,20 +17,21 @@ def audit_table(report: dict[str, Any], every: bool = False) -> str:
     """The report as a Markdown table, one line for each measure that stands for its audit, or for `every` measure.
 
     A cell is the value in percent and, where it is compared, how far it is above the retain-only model's, in points,
-    with the interval of that.
+    with the interval of that. Several checkpoints of one method have a column more: means and standard deviations.
     """
-    entries = [entry for entry in report["audits"] if entry["headline"] or every]
-    subjects, kinds = list(dict.fromkeys(map(_subject, entries))), list(dict.fromkeys(map(_kind, entries)))
-    cells = {(_kind(entry), _subject(entry)): _cell(entry) for entry in entries}
+    shown = [entry for entry in (*report["audits"], *report["over_checkpoints"]) if entry["headline"] or every]
+    subjects, kinds = list(dict.fromkeys(map(_subject, shown))), list(dict.fromkeys(map(_kind, shown)))
+    cells = {(_kind(entry), _subject(entry)): _cell(entry) for entry in shown}
     lines = [["audit", *subjects]]
     lines += [[": ".join(kind), *(cells.get((kind, subject), "") for subject in subjects)] for kind in kinds]
     said = ", ".join(f"{mark} {verdict}" for verdict, mark in MARKS.items())
-    shown = f"percent (points above the retain model [{report['level']:.0%} interval]): {said}"
-    return "\n".join([aligned(lines), shown, *report["notes"]])
+    meaning = f"percent (points above the retain model [{report['level']:.0%} interval]): {said}"
+    return "\n".join([aligned(lines), meaning, *report["notes"]])
 
 
 def _subject(entry: dict[str, Any]) -> str:
-    return entry["method"] if entry["wrapper"] in (ON, NONE) else f"{entry['method']}, {entry['wrapper']}"
+    several = [] if "checkpoint" in entry else [f"mean of {entry['n']}"]
+    return ", ".join([entry["method"], *([] if entry["wrapper"] in (ON, NONE) else [entry["wrapper"]]), *several])
 
 
 def _kind(entry: dict[str, Any]) -> tuple[str, str]:
@@ -39,6 +40,10 @@ def _kind(entry: dict[str, Any]) -> tuple[str, str]:
 
 def _cell(entry: dict[str, Any]) -> str:
     value = f"{100 * entry['value']:.1f}"
+    if "value_deviation" in entry:
+        value += f" ± {100 * entry['value_deviation']:.1f}"
+        gain = "advantage" in entry and f" ({100 * entry['advantage']:+.1f} ± {100 * entry['advantage_deviation']:.1f})"
+        return value + (gain or "")
     if "advantage" not in entry:
         low, high = entry["interval"]
         return f"{value} [{100 * low:.1f}, {100 * high:.1f}]"

@@ -1,6 +1,6 @@
 """`--audit`: every audit on every subject, and what each number says beside that of the retain-only model."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from time import perf_counter
 from typing import Any
@@ -17,7 +17,7 @@ from utils.errors import UserError
 from utils.evaluation.evaluate import CheckpointSettings, check_model
 from utils.evaluation.record import method_names
 from utils.evaluation.run import note_other_rows
-from utils.evaluation.statistics import DRAWS, LEVEL, difference
+from utils.evaluation.statistics import DRAWS, LEVEL, difference, mean_and_spread
 from utils.evaluation.tables import aligned
 from utils.interventions.served import LOADERS, Served, load_served
 from utils.models.base import ModelSettings
@@ -143,8 +143,27 @@ def _report(
     return {
         "version": VERSION, "level": LEVEL, "draws": DRAWS, "seed": settings.seed, "dataset": settings.dataset,
         "rows": {split: len(frame) for split, frame in case.frames.items()},
-        "asks": {audit.name: audit.asks for _, audit, _, _ in found}, "audits": entries, "notes": case.notes,
+        "asks": {audit.name: audit.asks for _, audit, _, _ in found}, "audits": entries,
+        "over_checkpoints": _over_checkpoints(entries), "notes": case.notes,
     }  # fmt: skip
+
+
+def _over_checkpoints(entries: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Of each number that several checkpoints of one method have, several seeds say: how many they are, mean and
+    standard deviation of the values, and of the advantages where there are some."""
+    groups: dict[tuple[str, ...], list[Mapping[str, Any]]] = {}
+    for entry in entries:  # "SPUL (seed1)" and "SPUL (seed2)" are of one method: see `method_names`
+        key = entry["audit"], entry["measure"], entry["method"].split(" (")[0], entry["wrapper"]
+        groups.setdefault(key, []).append(entry)
+    found = []
+    for key, group in groups.items():
+        if len(group) > 1:
+            row = dict(zip(("audit", "measure", "method", "wrapper"), key)) | {"n": len(group)}
+            for name in ("value", "advantage"):
+                if all(name in entry for entry in group):
+                    row[name], row[f"{name}_deviation"] = mean_and_spread([entry[name] for entry in group])
+            found.append({**row, "headline": group[0]["headline"]})
+    return found
 
 
 def _estimate(measure: Measure, reference: Measure | None, seed: int) -> dict[str, Any]:
@@ -175,7 +194,9 @@ def estimate(
     served = load_served(name, model, asked.parent_path, settings.max_length)
     check_model(served, case.frames, settings.max_length)
     row, trained, token = seconds_a_row(served.plain, case)
-    lines = [["audit", "rows", "rows trained on", "tokens drawn", f"minutes for {n_subjects} model{'s' * (n_subjects > 1)}"]]
+    lines = [
+        ["audit", "rows", "rows trained on", "tokens drawn", f"minutes for {n_subjects} model{'s' * (n_subjects > 1)}"]
+    ]
     for audit in audits:
         passes = audit.passes(case)
         seconds = n_subjects * (passes.forward * row + passes.trained * trained + passes.generated * token)

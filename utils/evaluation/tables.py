@@ -7,6 +7,7 @@ import numpy as np
 import pandas as pd
 
 from utils.data.splits import SPLITS
+from utils.evaluation.statistics import mean_and_spread
 from utils.tasks.base import Task
 from utils.tasks.classification import Classification
 from utils.tasks.rows import TASKS
@@ -164,8 +165,8 @@ def _distance_cells(entries: list[dict]) -> list[str]:
 
 def _mean_and_spread(values: Sequence[float], digits: int) -> str:
     """The mean, with the standard deviation (n - 1) behind it where there are several values."""
-    mean = f"{np.mean(values):.{digits}f}"
-    return mean if len(values) == 1 else f"{mean} ± {np.std(values, ddof=1):.{digits}f}"
+    mean, spread = mean_and_spread(values)
+    return f"{mean:.{digits}f}" + (f" ± {spread:.{digits}f}" if len(values) > 1 else "")
 
 
 def comparison_table(records: list[dict]) -> str:
