@@ -3,7 +3,8 @@ r"""Evaluate checkpoints of any kind on the four splits, or answer new text with
 python inference_spul.py --dataset=sst2 --model_checkpoints=[local path to checkpoints] --forget_size=1.0
 
 Several paths after --model_checkpoints give one table; with --together they are unlearning requests that one model
-serves. Writes metrics.json and predictions.jsonl to saved_results/<checkpoint>-<dataset>, or to --output_path.
+serves; with --audit they are attacked instead. Writes metrics.json and predictions.jsonl, or audit.json, to
+saved_results/<checkpoint>-<dataset>, or to --output_path.
 """
 
 import hashlib
