@@ -599,6 +599,7 @@ def test_several_checkpoints_give_one_table(tiny_model, fine_tuned, prompt, smal
     assert rows[0] == "method" and rows[2:] == ["base", "fine-tuned", "SPUL"]
     folder = tmp_path / "saved_results" / "tiny-llama+fine-tuned+prompt-data"
     records = metrics_of(folder)
+    assert [record.pop("mcnemar", {}).get("against") for record in records] == [None, None, "fine-tuned"]
     for record in records:
         check_record(record, SPLITS)
     assert [record["checkpoint"] for record in records] == [str(tiny_model), str(fine_tuned), str(prompt)]
