@@ -8,6 +8,7 @@ import scripts
 import tiny
 from scripts import call, done, metrics_of
 
+from utils.audit.names import AUDIT_NAMES
 from utils.data.splits import SPLITS
 from utils.tasks.rows import TASKS
 
@@ -139,3 +140,15 @@ def test_new_texts_side_by_side(runs):
         assert len(known(f" {short['without prompt']['answer']}")["input_ids"]) < len(
             known(f" {rows[0]['without prompt']['answer']}")["input_ids"]
         )
+
+
+def test_every_audit_knows_every_task(runs):
+    folder, kind, _ = runs
+    asked = "--audit", "all", "--attack_steps=1", "--samples=2", "--output_path=audit"
+    done(call(folder, "inference_spul", "--dataset=data", *scripts.ROWS, *flags_of(kind),
+              "--model_checkpoints", "retain", "gated", *asked))  # fmt: skip
+    found = json.loads((folder / "audit" / "audit.json").read_text())
+    assert list(found["asks"]) == list(AUDIT_NAMES)
+    said = {(entry["audit"], entry["method"], entry["wrapper"]) for entry in found["audits"]}
+    about_all = set(AUDIT_NAMES) - {"inversion"}  # which needs people, whom these rows do not name
+    assert said >= {(name, "SPUL behind a gate", wrapper) for name in about_all for wrapper in ("on", "off")}
