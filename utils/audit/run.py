@@ -6,6 +6,7 @@ from time import perf_counter
 from typing import Any
 
 import numpy as np
+from tqdm import tqdm
 
 from utils import distributed
 from utils.audit.audits import AUDITS
@@ -57,16 +58,19 @@ def audit_checkpoints(
         refuse_other_form(chain[-1].manifest, whole.task, chain[-1].name)
     found: list[tuple[Subject, Audit, list[Measure], float]] = []
     done = {frozen_model(chain) for chain in chains if chain[-1].kind not in LOADERS}
-    for method, name in zip(method_names(chains), names):
-        for subject in _subjects(method, name, asked, case, done):
-            done.add(subject.frozen)
-            for audit in audits:
-                if subject.wrapper == NO_GATE and audit.name != "bypass":
-                    continue
-                start = perf_counter()
-                measures = audit.measure(subject, case)
-                _refuse_infinite(measures, audit, subject)
-                found.append((replace(subject, served=None), audit, measures, perf_counter() - start))
+    with tqdm(desc="audits", unit="audit", dynamic_ncols=True) as progress:
+        for method, name in zip(method_names(chains), names):
+            for subject in _subjects(method, name, asked, case, done):
+                done.add(subject.frozen)
+                for audit in audits:
+                    if subject.wrapper == NO_GATE and audit.name != "bypass":
+                        continue
+                    progress.set_postfix_str(f"{audit.name} of {subject.name}")
+                    start = perf_counter()
+                    measures = audit.measure(subject, case)
+                    _refuse_infinite(measures, audit, subject)
+                    found.append((replace(subject, served=None), audit, measures, perf_counter() - start))
+                    progress.update()
     return _report(found, case, settings)
 
 
