@@ -73,7 +73,7 @@ resume = $(if $(wildcard $(1).training.safetensors),--resume) --overwrite
 AUDITS ?=
 RETAIN := $(TUNED)-retain
 EDITS := npo gradient_ascent_descent
-OTHERS := $(addprefix $(GATED)-,names no-names eco $(EDITS))
+OTHERS := $(addprefix $(GATED)-others/,names no-names eco $(EDITS))
 SHADOWS := $(addprefix $(TUNED)-shadow,0 1 2 3 4 5 6 7)
 
 .PHONY: demo demo-names audit shadows compare bench test test-latest lock lint
@@ -116,17 +116,17 @@ shadows: $(SHADOWS:=/manifest.json)
 
 # Prompts without a gate that are told the names in their first words, or told nothing of them; ECO behind the demo's
 # gate, as strong as it takes to look like the retain model; two methods that change weights.
-$(GATED)-names/manifest.json $(GATED)-no-names/manifest.json: $(TUNED)/manifest.json
+$(GATED)-others/names/manifest.json $(GATED)-others/no-names/manifest.json: $(TUNED)/manifest.json
 	$(PY) spul.py $(ROWS) $(SILENT) $(LOSS) --settings=$(SETTINGS)/unlearn.txt --max_steps=60 $(SPUL_FLAGS) \
-		--init_text="$(if $(filter %-no-names,$(@D)),$(ELSEWHERE),$(INSTRUCTION))" --model_checkpoints=$(TUNED) \
+		--init_text="$(if $(filter %/no-names,$(@D)),$(ELSEWHERE),$(INSTRUCTION))" --model_checkpoints=$(TUNED) \
 		--output_path=$(@D) $(call resume,$(@D))
 
-$(GATED)-eco/manifest.json: $(GATED)/manifest.json $(RETAIN)/manifest.json
+$(GATED)-others/eco/manifest.json: $(GATED)/manifest.json $(RETAIN)/manifest.json
 	$(PY) baselines.py $(ROWS) --unlearn_method=eco --gate=$(GATED) --eco_target=$(RETAIN) $(ECO) --max_eval_samples=0 \
 		--seed=$(SEED) --model_checkpoints=$(TUNED) --output_path=$(@D) --overwrite
 
-$(patsubst %,$(GATED)-%/manifest.json,$(EDITS)): $(TUNED)/manifest.json
-	$(PY) baselines.py $(ROWS) $(SILENT) --unlearn_method=$(patsubst $(GATED)-%,%,$(@D)) --lr=2e-4 --train_batch_size=16 \
+$(patsubst %,$(GATED)-others/%/manifest.json,$(EDITS)): $(TUNED)/manifest.json
+	$(PY) baselines.py $(ROWS) $(SILENT) --unlearn_method=$(notdir $(@D)) --lr=2e-4 --train_batch_size=16 \
 		--forget_per_batch=4 --num_epochs=100 --max_steps=40 --model_checkpoints=$(TUNED) --output_path=$(@D) \
 		$(call resume,$(@D))
 

@@ -110,8 +110,8 @@ def measure(subject: Subject, case: Case) -> list[Measure]:
     if gates:
         found.append(("gate", [log_odds(gates, names) for names in sides]))
     return [
-        Measure(name=f"AUC of forgotten names, {by}", sample=Sample(*scores), neutral=0.5, headline=i == 0)
-        for i, (by, scores) in enumerate(found)
+        Measure(name=f"AUC of forgotten names, {by}", sample=Sample(*scores), neutral=0.5, headline=True)
+        for by, scores in found
     ]
 
 
