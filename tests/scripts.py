@@ -38,10 +38,14 @@ class Result:
 
 def call(cwd, script, *arguments):
     """What `python <script>.py <arguments>` does in folder `cwd`, without the start of a process."""
-    module = importlib.import_module(script)
+    return call_module(cwd, importlib.import_module(script), *arguments)
+
+
+def call_module(cwd, module, *arguments):
+    """The same of a module that is a script."""
     note_once.cache_clear()
     code, out, err = 0, io.StringIO(), io.StringIO()
-    command = [f"{script}.py", *map(str, arguments)]
+    command = [Path(module.__file__).name, *map(str, arguments)]
     streams = contextlib.redirect_stdout(out), contextlib.redirect_stderr(err)
     with mock.patch.object(sys, "argv", command), contextlib.chdir(cwd), streams[0], streams[1]:
         try:

