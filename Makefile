@@ -1,8 +1,8 @@
 # make demo  SPUL behind a gate, on embedded data with a real small model, some minutes on two cores
 # make demo-names  the published way: SPUL alone, told the names in its first words, a quarter of an hour on two cores
 # make compare  SPUL and every baseline on the same rows with the same budget, in one table; an estimated hour on two cores
-# make audit  attacks the demo's checkpoints, its retain model and other methods, one report; AUDITS=all for every audit,
-# an hour or two more; make shadows trains eight shadow models, which make audit then uses
+# make audit  attacks the demo's checkpoints, its retain model and other methods, one report, an estimated hour; AUDITS=all for
+# every audit, an estimated hour more; make shadows trains eight shadow models, which make audit then uses
 # make test  every test; make test-latest with the newest packages allowed; make lock moves requirements.lock
 # make bench speed and memory against the plain path, an estimated forty minutes; BENCH_ARGS="--parts training" does a part
 # make lint  ruff
