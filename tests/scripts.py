@@ -38,14 +38,14 @@ class Result:
 
 def call(cwd, script, *arguments):
     """What `python <script>.py <arguments>` does in folder `cwd`, without the start of a process."""
-    return call_module(cwd, importlib.import_module(script), *arguments)
+    return call_module(cwd, f"{script}.py", importlib.import_module(script), *arguments)
 
 
-def call_module(cwd, module, *arguments):
-    """The same of a module that is a script."""
+def call_module(cwd, name, module, *arguments):
+    """The same of a module that is the script `name`."""
     note_once.cache_clear()
     code, out, err = 0, io.StringIO(), io.StringIO()
-    command = [Path(module.__file__).name, *map(str, arguments)]
+    command = [name, *map(str, arguments)]
     streams = contextlib.redirect_stdout(out), contextlib.redirect_stderr(err)
     with mock.patch.object(sys, "argv", command), contextlib.chdir(cwd), streams[0], streams[1]:
         try:

@@ -28,7 +28,7 @@ def script():
 
 
 def prepare(*arguments):
-    return scripts.call_module(Path.cwd(), script(), *arguments)
+    return scripts.call_module(Path.cwd(), SCRIPT.name, script(), *arguments)
 
 
 def refused(tmp_path, message, *arguments):
