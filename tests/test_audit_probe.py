@@ -9,7 +9,7 @@ import tiny
 import torch
 from scripted import one
 
-from utils.audit.probe import PROBE, measure, probe_hits
+from utils.audit.probe import PROBE, measure
 from utils.audit.states import chosen_layers, hidden_states
 from utils.data.batch import Example
 from utils.errors import note_once
@@ -21,6 +21,7 @@ from utils.interventions.refusal import Refusal
 from utils.interventions.served import Served
 from utils.models import forward
 from utils.tasks.classification import classification
+from utils.tasks.metrics import probe_hits
 
 LENGTHS = [(9, 1), (4, 3), (20, 2)]  # tokens of prompt and completion; the sliding windows are 16 wide
 
@@ -196,11 +197,20 @@ def test_a_linear_probe_finds_what_is_there_and_nothing_else():
     rng = np.random.default_rng(0)
     labels, noise = np.array(["yes", "no"] * 100), rng.normal(size=(200, 6))
     told = np.column_stack([noise, 100 + np.where(labels == "yes", 1.0, -1.0)])
-    assert probe_hits(told, labels, 1).tolist() == [1.0] * 100
-    assert 0.35 < probe_hits(noise, labels, 1).mean() < 0.65
-    shuffled = probe_hits(told, labels, 1, shuffles=5)
+    hits, shuffled = probe_hits(told, labels, 1, standardised=True)
+    assert hits.tolist() == [1.0] * 100
+    assert 0.35 < probe_hits(noise, labels, 1, standardised=True)[0].mean() < 0.65
     assert len(shuffled) == 100 and 0.3 < shuffled.mean() < 0.7
-    assert (probe_hits(told, labels, 1, shuffles=5) == shuffled).all()
+    assert (probe_hits(told, labels, 1, standardised=True)[1] == shuffled).all()
+
+
+def test_a_feature_of_any_size_counts_alike_when_standardised():
+    labels = np.array(["yes", "no"] * 30)
+    rows = np.random.default_rng(3).normal(size=(60, 5)) + np.where(labels == "yes", 0.4, -0.4)[:, None]
+    for wide in (rows * [1, 10, 100, 1000, 10_000], rows + [1, 2, 3, 4, 5]):
+        assert (
+            probe_hits(wide, labels, 2, standardised=True)[0] == probe_hits(rows, labels, 2, standardised=True)[0]
+        ).all()
 
 
 def test_it_costs_one_pass(frame):

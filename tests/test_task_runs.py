@@ -42,7 +42,8 @@ def runs(request, tmp_path_factory, tiny_model):
     kind, folder = request.param, tmp_path_factory.mktemp(request.param)
     asking.save_task(folder / "data", kind)
     how, tuning = flags_of(kind), ("--lr=2e-3", "--num_epochs=3", "--lora_target_modules=all-linear")
-    done(scripts.qlora(folder, tiny_model, "data", *how, *tuning, "--output_path=tuned"))
+    curve = "--eval_steps=2", "--curve_samples=2"
+    done(scripts.qlora(folder, tiny_model, "data", *how, *tuning, *curve, "--output_path=tuned"))
     done(scripts.qlora(folder, tiny_model, "data", *how, *tuning, "--exclude_forget", "--max_eval_samples=0",
                        "--output_path=retain"))  # fmt: skip
     done(scripts.spul(folder, "tuned", "data", *how, "--output_path=prompt"))
@@ -53,6 +54,14 @@ def runs(request, tmp_path_factory, tiny_model):
     result = done(call(folder, "inference_spul", "--dataset=data", *scripts.ROWS, *how, *checkpoints,
                        "--show_examples=1", "--output_path=results"))  # fmt: skip
     return folder, kind, result.stdout
+
+
+def test_the_curve_has_the_name_of_its_score(runs):
+    folder, kind, _ = runs
+    log = [json.loads(line) for line in (folder / "tuned" / "training.jsonl").read_text().splitlines()]
+    measured = [line for line in log if "loss" not in line]
+    assert measured and all(set(line) == {"step", TASKS[kind].compared} for line in measured)
+    assert TASKS[kind].compared != "accuracy" and (folder / "tuned" / "training.png").exists()
 
 
 def names(kind):

@@ -82,7 +82,7 @@ def train(
         chain=[*prepared.served.chain, *prepared.beside],
         warmup=warmup,
         evaluate=evaluate,
-        measured=frames.task.compared.replace("_", " "),
+        measured=frames.task.compared,
         log_path=None if args.dry_run else output.log_path,
         buffers=prepared.buffers,
         after_step=prepared.after_step,

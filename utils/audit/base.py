@@ -2,36 +2,31 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
 from utils.data.names import Person
+from utils.evaluation.run import RowSettings
 from utils.evaluation.scores import score_rows
 from utils.evaluation.statistics import Sample
 from utils.interventions.served import Served
 from utils.models.base import ModelSettings
+from utils.tasks.base import Task
 from utils.tasks.rows import Splits
 
 ON, NO_GATE, OFF, NONE = "on", "without gate", "off", "none"  # what stands between a query and the frozen model
 
 
 @dataclass(frozen=True, kw_only=True)
-class AuditSettings:
+class AuditSettings(RowSettings):
     """How it is audited: the flags of those names.
 
-    max_eval_samples: rows a split, at most. attack_steps, attack_lr, attack_share: of the audits that train; the share
+    attack_steps, attack_lr, attack_share: of the audits that train; the share
     is that of the forget rows which the attacker has. samples: answers that are drawn for each question.
     """
 
-    dataset: str = "sst2"
-    seed: int = 42
-    max_length: int = 1024
-    eval_batch_size: int = 32
-    max_eval_samples: int | None = None
-    rows_seed: int = 42
     forget_only: str | None = None
     attack_steps: int = 20
     attack_lr: float = 1e-3
@@ -124,8 +119,8 @@ class Case:
         if sentence not in self.notes:
             self.notes.append(sentence)
 
-    @cached_property
-    def task(self) -> Any:
+    @property
+    def task(self) -> Task:
         return self.frames.task
 
     def scored(self, subject: Subject, label: str, frame: pd.DataFrame) -> pd.DataFrame:

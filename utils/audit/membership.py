@@ -20,7 +20,7 @@ import pandas as pd
 
 from utils.audit.base import Audit, Case, Measure, Passes, Subject
 from utils.audit.shadows import likelihood_ratios
-from utils.audit.tokens import token_statistics
+from utils.audit.tokens import mean_log_p, token_statistics
 from utils.evaluation.statistics import Sample
 
 SHARES = (0.2, 0.4)
@@ -30,7 +30,7 @@ PRIVACY = ("membership", "AUC, min-k 0.4")  # audit and measure of which MUSE's 
 def attack_scores(tokens: list[np.ndarray], frame: pd.DataFrame, by_text: bool) -> dict[str, np.ndarray]:
     """{attack: (n,) scores of the rows of `frame`}, higher for rows that look trained on. by_text: zlib compresses the
     text, not the answer. tokens: what `token_statistics` gives."""
-    loss = np.array([row[:, 0].mean() for row in tokens])
+    loss = mean_log_p(tokens)
     sizes = [len(zlib.compress(text.encode("utf-8"))) for text in frame["text" if by_text else "label_text"]]
     scores = {"loss": loss, "zlib": loss / np.array(sizes)}
     for share in SHARES:

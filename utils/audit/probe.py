@@ -17,17 +17,12 @@ from collections import Counter
 from collections.abc import Sequence
 
 import numpy as np
-from sklearn.linear_model import LogisticRegression
-from sklearn.model_selection import train_test_split
-from sklearn.pipeline import make_pipeline
-from sklearn.preprocessing import StandardScaler
 
 from utils.audit.base import Audit, Case, Measure, Passes, Subject
 from utils.audit.states import chosen_layers, states_of
 from utils.evaluation.statistics import Sample
+from utils.tasks import metrics
 from utils.tasks.answers import known_answers
-
-SHUFFLES = 5  # fits that the control averages, as utils.tasks.metrics.probe_accuracy
 
 
 def measure(subject: Subject, case: Case) -> list[Measure]:
@@ -74,28 +69,12 @@ def _linear(states: np.ndarray, labels: Sequence[str], case: Case, headline: boo
     if len(counts) < 2 or min(counts.values()) < 2:
         case.note("probe: a linear probe needs two labels or more, each of two rows or more, so it is left out.")
         return []
-    hits = [probe_hits(layer, labels, case.settings.seed) for layer in states]
-    best = int(np.argmax([row.mean() for row in hits]))
-    shuffled = probe_hits(states[best], labels, case.settings.seed, SHUFFLES)
+    found = [metrics.probe_hits(layer, labels, case.settings.seed, standardised=True) for layer in states]
+    hits, shuffled = max(found, key=lambda pair: pair[0].mean())
     return [
-        Measure(name="linear probe, best layer", sample=Sample(hits[best]), headline=headline),
+        Measure(name="linear probe, best layer", sample=Sample(hits), headline=headline),
         Measure(name="linear probe, shuffled labels", sample=Sample(shuffled), compared=False),
     ]
-
-
-def probe_hits(states: np.ndarray, labels: Sequence[str], seed: int, shuffles: int = 0) -> np.ndarray:
-    """Whether a logistic regression on standardised `states` (n, d) tells the labels of rows that it has not seen.
-
-    Half of the rows are fitted, drawn by `seed` with the same shares of every label; the result (m,) is 0 or 1 for
-    each of the others, in the order in which they were drawn. shuffles: instead the mean of so many fits to shuffled
-    labels. C = 1, scikit-learn's default, as in utils.tasks.metrics.probe_accuracy.
-    """
-    truth = np.asarray(labels)
-    fitted, asked = train_test_split(np.arange(len(truth)), test_size=0.5, stratify=truth, random_state=seed)
-    rng = np.random.default_rng(seed)
-    taught = [rng.permutation(truth[fitted]) for _ in range(shuffles)] or [truth[fitted]]
-    probe = make_pipeline(StandardScaler(), LogisticRegression(max_iter=10_000))
-    return np.mean([probe.fit(states[fitted], own).predict(states[asked]) == truth[asked] for own in taught], axis=0)
 
 
 PROBE = Audit(

@@ -169,10 +169,10 @@ def gates_differ(records: list[dict]) -> bool:
 
 @picture
 def draw_curves(log: list[dict], measured: str = "accuracy") -> pyplot.Figure:
-    """The losses over steps, and beside them what was `measured` on the way, if anything was."""
+    """The losses over steps, and beside them the score `measured` on the way, if any was."""
     losses = [line for line in log if "loss" in line]
-    accuracies = [line for line in log if "accuracy" in line]
-    figure, axes = pyplot.subplots(1, 1 + bool(accuracies), figsize=(5 + 5 * bool(accuracies), 3.6), squeeze=False)
+    scores = [line for line in log if measured in line]
+    figure, axes = pyplot.subplots(1, 1 + bool(scores), figsize=(5 + 5 * bool(scores), 3.6), squeeze=False)
     steps = [line["step"] for line in losses]
     names = [key for key in losses[0] if key.startswith("L_")] or ["loss"]
     for style, name in zip(("-", "--", ":", "-."), names):
@@ -187,12 +187,12 @@ def draw_curves(log: list[dict], measured: str = "accuracy") -> pyplot.Figure:
     if all(line[name] >= 0 for line in losses for name in names):  # gradient ascent goes below
         axes[0][0].set_ylim(bottom=0)
     axes[0][0].legend(frameon=False)
-    if accuracies:
-        steps = [line["step"] for line in accuracies]
-        for style, split in zip(("-", "--", "-.", ":"), accuracies[0]["accuracy"]):
-            shares = [100 * line["accuracy"][split] for line in accuracies]
+    if scores:
+        steps = [line["step"] for line in scores]
+        for style, split in zip(("-", "--", "-.", ":"), scores[0][measured]):
+            shares = [100 * line[measured][split] for line in scores]
             axes[0][1].plot(steps, shares, style, label=split, marker="o", markersize=3)
-        axes[0][1].set(xlabel="step", ylabel=f"{measured}, %", ylim=(0, 101))
+        axes[0][1].set(xlabel="step", ylabel=f"{measured.replace('_', ' ')}, %", ylim=(0, 101))
         axes[0][1].legend(frameon=False, ncols=2, loc="lower center", bbox_to_anchor=(0.5, 1.0))  # off the curves
     for panel in axes[0]:
         panel.xaxis.set_major_locator(MaxNLocator(integer=True))

@@ -58,7 +58,7 @@ def finish(
         if log:
             lines = "".join(json.dumps(line) + "\n" for line in log)
             (folder / "training.jsonl").write_text(lines, encoding="utf-8")
-            figures.draw_curves(log, task.compared.replace("_", " "), path=folder / "training.png")
+            figures.draw_curves(log, task.compared, path=folder / "training.png")
     if records:
         print(tables.table(records))
     print(f"wrote {output}")

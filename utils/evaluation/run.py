@@ -27,19 +27,26 @@ from utils.tasks.rows import Splits
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvaluationSettings:
-    """What is evaluated and how: the flags of those names.
-
-    dataset, seed, validation_share and final change no score; they are what a record says of its run.
-    """
+class RowSettings:
+    """Which rows are looked at and how they are read: the flags of those names. max_eval_samples: of a split, at most;
+    drawn by rows_seed."""
 
     dataset: str = "sst2"
     seed: int = 42
     max_length: int = 1024
     eval_batch_size: int = 32
     max_eval_samples: int | None = None
-    curve_samples: int = 200
     rows_seed: int = 42
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluationSettings(RowSettings):
+    """What is evaluated and how: the flags of those names.
+
+    dataset, seed, validation_share and final change no score; they are what a record says of its run.
+    """
+
+    curve_samples: int = 200
     validation_share: float | None = None
     final: bool = False
     probe: bool = False

@@ -5,7 +5,8 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import ArrayLike
-from scipy.stats import beta, binomtest, rankdata
+from scipy.stats import binomtest
+from sklearn.metrics import roc_auc_score
 
 LEVEL = 0.95  # of every interval
 DRAWS = 1000  # of a bootstrap
@@ -16,10 +17,8 @@ Interval = tuple[float, float]
 def clopper_pearson(hits: int, n: int, level: float = LEVEL) -> Interval:
     """The exact interval of a rate, `hits` of `n` rows (Clopper and Pearson 1934). It holds the true rate in at least
     `level` of all samples, also where no row or every row is a hit."""
-    tail = (1 - level) / 2
-    low = beta.ppf(tail, hits, n - hits + 1) if hits else 0.0
-    high = beta.ppf(1 - tail, hits + 1, n - hits) if hits < n else 1.0
-    return float(low), float(high)
+    found = binomtest(hits, n).proportion_ci(level, method="exact")
+    return float(found.low), float(found.high)
 
 
 def mcnemar(first: ArrayLike, second: ArrayLike) -> float:
@@ -35,9 +34,8 @@ def mcnemar(first: ArrayLike, second: ArrayLike) -> float:
 
 def auc(members: ArrayLike, others: ArrayLike) -> float:
     """The share of pairs in which the value of `members` (n,) is above that of `others` (m,); equal ones count half."""
-    n, m = len(np.asarray(members)), len(np.asarray(others))
-    ranks = rankdata(np.concatenate([members, others]))[:n]  # of pairs there may be too many to hold
-    return float((ranks.sum() - n * (n + 1) / 2) / (n * m))
+    told = np.concatenate([np.ones(len(np.asarray(members))), np.zeros(len(np.asarray(others)))])
+    return float(roc_auc_score(told, np.concatenate([members, others])))
 
 
 def _wins(members: ArrayLike, others: ArrayLike) -> np.ndarray:
@@ -63,7 +61,8 @@ class Sample:
 
     def resampled(self, seed: int, draws: int = DRAWS) -> np.ndarray:
         """(draws,): the number on rows drawn with replacement. Samples of the same sizes draw the same rows, so that
-        differences of two are differences on the same rows."""
+        differences of two are differences on the same rows. By weights of rows, all draws of an AUC are one product of
+        matrices; scipy.stats.bootstrap would compute each by itself."""
         rng = np.random.default_rng(seed)
         weights = _weights(rng, len(self.values), draws)
         if self.others is None:

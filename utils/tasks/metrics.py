@@ -20,6 +20,7 @@ from scipy.special import logsumexp
 from scipy.stats import hmean, ks_2samp
 from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import train_test_split
+from sklearn.preprocessing import StandardScaler
 
 from utils.errors import UserError
 
@@ -340,9 +341,18 @@ class Probe(NamedTuple):
 
 
 def probe_accuracy(features: ArrayLike, labels: ArrayLike, seed: int, shuffles: int = 5) -> Probe:
-    """Whether answers can still be read off the logits: a logistic regression on half of the rows.
+    """The means of `probe_hits`: whether answers can still be read off the logits."""
+    return Probe(*(float(hits.mean()) for hits in probe_hits(features, labels, seed, shuffles)))
 
-    features: (n, V), the last position's logits; labels: (n,), the right choices. The other half is scored. Halves are
+
+def probe_hits(
+    features: ArrayLike, labels: ArrayLike, seed: int, shuffles: int = 5, standardised: bool = False
+) -> tuple[np.ndarray, np.ndarray]:
+    """Whether a logistic regression on half of the rows tells the label of each other row, and how often it does when
+    fitted to shuffled labels, both (m,) in [0, 1].
+
+    features: (n, V), logits of the last position, say; labels: (n,), the right choices. standardised: whether each
+    feature is brought to mean 0 and deviation 1 on the fitted rows. The other half is scored. Halves are
     drawn by `seed` and have the same shares of every label; ECO takes the first and the last half. Regression:
     scikit-learn's with its default C = 1, as there, but fitted until it no longer changes (an early stop gives
     accuracies that depend on the scale of the logits). shuffles: how many fits to shuffled labels the control averages.
@@ -360,13 +370,13 @@ def probe_accuracy(features: ArrayLike, labels: ArrayLike, seed: int, shuffles: 
     if len(counts) < 2 or counts.min() < 2:
         raise UserError("the probe needs two labels or more, each of two rows or more; give it more rows")
     fitted, scored = train_test_split(np.arange(len(rows)), test_size=0.5, stratify=truth, random_state=seed)
-    rows = rows - rows[fitted].mean(0)
+    rows = StandardScaler(with_std=standardised).fit(rows[fitted]).transform(rows)
     rows = rows @ np.linalg.qr(rows[fitted].T)[0]
 
-    def accuracy(fitted_labels: np.ndarray) -> float:
+    def hits(fitted_labels: np.ndarray) -> np.ndarray:
         probe = LogisticRegression(tol=1e-8, max_iter=10_000).fit(rows[fitted], fitted_labels)
-        return float(probe.score(rows[scored], truth[scored]))
+        return (probe.predict(rows[scored]) == truth[scored]).astype(float)
 
     rng = np.random.default_rng(seed)
-    shuffled = [accuracy(rng.permutation(truth[fitted])) for _ in range(shuffles)]
-    return Probe(accuracy(truth[fitted]), float(np.mean(shuffled)))
+    shuffled = [hits(rng.permutation(truth[fitted])) for _ in range(shuffles)]
+    return hits(truth[fitted]), np.mean(shuffled, axis=0)

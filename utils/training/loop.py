@@ -71,7 +71,7 @@ class Training:
     holds everything needed to continue. fingerprint: the hash of the data (utils.data.select.fingerprint). chain: Links
     of the frozen model, and of all else that the run depends on. warmup: the share of the steps in which the learning
     rate rises. evaluate: function() -> {split: share}, called every settings.eval_steps steps. measured: the name of
-    that share in the printed line. log_path: a file that gets each line of the log at once. buffers: scalars that
+    that share in the log. log_path: a file that gets each line of the log at once. buffers: scalars that
     `after_step` changes, which belong to the state. It is a function(parts of the step, share of the steps done) ->
     more for the log line. `cost`, after `run`: {"steps", "seconds_per_step" (median), "peak_memory_bytes"}.
 
@@ -140,7 +140,7 @@ class Training:
         )
 
     def run(self) -> list[dict[str, Any]]:
-        """Train to the end; returns the log, a list of {"step", "lr", "loss", parts...} and {"step", "accuracy"}.
+        """Train to the end; returns the log, a list of {"step", "lr", "loss", parts...} and {"step", `measured`}.
 
         AdamW, cosine schedule with linear warm-up, gradient norm clipped (published: 0.3). Raises UserError on a
         non-finite loss, and on a state file that belongs to other settings.
@@ -174,10 +174,10 @@ class Training:
             bar.set_postfix({"step": f"{step}/{total}", **parts}, refresh=False)
             bar.update(len(rows))
             if self.evaluate and settings.eval_steps and step % settings.eval_steps == 0:
-                log.append({"step": step, "accuracy": self.evaluate()})
+                log.append({"step": step, self.measured: self.evaluate()})
                 self._show(log[-1])
-                shares = ", ".join(f"{split} {100 * share:.1f}" for split, share in log[-1]["accuracy"].items())
-                bar.write(f"step {step}: {self.measured} in percent: {shares}")
+                shares = ", ".join(f"{split} {100 * share:.1f}" for split, share in log[-1][self.measured].items())
+                bar.write(f"step {step}: {self.measured.replace('_', ' ')} in percent: {shares}")
             if step % settings.save_steps == 0 and step < total:
                 self._save(optimizer, schedule, log)
         bar.close()
@@ -221,7 +221,7 @@ class Training:
         """Whether the forget accuracy that --stop_at_forget_accuracy asks for was reached."""
         target = self.settings.stop_at_forget_accuracy
         last = log[-1] if log else {}
-        return target is not None and "accuracy" in last and last["accuracy"]["train_forget"] <= target
+        return target is not None and self.measured in last and last[self.measured]["train_forget"] <= target
 
     def accumulate(self, rows: list[int]) -> dict[str, float]:
         """Accumulate the gradient of one step over its micro-batches, those of all processes; returns the summed loss

@@ -29,10 +29,12 @@ class Schedule(Open):
 
 
 class Line(Open):
-    """One of the log: losses, or accuracies."""
+    """One of the log: losses, or the score of each split that curves show."""
 
     step: Count
     accuracy: dict[str, Share] = {}
+    label_accuracy: dict[str, Share] = {}
+    probability: dict[str, Share] = {}
 
 
 class State(Schema):

@@ -107,7 +107,8 @@ def add_unlearning_arguments(parser: cli.ArgumentParser) -> None:
     group.add_argument("--tune", choices=["full", "lora"], default="full", help="all weights, or a new LoRA adapter")
     group.add_argument(
         "--stop_at_forget_accuracy", type=cli.share, metavar="A",
-        help="stop once train_forget accuracy, measured every --eval_steps, is at most A (in [0, 1])",
+        help="stop once the accuracy (of free answers: probability) on train_forget, measured every --eval_steps, is "
+        "at most A (in [0, 1])",
     )  # fmt: skip
 
 
