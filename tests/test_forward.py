@@ -10,14 +10,15 @@ import pytest
 import tiny
 import torch
 from accelerate import dispatch_model
-from transformers import AutoModelForCausalLM, MambaConfig, OpenAIGPTConfig, RwkvConfig
+from transformers import AutoModelForCausalLM, MambaConfig, OpenAIGPTConfig, RwkvConfig, masking_utils
 
 from utils.data.batch import Example, collate
 from utils.errors import note_once
 from utils.interventions.prompt_encoders import Prompt, VirtualTokens
 from utils.interventions.served import Served
+from utils.models import attention as attentions
 from utils.models import forward
-from utils.models.attention import GROUPED, GROUPED_UP_TO, set_attention
+from utils.models.attention import CAUSAL, GROUPED, GROUPED_UP_TO, set_attention
 from utils.models.forward import _gather_before_head, _run, completion_hidden, completion_logits, prompt_prefix
 from utils.models.layers import checkpoint_layers, compile_decoder
 from utils.tasks.rows import load_splits
@@ -95,7 +96,7 @@ def with_attention(architecture, attention):
     return eager, model
 
 
-@pytest.mark.parametrize("attention", ["sdpa", GROUPED])
+@pytest.mark.parametrize("attention", ["sdpa", GROUPED, CAUSAL])
 @pytest.mark.parametrize("architecture", ["llama", "qwen2", "mistral", "opt", "gpt2"])
 def test_other_attention_gives_the_same(architecture, attention):
     """What runs on a GPU and, for short rows, on a CPU; the plain path is computed with eager attention."""
@@ -123,6 +124,24 @@ def test_grouped_attention_drops_out_like_eager_attention():
     assert not torch.allclose(still, dropped, atol=1e-2)
 
 
+@pytest.mark.parametrize("architecture, masks", [("llama", 0), ("mistral", 1)])
+def test_no_mask_where_padding_is_behind_the_rows(monkeypatch, architecture, masks):
+    """Neither with nor without a prompt. A sliding window that hides some keys still needs one."""
+    made = []
+    monkeypatch.setattr(attentions, "sdpa_mask", lambda **given: made.append(given) or masking_utils.sdpa_mask(**given))
+    _, model = with_attention(architecture, CAUSAL)
+    batch = collate(rows(), 1, "cpu")
+    for prompt in (None, prompt_prefix(model, virtual_tokens(model).detach())):
+        made.clear()
+        completion_logits(model, batch, prompt)
+        assert len(made) == masks
+    made.clear()
+    padded = torch.zeros_like(batch.attention_mask)
+    padded[:, 1:] = 1
+    model(input_ids=batch.input_ids, attention_mask=padded)  # padded in front, as for generation
+    assert len(made) == 1
+
+
 def test_the_prompt_is_computed_once(model):
     prefix = prompt_prefix(model, virtual_tokens(model))
     assert len(prefix) == tiny.SIZES["num_hidden_layers"]
@@ -132,7 +151,8 @@ def test_the_prompt_is_computed_once(model):
 
 
 @pytest.mark.parametrize(
-    "architecture, attention", [("mistral", "eager"), ("mistral", "sdpa"), ("mistral", GROUPED), ("gemma2", "eager")]
+    "architecture, attention",
+    [("mistral", "eager"), ("mistral", "sdpa"), ("mistral", GROUPED), ("mistral", CAUSAL), ("gemma2", "eager")],
 )
 def test_a_prompt_longer_than_the_sliding_window(architecture, attention):
     """Most virtual tokens are out of sight for the later tokens of a row, and some for every token."""

@@ -21,7 +21,7 @@ from transformers import (
 from utils.data.batch import Example, collate
 from utils.errors import UserError
 from utils.interventions.corruption import Corruption
-from utils.models.attention import GROUPED, set_attention
+from utils.models.attention import CAUSAL, GROUPED, set_attention
 from utils.models.forward import completion_logits, prompt_prefix
 from utils.models.generate import generate
 
@@ -140,7 +140,7 @@ def test_corruption_behind_virtual_tokens(model):
 
 
 @pytest.mark.parametrize("lengths", [LENGTHS, [9] * 4, [1] * 4])
-@pytest.mark.parametrize("attention", ["sdpa", GROUPED])
+@pytest.mark.parametrize("attention", ["sdpa", GROUPED, CAUSAL])
 @pytest.mark.parametrize("architecture", ["llama", "mistral", "opt", "gpt2"])
 def test_other_attention_and_lengths(architecture, attention, lengths):
     """What runs on a GPU and, for short rows, on a CPU; without any padding there is no mask."""

@@ -15,7 +15,7 @@ import torch
 from utils.errors import UserError
 from utils.models import base
 from utils.models.adapters import LoraSettings, add_lora
-from utils.models.attention import GROUPED, GROUPED_UP_TO
+from utils.models.attention import CAUSAL, GROUPED, GROUPED_UP_TO
 from utils.models.base import ModelSettings, load_base, load_tokenizer, pick_device
 from utils.models.chain import resolve_chain, short_name
 from utils.models.lengths import check_length
@@ -166,8 +166,8 @@ def test_attention_is_chosen_by_the_width_of_a_batch_on_a_cpu(saved):
     if model.config.model_type == "gemma2":
         assert [attention_of(model, width) for width in (8, limit + 1)] == ["eager", "eager"]
         return
-    assert [attention_of(model, width) for width in (8, limit, limit + 1, 8)] == [GROUPED, GROUPED, "sdpa", GROUPED]
-    assert [attention_of(model, limit - 4, p) for p in (4, 5)] == [GROUPED, "sdpa"]
+    assert [attention_of(model, width) for width in (8, limit, limit + 1, 8)] == [GROUPED, GROUPED, CAUSAL, GROUPED]
+    assert [attention_of(model, limit - 4, p) for p in (4, 5)] == [GROUPED, CAUSAL]
 
 
 @pytest.mark.parametrize("choice", ["eager", "sdpa"])

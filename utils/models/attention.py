@@ -1,21 +1,78 @@
-"""How attention is computed: by the library, or for short rows on a CPU without copies.
+"""How attention is computed: without a mask where padding is behind rows, and for short rows on a CPU without copies.
+
+A token sees only what stands before it. Padding behind a row's last token is before none of them, so causality alone
+hides it, and no mask is needed. Without one, SDPA takes its fastest kernel, which skips what nobody sees.
 
 Several query heads may share one key head. `grouped_attention` makes them rows of one matrix product, q_1 K^T above
 q_2 K^T. So it needs no copy of K and V for each of them.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+
 import torch
 from torch.utils.hooks import RemovableHandle
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import eager_mask
+from transformers.masking_utils import eager_mask, sdpa_mask
 from transformers.utils import is_flash_attn_2_available
 
 from utils.errors import UserError, first_line
 from utils.models.layers import decoder_of, kept_positions
 
 SOFTMAX_LANES = 32  # torch's bfloat16 softmax on a CPU takes up to 5 times as long for rows of any other length
-GROUPED = "grouped"  # the name of grouped_attention among transformers' attention implementations
+GROUPED, CAUSAL = "grouped", "causal"  # names of the two below among transformers' attention implementations
+GROUPED_UP_TO = 256  # tokens, virtual ones included: wider batches on a CPU go to CAUSAL
+_PADDED_BEHIND = ContextVar("padded_behind", default=False)
+
+
+@contextmanager
+def padded_behind() -> Iterator[None]:
+    """While open, the rows that a model reads have their padding behind them, and what it gives there is not used."""
+    token = _PADDED_BEHIND.set(True)
+    try:
+        yield
+    finally:
+        _PADDED_BEHIND.reset(token)
+
+
+def causal_mask(
+    *, q_length: int, kv_length: int, q_offset: int = 0, kv_offset: int = 0, local_size: int | None = None,
+    allow_is_causal_skip: bool = True, **kwargs: object,
+) -> torch.Tensor | None:  # fmt: skip
+    """The mask for `causal_attention`: none within `padded_behind`, else as transformers makes it for SDPA.
+
+    The arguments are those of transformers' sdpa_mask. local_size: how many tokens a window shows, None for all.
+    allow_is_causal_skip: False where the architecture hides more than what comes later.
+    """
+    whole = q_offset + q_length == kv_length and not kv_offset and (local_size is None or kv_length <= local_size)
+    if _PADDED_BEHIND.get() and allow_is_causal_skip and whole:
+        return None
+    sizes = {"q_length": q_length, "kv_length": kv_length, "q_offset": q_offset, "kv_offset": kv_offset}
+    return sdpa_mask(**sizes, local_size=local_size, allow_is_causal_skip=allow_is_causal_skip, **kwargs)
+
+
+def causal_attention(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    **kwargs: object,
+) -> tuple[torch.Tensor, None]:
+    """SDPA that needs no mask behind virtual tokens: (B, T, heads, width) and None, as transformers' interface has it.
+
+    query: (B, heads, T, width); key, value: (B, groups, S, width). SDPA's causal kernels want as many queries as keys.
+    So S - T empty ones, whose answers are dropped, stand in front.
+    """
+    in_front = key.shape[2] - query.shape[2]
+    if attention_mask is not None or query.shape[2] == 1:
+        in_front = 0
+    if in_front:
+        query = torch.nn.functional.pad(query, (0, 0, in_front, 0))
+    mixed, _ = sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+    return mixed[:, in_front:], None
 
 
 def grouped_attention(
@@ -53,11 +110,9 @@ def grouped_attention(
     return mixed.view(size, heads, length, -1).transpose(1, 2).contiguous(), None
 
 
-AttentionInterface.register(GROUPED, grouped_attention)
-AttentionMaskInterface.register(GROUPED, eager_mask)
-
-
-GROUPED_UP_TO = 256  # tokens, virtual ones included: wider batches go to SDPA
+for name, attention, mask in ((GROUPED, grouped_attention, eager_mask), (CAUSAL, causal_attention, causal_mask)):
+    AttentionInterface.register(name, attention)
+    AttentionMaskInterface.register(name, mask)
 
 
 def refuse_attention(choice: str, device: str, dtype: torch.dtype) -> None:
@@ -74,23 +129,26 @@ def refuse_attention(choice: str, device: str, dtype: torch.dtype) -> None:
 def set_attention(model: PreTrainedModel, choice: str, device: str) -> RemovableHandle | None:
     """Let `model` compute attention by `choice` (--attn_implementation).
 
-    auto: SDPA where the architecture has it. On a CPU batches of up to GROUPED_UP_TO tokens a row take the faster
-    `grouped_attention`; then the hook that chooses is returned, else None. Raises UserError where the architecture does
-    not have the implementation asked for.
+    auto: `causal_attention` where the architecture has SDPA. On a CPU batches of up to GROUPED_UP_TO tokens a row take
+    the faster `grouped_attention`; then the hook that chooses is returned, else None. Raises UserError where the
+    architecture does not have the implementation asked for.
     """
     if choice == "auto":
         decoder = decoder_of(model)
         interchangeable = model.config._attn_implementation == "sdpa" and model._supports_attention_backend
-        if device == "cpu" and interchangeable and decoder.config is model.config:  # else masks may be made outside it
-            return decoder.register_forward_pre_hook(_attention_by_width, with_kwargs=True)
-        return
+        if interchangeable and decoder.config is model.config:  # else masks may be made outside it
+            if device == "cpu":
+                return decoder.register_forward_pre_hook(_attention_by_width, with_kwargs=True)
+            model.set_attn_implementation(CAUSAL)
+        return None
     try:
         model.set_attn_implementation(choice)
     except (ValueError, ImportError) as error:
         raise UserError(f"{model.config.model_type} has no {choice} attention ({first_line(error)}); use auto")
+    return None
 
 
 def _attention_by_width(decoder: PreTrainedModel, args: tuple, kwargs: dict[str, object]) -> None:
     tokens = next(t for t in (*args, kwargs.get("input_ids"), kwargs.get("inputs_embeds")) if t is not None)
     width = tokens.shape[1] + kept_positions(*args, *kwargs.values())
-    decoder.set_attn_implementation(GROUPED if width <= GROUPED_UP_TO else "sdpa")
+    decoder.set_attn_implementation(GROUPED if width <= GROUPED_UP_TO else CAUSAL)

@@ -162,13 +162,15 @@ def load_base(link: Link, settings: ModelSettings, quantization: str = "none") -
 
 
 def _try(model: torch.nn.Module, name: str, attention: str, device: str) -> None:
-    """Let `model` compute attention by `attention`; where the one for short rows changes its numbers, by SDPA alone.
-    Raises UserError as `trial` and `set_attention` do."""
+    """Let `model` compute attention by `attention`; where ours changes its numbers, by SDPA alone. Raises UserError as
+    `trial` and `set_attention` do."""
     expected = trial(model, name)
     hook = set_attention(model, attention, device)
-    if hook and not same_as_trial(model, expected):
+    if attention != "auto" or same_as_trial(model, expected):
+        return
+    if hook:
         hook.remove()
-        model.set_attn_implementation("sdpa")
+    model.set_attn_implementation("sdpa")
 
 
 def keep_one_format(model: torch.nn.Module) -> None:

@@ -23,7 +23,7 @@ from transformers.cache_utils import Cache, DynamicLayer
 
 from utils.data.batch import Batch, Example, collate
 from utils.errors import UserError, first_line, is_out_of_memory, note_once
-from utils.models.attention import GROUPED, SOFTMAX_LANES
+from utils.models.attention import GROUPED, SOFTMAX_LANES, padded_behind
 from utils.models.layers import decoder_layers, decoder_of, record_activations
 
 # Virtual tokens (p, d), or what `prompt_prefix` made of them: keys and values of every layer, (1, heads, p, width).
@@ -256,6 +256,11 @@ class _PrefixLayer(DynamicLayer):
 
 
 def _run(model: torch.nn.Module, batch: Batch, prompt: Prefix | None, seen: Seen) -> torch.Tensor:
+    with padded_behind():
+        return _logits(model, batch, prompt, seen)
+
+
+def _logits(model: torch.nn.Module, batch: Batch, prompt: Prefix | None, seen: Seen) -> torch.Tensor:
     if prompt is None:
         return model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False).logits
     size = len(batch.input_ids)
