@@ -28,11 +28,19 @@ def test_both_paths_train_on_the_same_batches_with_the_same_loss(tmp_path, tiny_
     # With retain rows; then with a second model's answers, and with its activations.
     some = {name: every[name] for name in ("GA+KL", "dpo", "rmu")}
     monkeypatch.setattr(bench, "baselines", lambda: some)
-    arguments = f"--model={tiny_model}", "--parts", "training", "baselines", "lengths", "--output_path=out"
+    arguments = (
+        f"--model={tiny_model}",
+        "--parts",
+        "training",
+        "fine_tuning",
+        "baselines",
+        "lengths",
+        "--output_path=out",
+    )
     said = scripts.done(scripts.call(tmp_path, "bench", *SMALL, *arguments)).stdout
     result = json.loads((tmp_path / "out" / "bench.json").read_text())
     records = {(r["name"], r["path"], r["dtype"]): r for r in result["records"]}
-    names = ["SPUL, p = 30", *some, "SPUL, 64 tokens"]
+    names = ["SPUL, p = 30", "LoRA", "QLoRA", *some, "SPUL, 64 tokens"]
     others = ["reference, 64 tokens", "inference, 64 tokens"]
     assert list(dict.fromkeys(name for name, _, _ in records)) == names + others
     assert all(record["error"] is None for record in records.values())

@@ -16,7 +16,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from utils import cli  # noqa: E402  (found on the path set above)
 
-PARTS = ("training", "baselines", "adapters", "prompts", "lengths", "rows", "reference", "inference")
+PARTS = ("training", "fine_tuning", "baselines", "adapters", "prompts", "lengths", "rows", "reference", "inference")
 
 # What is trained: the script and its flags, and how the plain path does the same: weighted losses (cross-entropy on
 # forget and retain rows, KL on retain rows), and whether forget rows carry an unlearning word instead of their label.
@@ -49,12 +49,18 @@ def baselines():
     return found
 
 
+def fine_tuning():
+    """qlora.py, {name: training}: with the base as it is, and in 4 bits."""
+    both = {"losses": {"forget": 1.0, "retain": 1.0}, "flipped": False}
+    kinds = {"LoRA": "none", "QLoRA": "nf4"}
+    return {k: {"script": "qlora", "arguments": [f"--quantization={q}"], **both} for k, q in kinds.items()}
+
+
 def adapters():
     """What trains a LoRA adapter, {name: training}: fine-tuning, then every baseline, half of a batch to forget."""
     from utils.unlearning.methods import METHODS
 
-    both = {"forget": 1.0, "retain": 1.0}
-    found = {"LoRA fine-tuning": {"script": "qlora", "arguments": ["--quantization=none"], "losses": both}}
+    found = {"LoRA fine-tuning": fine_tuning()["LoRA"]}
     for method in METHODS:
         found[method] = _baseline(method, _rows_of(method))
         found[method]["arguments"].append("--tune=lora")
@@ -115,6 +121,9 @@ def cells(args):
     plain_bf16 = Variant("plain", "bfloat16", p)
     variants = [plain, plain_bf16, ours]
     yield Cell("training", f"SPUL, p = {p}", "training", variants, batch * args.rounds, SPUL)
+    for name, training in fine_tuning().items():
+        variants = [Variant("plain", args.dtype, 0), Variant("ours", args.dtype, 0)]
+        yield Cell("fine_tuning", name, "training", variants, batch * args.rounds, training)
     for name, training in baselines().items():
         variants = [Variant("plain", "float32", 0), Variant("ours", args.dtype, 0)]
         yield Cell("baselines", name, "training", variants, batch * sweep, training)

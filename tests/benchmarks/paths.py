@@ -17,10 +17,10 @@ import time
 from pathlib import Path
 
 import torch
-from peft import PromptEncoderConfig, get_peft_model
+from peft import LoraConfig, PromptEncoderConfig, get_peft_model
 from safetensors.torch import save_file
 from torch.nn.utils.rnn import pad_sequence
-from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, Trainer, TrainerCallback, TrainingArguments
 
 from utils import cli, distributed
 from utils.data.batch import collate
@@ -28,7 +28,7 @@ from utils.evaluation.scores import score_rows
 from utils.interventions.prompt_encoders import Prompt
 from utils.interventions.served import Served, load_served
 from utils.models import pieces
-from utils.models.base import ModelSettings, load_tokenizer, pick_device
+from utils.models.base import ModelSettings, keep_one_format, load_tokenizer, pick_device
 from utils.models.chain import resolve_chain
 from utils.models.forward import completion_logits
 from utils.models.layers import record_activations
@@ -146,7 +146,9 @@ def _parsed(module, spec):
 
 def plain_training(spec, clock):
     """Trainer with the published settings; a pass is what lies between its on_step_begin and on_step_end."""
-    model, batches, loss_of = (_published if spec.get("published", True) else _unpublished)(spec)
+    kinds = {"qlora": _fine_tuned}
+    make = kinds.get(spec["script"]) or (_published if spec.get("published", True) else _unpublished)
+    model, batches, loss_of = make(spec)
 
     class PlainTrainer(Trainer):
         def get_train_dataloader(self):
@@ -172,7 +174,7 @@ def plain_training(spec, clock):
         max_grad_norm=0.3,
         lr_scheduler_type="cosine",
         warmup_steps=0.1,
-        gradient_checkpointing=True,
+        gradient_checkpointing=spec["script"] != "qlora",
         remove_unused_columns=False,
         use_cpu=model.device.type == "cpu",
         save_strategy="no",
@@ -182,6 +184,19 @@ def plain_training(spec, clock):
     )
     arguments._n_gpu = min(arguments.n_gpu, 1)  # as many as ours; else Trainer spreads a batch over all GPUs
     PlainTrainer(model, arguments, train_dataset=batches, callbacks=[Steps()]).train()
+
+
+def _fine_tuned(spec):
+    """PEFT's LoRA of qlora.py's defaults: (model, batches, the loss that the model itself computes)."""
+    examples, tokenizer = examples_of(spec)
+    torch.manual_seed(spec["seed"])
+    config = LoraConfig(task_type="CAUSAL_LM", r=16, lora_alpha=64, lora_dropout=0.1)
+    model = get_peft_model(_plain_model(spec), config).train()
+    batches = [
+        _plain_batch(model, [examples[i] for i in rows], tokenizer.pad_token_id, spec) for rows in spec["batches"]
+    ]
+    keys = ("input_ids", "attention_mask", "labels")
+    return model, [{key: batch[key] for key in keys} for batch in batches], lambda model, batch: model(**batch).loss
 
 
 def _published(spec):
@@ -287,9 +302,14 @@ def examples_of(spec):
 
 
 def _plain_model(spec):
-
-    dtype = getattr(torch, spec["dtype"])
-    model = AutoModelForCausalLM.from_pretrained(spec["model"], dtype=dtype).to(pick_device(spec["device"]))
+    """The model as transformers loads it, in 4 bits where the spec's command says so."""
+    dtype, device, options = getattr(torch, spec["dtype"]), pick_device(spec["device"]), {}
+    if "--quantization=nf4" in spec["arguments"]:
+        options["quantization_config"] = BitsAndBytesConfig(
+            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype
+        )
+    model = AutoModelForCausalLM.from_pretrained(spec["model"], dtype=dtype, device_map={"": device}, **options)
+    keep_one_format(model)
     return model.eval().requires_grad_(False)
 
 

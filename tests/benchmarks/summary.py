@@ -98,7 +98,7 @@ def sentences(result):
     rates = ", ".join(f"{SHORT[k]} {v / 1e9:,.0f}" for k, v in result["machine"]["matmul_flop_per_second"].items())
     lines.append(f"Matrix products on this machine: {rates} GFLOP/s.")
     for entry in result["ratios"]:
-        if entry["part"] in ("training", "baselines", "reference", "inference"):
+        if entry["part"] in ("training", "fine_tuning", "baselines", "reference", "inference"):
             lines.append(
                 f"{entry['name']}: {entry['times_faster']:.1f} times as fast as {entry['plain']} "
                 f"in {entry['memory_share']:.2f} times the memory."
