@@ -238,9 +238,13 @@ def test_gradient_checkpointing_changes_no_number(tiny_model, small_data, tmp_pa
     """Dropout in front of the adapters included: the recomputation draws the same random numbers."""
     budget = f"--quantization={quantization}", "--max_steps=2", "--max_eval_samples=0", "--lr=1e-2"
     done(scripts.qlora(tmp_path, tiny_model, small_data, *budget, "--output_path=plain"))
-    done(scripts.qlora(tmp_path, tiny_model, small_data, *budget, "--output_path=less", "--gradient_checkpointing"))
-    plain, less = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("plain", "less"))
-    assert all(torch.equal(less[name], value) for name, value in plain.items())
+    for kind in ("layers", "selective"):
+        flag = f"--gradient_checkpointing={kind}"
+        done(scripts.qlora(tmp_path, tiny_model, small_data, *budget, f"--output_path={kind}", flag))
+    plain, *less = (
+        load_file(tmp_path / name / "adapter_model.safetensors") for name in ("plain", "layers", "selective")
+    )
+    assert all(torch.equal(each[name], value) for each in less for name, value in plain.items())
     assert any(value.abs().max() > 0 for name, value in plain.items() if "lora_B" in name)
 
 

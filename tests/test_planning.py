@@ -208,7 +208,9 @@ def test_the_step_is_what_a_real_step_allocates():
 def test_what_makes_a_step_larger_or_smaller():
     step = sizes(of_prompt)["step"]
     assert sizes(partial(of_prompt, rows=ROWS * 2))["step"] == pytest.approx(2 * step, rel=0.1)
-    assert sizes(of_prompt, gradient_checkpointing=True)["step"] < step / 2
+    by_layers, selective = (sizes(of_prompt, gradient_checkpointing=kind)["step"] for kind in ("layers", "selective"))
+    assert by_layers < step / 2
+    assert by_layers < selective < step
     assert sizes(of_lora)["step"] > 0
     long = partial(of_prompt, rows=[dataclasses.replace(row, prompt=row.prompt * 10) for row in ROWS])
     eager = sizes(long, attn_implementation="eager")["step"]

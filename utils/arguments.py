@@ -95,10 +95,10 @@ def add_training_arguments(parser: cli.ArgumentParser, num_epochs: int) -> None:
         "pass (0: all at once)",
     )  # fmt: skip
     group.add_argument(
-        "--gradient_checkpointing",
-        action="store_true",
-        help="compute each layer's inner values again in the backward pass: less memory, about a third more time",
-    )
+        "--gradient_checkpointing", nargs="?", choices=["layers", "selective"], const="layers",
+        help="compute each layer's inner values again in the backward pass: all (layers; about a third more time), or "
+        "those that cost little (selective)",
+    )  # fmt: skip
     group.add_argument(
         "--compile", action="store_true", help="compile the layers (CUDA): slow first steps, faster ones afterwards"
     )

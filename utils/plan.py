@@ -208,7 +208,7 @@ def _on_meta(run: Run, config: PreTrainedConfig, tokenizer: Any, chain: list[Lin
         weights, unpacked = _weights(model, quantization)
         set_attention(model, run.model.attn_implementation, device)
         if run.model.gradient_checkpointing:
-            checkpoint_layers(model)
+            checkpoint_layers(model, run.model.gradient_checkpointing)
         prepared = run.prepare(Served(model, tokenizer, chain), blank_reference)
         if run.full:
             weights = sum(p.nbytes for p in prepared.served.model.parameters() if not p.requires_grad)

@@ -29,7 +29,7 @@ class ModelSettings:
     attn_implementation: str = "auto"
     trust_remote_code: bool = False
     set_pad_id: bool = False
-    gradient_checkpointing: bool = False
+    gradient_checkpointing: str | None = None
     compile: bool = False
 
 
@@ -155,7 +155,7 @@ def load_base(link: Link, settings: ModelSettings, quantization: str = "none") -
     model.eval().requires_grad_(False)
     _try(model, link.name, settings.attn_implementation, device)
     if settings.gradient_checkpointing:
-        checkpoint_layers(model)
+        checkpoint_layers(model, settings.gradient_checkpointing)
     if compiled:
         compile_decoder(model)
     return model

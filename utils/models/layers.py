@@ -2,11 +2,11 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import partial
+from functools import cache, partial
 from typing import NoReturn
 
 import torch
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import Cache
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -63,8 +63,17 @@ def record_activations(
             handle.remove()
 
 
-def checkpoint_layers(model: torch.nn.Module) -> None:
-    """Gradient checkpointing: every decoder layer of `model` keeps only its inputs for the backward pass.
+@cache
+def _kept_by_selective() -> set[object]:
+    """The operators whose results `selective` keeps: products with weights, and attention in one kernel."""
+    kernels = ("flash_attention", "flash_attention_for_cpu", "efficient_attention", "cudnn_attention")
+    names = ["mm", "addmm", *(f"_scaled_dot_product_{kernel}" for kernel in kernels)]
+    return {getattr(torch.ops.aten, name).default for name in names}
+
+
+def checkpoint_layers(model: torch.nn.Module, kind: str = "layers") -> None:
+    """Gradient checkpointing: every decoder layer of `model` keeps only its inputs for the backward pass (`layers`), or
+    also the results of what takes most of the time, see `_kept_by_selective` (`selective`).
 
     There it computes the rest again, with the same numbers, since the random state is restored. Raises UserError where
     the architecture does not say which its layers are.
@@ -76,9 +85,15 @@ def checkpoint_layers(model: torch.nn.Module) -> None:
     if not layers:
         raise UserError(f"{model.config.model_type} cannot be checkpointed; leave out --gradient_checkpointing")
     inner = {id(part) for layer in layers for part in layer.modules() if part is not layer}
+    options = {"context_fn": partial(create_selective_checkpoint_contexts, _policy)} if kind == "selective" else {}
     for layer in layers:
         if id(layer) not in inner:
-            layer.forward = partial(_checkpointed, layer.forward, model.config)
+            layer.forward = partial(_checkpointed, layer.forward, model.config, options)
+
+
+def _policy(_: object, operator: object, *args: object, **kwargs: object) -> CheckpointPolicy:
+    kept = operator in _kept_by_selective()
+    return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE
 
 
 def compile_decoder(model: torch.nn.Module, backend: str | Callable = "inductor") -> None:
@@ -93,7 +108,9 @@ def compile_decoder(model: torch.nn.Module, backend: str | Callable = "inductor"
     decoder_of(model).compile(backend=backend, dynamic=True)
 
 
-def _checkpointed(forward: Callable, config: PreTrainedConfig, *args: object, **kwargs: object) -> object:
+def _checkpointed(
+    forward: Callable, config: PreTrainedConfig, options: dict[str, Callable], *args: object, **kwargs: object
+) -> object:
     if not torch.is_grad_enabled():
         return forward(*args, **kwargs)
     attention = config._attn_implementation  # the second time, utils.models.attention may have chosen for another pass
@@ -103,7 +120,7 @@ def _checkpointed(forward: Callable, config: PreTrainedConfig, *args: object, **
             config._attn_implementation = attention
         return forward(*args, **kwargs)
 
-    return checkpoint(again, *args, use_reentrant=False, **kwargs)
+    return checkpoint(again, *args, use_reentrant=False, **options, **kwargs)
 
 
 def decoder_layers(model: torch.nn.Module) -> torch.nn.ModuleList:

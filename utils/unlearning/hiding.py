@@ -199,7 +199,7 @@ def find(
     if settings.dry_run:
         return Source(settings, frames)
     _, forget = rows(tokenizer, frames, settings.max_length, settings.seed, frames["train_retain"].head(0))
-    served = load_served(settings.hide_like, dataclasses.replace(model, gradient_checkpointing=False, compile=False))
+    served = load_served(settings.hide_like, dataclasses.replace(model, gradient_checkpointing=None, compile=False))
     like = _shares(served, forget, words, settings.eval_batch_size)
     del served
     gc.collect()  # hooks tie a model to itself
