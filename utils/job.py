@@ -11,6 +11,7 @@ import pandas as pd
 from utils import cli, plan
 from utils.data.select import fingerprint
 from utils.data.splits import TRAIN_SPLITS
+from utils.evaluation.frozen import Frozen
 from utils.evaluation.run import EvaluationSettings, accuracies, check_rows, note_other_length
 from utils.interventions.served import Served, load_served
 from utils.models.base import ModelSettings
@@ -67,9 +68,11 @@ def train(
     examples, parameters = prepared.examples, prepared.parameters
     print(f"training {sum(p.numel() for p in parameters.values()):,} parameters on {len(examples):,} rows")
 
+    known = Frozen()
+
     def evaluate() -> dict[str, float]:
         with prepared.numerics():
-            return accuracies(serve(), frames, frames.task, settings.evaluation)
+            return accuracies(serve(), frames, frames.task, settings.evaluation, known)
 
     training = Training(
         parameters=parameters,

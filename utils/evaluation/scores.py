@@ -3,21 +3,27 @@
 import dataclasses
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import pandas as pd
 import torch
-from tqdm import tqdm
 
 from utils import distributed
 from utils.data.batch import Example
 from utils.evaluation.answering import Acting, by_length, generated, greedy, tokenized
+from utils.evaluation.frozen import RowScores
 from utils.interventions.served import Served
 from utils.tasks import metrics
 from utils.tasks.answers import Answers, FreeAnswers, KnownAnswers, free_answers, known_answers
 from utils.tasks.base import Asked, Task
 from utils.tasks.encode import Tokens
+
+
+class Progress(Protocol):
+    """What is told how many rows are done, a progress bar say."""
+
+    def update(self, n: int) -> object: ...
 
 
 @torch.inference_mode()
@@ -27,10 +33,11 @@ def score_rows(
     task: Task,
     max_length: int,
     batch_size: int,
-    progress: tqdm | None = None,
-    frozen: pd.DataFrame | None = None,
+    progress: Progress | None = None,
+    frozen: list[RowScores | None] | None = None,
     score: str | None = None,
     logits: dict[int, np.ndarray] | None = None,
+    decided: tuple[Acting, list[dict[str, Any]]] | None = None,
 ) -> pd.DataFrame:
     """One row of results per row of `frame`, as its task reads it, in the same order.
 
@@ -40,23 +47,17 @@ def score_rows(
     scaling. loss: - log f(label | text), nats. Else what the task's `row_scores` gives, from the log-probabilities of
     the completions that it asks about and from a generated answer. With a gate also flagged and gate_probability.
 
-    max_length: most tokens of a row; its text is cut. batch_size: rows a pass. frozen: these results by the model
-    without interventions, which are taken where none acts. score: the one score of the split that is wanted, so that
-    nothing else is computed for free answers and whole choices; None: all. logits: a dict that is filled with those at
-    the first token of the label words, {row: (|V|,) float32}. Several processes each score a part, and every one
+    max_length: most tokens of a row; its text is cut. batch_size: rows a pass. frozen: for each row what the model
+    without interventions gives (utils.evaluation.frozen): taken where none acts, and put in where it is missing. score:
+    the one score of the split that is wanted, so that nothing else is computed for free answers and whole choices;
+    None: all. logits: a dict that is filled with those at the first token of the label words, {row: (|V|,) float32}.
+    decided: what `decide` gave for these rows, if that is known. Several processes each score a part, and every one
     returns all rows.
     """
     known = known_answers(served.tokenizer, task)
-    acting, said = served.decide(list(frame["text"]))
+    acting, said = decided or decide(served, frame)
     results: dict[int, dict[str, Any]] = {i: dict(row) for i, row in enumerate(said)}
-    todo = list(range(len(frame)))
-    if frozen is not None:
-        todo = [i for i in todo if acting[i] is not None]
-        kept = [i for i, number in enumerate(acting) if number is None]
-        for i, row in zip(kept, frozen.iloc[kept].to_dict("records")):
-            results[i] |= row
-        if progress is not None:
-            progress.update(len(kept))
+    todo = to_compute(acting, frozen)
     own, numbers = frame.iloc[todo], [acting[i] for i in todo]
     how = served, own, known, max_length, batch_size, numbers
     asked = _questions(*how[:4], numbers, task.asks(own, score))
@@ -69,8 +70,25 @@ def score_rows(
         answers, judged = _generated(*how)
         found = [part | row for part, row in zip(found, judged)]
     for i, row, part, scored, answer in zip(todo, own.to_dict("records"), found, said_of, answers):
-        results[i] |= part | task.row_scores(row, scored, answer)
+        scores = part | task.row_scores(row, scored, answer)
+        results[i] |= scores
+        if frozen is not None and acting[i] is None:
+            frozen[i] = scores
+    for i in set(range(len(frame))) - set(todo):
+        results[i] |= frozen[i]
     return pd.DataFrame([results[i] for i in range(len(frame))])
+
+
+def decide(served: Served, frame: pd.DataFrame) -> tuple[Acting, list[dict[str, Any]]]:
+    """For each row the number of the intervention that acts on it, None also for one that changes nothing; and what the
+    gates said, as `Served.decide` has it."""
+    acting, said = served.decide(list(frame["text"]))
+    return [None if number is None or served.acting(number).changes_nothing else number for number in acting], said
+
+
+def to_compute(acting: Acting, frozen: Sequence[RowScores | None] | None) -> list[int]:
+    """The rows that are not known: something acts on them, or `frozen` lacks them."""
+    return [i for i, number in enumerate(acting) if number is not None or frozen is None or frozen[i] is None]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,7 +125,7 @@ def _asked(
     questions: Mapping[int, _Question],
     batch_size: int,
     acting: Acting,
-    progress: tqdm | None = None,
+    progress: Progress | None = None,
 ) -> list[dict[str, Asked]]:
     """For each row what the model says about the completions of its question: {name: Asked}; empty without one."""
     rows, found = list(questions), {}
@@ -145,7 +163,7 @@ def _generated(
     examples = tokenized(served, frame, words, known, max_length, acting)
     found = generated(served, examples, acting, known, batch_size)
     texts = [known.spelled(tokens) for tokens, _ in found]
-    if not known.task.judged or not _has_fine_tuned(served):
+    if not known.task.judged or not may_be_fine_tuned(served):
         return texts, [{} for _ in texts]
     plain = tokenized(served.plain, frame, words, known, max_length, [None] * len(frame))
     answered = {
@@ -156,7 +174,7 @@ def _generated(
     return texts, [{"generated_perplexity": metrics.perplexity(one.total, len(one.log_p))} for one in said]
 
 
-def _has_fine_tuned(served: Served) -> bool:
+def may_be_fine_tuned(served: Served) -> bool:
     """Whether the frozen model of `served` may be the fine-tuned one: no method has changed its weights, and it is no
     retain model."""
     manifests = [link.manifest for link in served.chain if link.manifest]
@@ -188,7 +206,7 @@ def _label_results(
     batch_size: int,
     acting: Acting,
     questions: Mapping[int, _Question],
-    progress: tqdm | None,
+    progress: Progress | None,
     kept: dict[int, np.ndarray] | None,
 ) -> tuple[list[dict[str, Any]], list[dict[str, Asked]]]:
     """For each row what `score_rows` says of label words, and what `_asked` says of its question. kept: its `logits`.
