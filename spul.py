@@ -88,7 +88,7 @@ def learn_prompt(args, output):
         return plan.Prepared(served=served, learner=encoder, objective=objective, examples=rows.examples, beside=beside)
 
     if args.dry_run:
-        source = {"name": args.model_checkpoints, "parent": args.parent_path}
+        source = {"name": args.model_checkpoints, "parent": args.parent_path, "evaluates_before": True}
         plan.print_plan(plan.Run(**source, prepare=prepare, p=p, **vars(settings)), frames)
     if args.dry_run == "plan":
         return
@@ -108,7 +108,7 @@ def learn_prompt(args, output):
     def prompted():
         return served.using(prompt_encoders.Prompt(vectors=encoder().detach(), gate=in_front))
 
-    done = job.train(prepared, prompted, frames, output, args, settings, warmup=0.1, evaluations=2)
+    done = job.train(prepared, prompted, frames, output, args, settings, warmup=0.1, evaluates_before=True)
     if done is None:
         return
     log, cost = done

@@ -1,5 +1,6 @@
 """What the frozen model says is computed once: another run takes it from a file, and only where nothing differs."""
 
+import contextlib
 import dataclasses
 import json
 import time
@@ -15,7 +16,7 @@ from utils.evaluation.expected import FIRST, Meter
 from utils.evaluation.frozen import Frozen
 from utils.evaluation.run import EvaluationSettings, evaluate_splits
 from utils.evaluation.scores import score_rows
-from utils.interventions.served import Served
+from utils.interventions.served import Served, load_served
 from utils.models.base import ModelSettings
 from utils.storage.checkpoints import Link
 from utils.tasks.rows import Splits, load_splits
@@ -45,9 +46,10 @@ def scores_in(folder):
 def runs(fine_tuned, small_data, tmp_path_factory):
     """Two runs of spul.py and a gate, the second with what the first has left; and a folder where nothing is left."""
     folder = tmp_path_factory.mktemp("runs")
-    first = done(spul(folder, fine_tuned, small_data, "--gate=tfidf", "--output_path=first"))
-    again = done(spul(folder, fine_tuned, small_data, "--gate=tfidf", "--output_path=again"))
-    gate = done(baselines(folder, fine_tuned, small_data, "gate", "--output_path=gate"))
+    flags = "--gate=tfidf", "--eco_max_fpr=0.5"
+    first = done(spul(folder, fine_tuned, small_data, *flags, "--output_path=first"))
+    again = done(spul(folder, fine_tuned, small_data, *flags, "--output_path=again"))
+    gate = done(baselines(folder, fine_tuned, small_data, "gate", *flags[1:], "--output_path=gate"))
     return folder, first, again, gate
 
 
@@ -69,14 +71,11 @@ def test_inference_takes_it_too(runs, fine_tuned, tmp_path):
     folder, *_ = runs
     first, again = folder / "first", folder / "again"
     fresh = inference(tmp_path, fine_tuned, "--fresh_scores", "--output_path=fresh")
-    reread = inference(folder, fine_tuned, first, "--output_path=reread")
-    assert told(reread)[0] == "fine-tuned: 0 rows to score, 0 tokens; 34 are known"
-    n = len(fresh_rows := pd.read_json(tmp_path / "fresh" / "predictions.jsonl", lines=True))
-    assert (folder / "reread" / "predictions.jsonl").read_text().splitlines()[:n] == (
-        tmp_path / "fresh" / "predictions.jsonl"
-    ).read_text().splitlines()
-    assert scores_in(folder / "reread")[0][0]["splits"] == scores_in(tmp_path / "fresh")[0][0]["splits"]
-    assert len(fresh_rows) == 34 and told(fresh)[0].startswith("fine-tuned: 34 rows to score")
+    reread = inference(folder, fine_tuned, "--output_path=reread")
+    assert told(fresh)[0].startswith("fine-tuned: 34 rows to score")
+    assert told(reread) == ["fine-tuned: 0 rows to score, 0 tokens; 34 are known"]
+    assert scores_in(folder / "reread") == scores_in(tmp_path / "fresh")  # bit for bit
+    (tmp_path / "empty").mkdir()
     both = told(inference(tmp_path / "empty", first, again, "--output_path=both"))
     assert both[0].startswith("SPUL behind a gate (first): 34 rows") and "known" in both[1]
     assert names(tmp_path / "empty") == {"both"}  # of rows behind a gate nothing is kept
@@ -90,20 +89,27 @@ def case(tmp_path_factory, small_data):
 
 
 def loaded(folder, settings=tiny.ON_CPU):
-    from utils.interventions.served import load_served
-
     return load_served(str(folder), settings)
 
 
+@pytest.fixture(scope="module")
+def scored(case):
+    """(folder, served, frames): a model whose scores have been kept in a file below the folder."""
+    folder = case[0].parent
+    with contextlib.chdir(folder):
+        served, frames = loaded(case[0]), case[1]
+        frozen = saved.find(served, frames, SETTINGS)
+        assert not frozen.rows
+        evaluate_splits(served, frames, frames.task, SETTINGS, "first", frozen)
+        saved.keep(frozen, frames, SETTINGS)
+    return folder, served, frames
+
+
 @pytest.fixture
-def kept(case, tmp_path, monkeypatch):
-    """(served, frames): a model whose scores have been kept in a file."""
-    monkeypatch.chdir(tmp_path)
-    served, frames = loaded(case[0]), case[1]
-    frozen = saved.find(served, frames, SETTINGS)
-    assert not frozen.rows
-    evaluate_splits(served, frames, frames.task, SETTINGS, "first", frozen)
-    saved.keep(frozen, frames, SETTINGS)
+def kept(scored, monkeypatch):
+    """(served, frames), in the folder of the file."""
+    folder, served, frames = scored
+    monkeypatch.chdir(folder)
     return served, frames
 
 
@@ -136,7 +142,7 @@ def test_other_rows_are_computed_anew(kept):
         changed = frames["test_forget"].copy()
         changed.loc[changed.index[changed[column] != value][0], column] = value
         assert not found(served, Splits({**frames, "test_forget": changed}, frames.task))
-    template = dataclasses.replace(frames.task, template="{text} is")
+    template = dataclasses.replace(frames.task, head="text: ")
     assert not found(served, Splits(dict(frames), template))
 
 
@@ -163,14 +169,14 @@ def test_a_damaged_file_is_said_and_replaced(kept, capsys):
     whole = path.read_text()
     contents = json.loads(whole)
     contents["rows"]["train_retain"][0]["loss"] += 1
-    for text in ("{", json.dumps(contents), json.dumps({**contents, "rows": {}})):
+    for text in ("{", json.dumps({**contents, "rows": {}}), json.dumps(contents)):
         path.write_text(text)
         saved.note_once.cache_clear()
         frozen = saved.find(served, frames, SETTINGS)
         assert not frozen.rows and "the scores are computed again" in capsys.readouterr().err
-        evaluate_splits(served, frames, frames.task, SETTINGS, "again", frozen)
-        saved.keep(frozen, frames, SETTINGS)
-        assert path.read_text() == whole
+    evaluate_splits(served, frames, frames.task, SETTINGS, "again", frozen)
+    saved.keep(frozen, frames, SETTINGS)
+    assert path.read_text() == whole
 
 
 def test_where_nothing_can_be_written(case, tmp_path, monkeypatch, capsys):

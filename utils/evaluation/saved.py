@@ -50,13 +50,13 @@ def find(served: Served, frames: Splits, settings: EvaluationSettings) -> Frozen
 
     served: loaded as its chain says; the weights of a model that is being trained are not those that the chain names.
     """
-    chosen = {s: sample_rows(frame, settings.max_eval_samples, settings.rows_seed) for s, frame in frames.items()}
-    key = key_of(served, chosen, frames.task, settings)
+    rows_of = chosen(frames, settings)
+    key = key_of(served, rows_of, frames.task, settings)
     name = f"{model_of(served)[-1].path.name}-{dataset_name(settings.dataset)}-{_digest(key)[:12]}.json"
     place = str(Path(FOLDER) / name)
     if settings.fresh_scores or settings.probe:
         return Frozen(place=place, key=key)
-    rows = distributed.on_main(lambda: _read(place, key, chosen))
+    rows = distributed.on_main(lambda: _read(place, key, rows_of))
     if rows:
         print(f"scores of {model_of(served)[-1].name} alone are taken from {place}")
     return Frozen(rows or {}, place, key)
@@ -67,10 +67,10 @@ def keep(frozen: Frozen, frames: Mapping[str, pd.DataFrame], settings: Evaluatio
 
     Where that cannot be written nothing is kept, and a note says so.
     """
-    chosen = {s: sample_rows(frame, settings.max_eval_samples, settings.rows_seed) for s, frame in frames.items()}
-    if settings.probe or not frozen.place or not frozen.knows(chosen) or not distributed.is_main():
+    rows_of = chosen(frames, settings)
+    if settings.probe or not frozen.place or not frozen.knows(rows_of) or not distributed.is_main():
         return
-    if not settings.fresh_scores and Path(frozen.place).exists() and _read(frozen.place, frozen.key, chosen):
+    if not settings.fresh_scores and Path(frozen.place).exists() and _read(frozen.place, frozen.key, rows_of):
         return
     text = _text(frozen.rows)
     found = {"key": frozen.key, "rows": json.loads(text), "sha256": hashlib.sha256(text.encode()).hexdigest()}
@@ -79,6 +79,11 @@ def keep(frozen: Frozen, frames: Mapping[str, pd.DataFrame], settings: Evaluatio
             file.write_text(json.dumps(found), encoding="utf-8")
     except (UserError, OSError) as error:
         note_once(f"the scores of the frozen model are not kept for other runs ({error})")
+
+
+def chosen(frames: Mapping[str, pd.DataFrame], settings: EvaluationSettings) -> dict[str, pd.DataFrame]:
+    """The rows that are evaluated."""
+    return {s: sample_rows(frame, settings.max_eval_samples, settings.rows_seed) for s, frame in frames.items()}
 
 
 def key_of(
