@@ -8,14 +8,19 @@ import time
 import pandas as pd
 import pytest
 import tiny
+import torch
+from asking import Word
 from scripts import baselines, call, done, metrics_of, names, spul
 
+from utils import plan
 from utils.evaluation import saved
 from utils.evaluation.evaluate import CheckpointSettings, evaluate_checkpoints
 from utils.evaluation.expected import FIRST, Meter
 from utils.evaluation.frozen import Frozen
-from utils.evaluation.run import EvaluationSettings, evaluate_splits
+from utils.evaluation.run import EvaluationSettings, accuracies, evaluate_splits
 from utils.evaluation.scores import score_rows
+from utils.interventions.gates import Gate
+from utils.interventions.prompt_encoders import Prompt
 from utils.interventions.served import Served, load_served
 from utils.models.base import ModelSettings
 from utils.storage.checkpoints import Link
@@ -196,6 +201,40 @@ def test_a_set_of_rows_that_is_not_whole_is_not_kept(case, tmp_path, monkeypatch
     score_rows(served, frames["train_forget"], frames.task, 96, 4, frozen=known)
     saved.keep(frozen, frames, SETTINGS)
     assert not (tmp_path / saved.FOLDER).exists() and isinstance(frozen, Frozen)
+
+
+def asked_of(model, work):
+    """What `work()` returns, and in how many passes."""
+    passes = []
+    handle = model.register_forward_pre_hook(lambda *_: passes.append(1))
+    try:
+        return work(), len(passes)
+    finally:
+        handle.remove()
+
+
+def test_a_curve_asks_the_frozen_model_once(kept):
+    """Behind a gate; a model without one may be trained between two points of the curve."""
+    served, frames = kept
+    vectors = served.model.get_input_embeddings()(torch.arange(4)).detach()
+    gated, known = served.using(Prompt(vectors=vectors, gate=Gate(Word("the"), 0.5))), Frozen()
+    curve = lambda one, *known: asked_of(served.model, lambda: accuracies(one, frames, frames.task, SETTINGS, *known))  # noqa: E731
+    (first, n), (again, fewer), (plain, _) = curve(gated, known), curve(gated, known), curve(gated)
+    assert first == again == plain and 0 < fewer < n
+    assert curve(served, Frozen())[1] == curve(served, known)[1] > 0
+
+
+def test_a_plan_leaves_out_what_is_known(kept):
+    served, frames = kept
+    nobody = served.using(Prompt(vectors=torch.ones(1, 128), gate=Gate(Word("zzz"), 0.5)))
+    how = nobody, frames, SETTINGS, None
+    assert plan._evaluation_seconds(*how, known=True) == 0 < plan._evaluation_seconds(*how, known=False)
+
+
+def test_keys_and_values_of_a_position():
+    """Llama: 4 layers, 2 key heads of width 32, float32; GPT-2 names these numbers otherwise and shares no heads."""
+    assert plan.position_bytes(tiny.CONFIGS["llama"], torch.float32) == 2 * 4 * 2 * 32 * 4
+    assert plan.position_bytes(tiny.CONFIGS["gpt2"], torch.bfloat16) == 2 * 4 * 4 * 32 * 2
 
 
 def test_the_expected_minutes_are_said_once(monkeypatch, capsys):

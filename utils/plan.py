@@ -13,7 +13,8 @@ Rows, tokens, steps and padding are counted on the tokenised rows themselves. Th
                 are, in float32)
     reference   what the objective compares with: d numbers for each of its tokens
     step        the most that is alive at once during forward and backward pass of the largest micro-batch
-    evaluation  the same of the widest evaluation batch, without gradients
+    evaluation  the same of the widest evaluation batch, without gradients; where several completions are scored behind
+                one prompt also the keys and values of KEPT prompt tokens
     heap        1.6 on a CPU: the C library keeps freed blocks below 32 MiB (measured: 1.31 to 1.47 times what is alive,
                 1.00 when it is told to give them back), and an estimate that errs shall err upward; 1 on a GPU, where
                 torch's own count is meant
@@ -49,7 +50,7 @@ from utils.evaluation import saved
 from utils.evaluation.run import EvaluationSettings, check_rows
 from utils.evaluation.scores import decide, score_rows
 from utils.interventions.prompt_encoders import VirtualTokens
-from utils.interventions.served import LOGITS, Served
+from utils.interventions.served import KEPT, LOGITS, Served
 from utils.models.attention import set_attention
 from utils.models.base import ModelSettings, load_tokenizer, pick_device, pick_dtype
 from utils.models.chain import load_config, refuse_prompted, resolve_chain, stored_quantization
@@ -162,7 +163,12 @@ def print_plan(run: Run, frames: Splits) -> None:
     if run.evaluation.max_eval_samples != 0:
         print(evaluation_line(run, tokenizer, frames))
     largest = max(micro, key=lambda rows: (padded_size(rows, examples), len(rows)))
-    sizes |= _alive(prepared, largest, evaluation_shape(run.evaluation, tokenizer, frames, examples), sizes["unpacked"])
+    shape = evaluation_shape(run.evaluation, tokenizer, frames, examples)
+    sizes |= _alive(prepared, largest, shape, sizes["unpacked"])
+    if sizes["evaluation"] and shares_prompts(tokenizer, frames):
+        rows, tokens, _ = shape
+        positions = max(tokens, min(KEPT, rows * tokens))
+        sizes["evaluation"] += positions * position_bytes(config, prepared.served.model.dtype)
     print(disk_line(sizes))
     print(memory_line(pick_device(run.model.device), sizes))
 
@@ -186,6 +192,21 @@ def evaluation_line(run: Run, tokenizer: Any, frames: Splits) -> str:
         n_rows += len(rows)
     before = "; before the training, too, unless saved_scores/ has that already" if run.evaluates_before else ""
     return f"scored   {n_rows:,} rows of {tokens:,} tokens after the training{before}"
+
+
+def shares_prompts(tokenizer: Any, frames: Splits) -> bool:
+    """Whether several completions of one prompt are scored, behind its keys and values."""
+    first, task = pd.concat([frame.head(1) for frame in frames.values()]), frames.task
+    known = known_answers(tokenizer, task)
+    return any(len(asked) > 1 for asked in task.asks(first)) or any(len(known.ids[word]) > 1 for word in task.words)
+
+
+def position_bytes(config: PreTrainedConfig, dtype: torch.dtype) -> int:
+    """Of the keys and values of one token in all layers."""
+    text = config.get_text_config()
+    heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
+    width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    return 2 * text.num_hidden_layers * heads * width * dtype.itemsize
 
 
 def evaluation_shape(

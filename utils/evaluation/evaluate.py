@@ -69,10 +69,11 @@ def evaluate_checkpoints(
             variants[f"{method} without gate"] = served.ungated
         own = tuple(link.sha256 for link in saved.model_of(served))
         for variant, one in variants.items():
-            if own not in frozen or not one.interventions:
+            lets_through = one.is_gated or not one.interventions
+            if lets_through and (own not in frozen or not one.interventions):
                 frozen[own] = saved.find(served, frames, settings)
-            cost = one.manifest.get("training")
-            entry, rows = evaluate_model(one, variant, name, frames, settings, cost, frozen[own])
+            cost, known = one.manifest.get("training"), frozen[own] if lets_through else None
+            entry, rows = evaluate_model(one, variant, name, frames, settings, cost, known)
             records.append({**entry, "seed": one.manifest.get("seed", entry["seed"])})
             predictions.append(rows)
         del served, one, variants  # two models need not fit at once

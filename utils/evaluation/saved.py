@@ -26,6 +26,7 @@ from utils.evaluation.run import EvaluationSettings
 from utils.evaluation.scores import may_be_fine_tuned
 from utils.interventions.served import LOADERS, Served
 from utils.storage import files, schemas
+from utils.storage.checkpoints import Link
 from utils.storage.schemas import Digest, Schema
 from utils.tasks.base import Task
 from utils.tasks.rows import Splits
@@ -72,12 +73,12 @@ def keep(frozen: Frozen, frames: Mapping[str, pd.DataFrame], settings: Evaluatio
         return
     if not settings.fresh_scores and Path(frozen.place).exists() and _read(frozen.place, frozen.key, rows_of):
         return
-    text = _text(frozen.rows)
-    found = {"key": frozen.key, "rows": json.loads(text), "sha256": hashlib.sha256(text.encode()).hexdigest()}
     try:
+        text = _text(frozen.rows)
+        found = {"key": frozen.key, "rows": json.loads(text), "sha256": hashlib.sha256(text.encode()).hexdigest()}
         with files.new_file(frozen.place) as file:
             file.write_text(json.dumps(found), encoding="utf-8")
-    except (UserError, OSError) as error:
+    except (UserError, OSError, ValueError) as error:  # ValueError: a number that is not finite, which JSON has not
         note_once(f"the scores of the frozen model are not kept for other runs ({error})")
 
 
@@ -109,7 +110,7 @@ def key_of(
     }
 
 
-def model_of(served: Served) -> list:
+def model_of(served: Served) -> list[Link]:
     """The Links of its frozen model."""
     return [link for link in served.chain if link.kind not in LOADERS]
 
@@ -133,7 +134,7 @@ def _read(place: str, key: Mapping[str, Any], frames: Mapping[str, pd.DataFrame]
 
 
 def _text(rows: Mapping[str, Any]) -> str:
-    return json.dumps(rows, default=lambda number: number.item())
+    return json.dumps(rows, allow_nan=False, default=lambda number: number.item())
 
 
 def _digest(value: Any) -> str:
