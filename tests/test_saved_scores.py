@@ -161,7 +161,7 @@ def test_another_model_is_computed_anew(kept, case, tmp_path):
     assert not found(Served(served.model, served.tokenizer, chain), frames)
 
 
-@pytest.mark.parametrize("part", ["libraries", "code", "device", "processes"])
+@pytest.mark.parametrize("part", ["libraries", "code", "device", "judge"])
 def test_another_program_computes_anew(kept, monkeypatch, part):
     own = saved.key_of
     monkeypatch.setattr(saved, "key_of", lambda *how: own(*how) | {part: "another"})

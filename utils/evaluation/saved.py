@@ -104,7 +104,6 @@ def key_of(
         "device": torch.cuda.get_device_name() if device == "cuda" else device,
         "attention": settings.attn_implementation,
         "compile": settings.compile,
-        "processes": distributed.world_size(),
         "libraries": {name: version(name) for name in LIBRARIES},
         "code": _code(),
     }
