@@ -115,6 +115,7 @@ def fine_tune(args, output):
 def build(args, output):
     """Make what trains no weights, a template or what stands behind a gate, and write the Output."""
     from utils import job
+    from utils.evaluation import saved
     from utils.evaluation.finish import finish
     from utils.evaluation.run import check_served
     from utils.interventions import gates, in_context
@@ -144,8 +145,10 @@ def build(args, output):
         def write(folder):
             in_context.save(made, folder)
 
-    kind = method if method in flags.GATED else "in-context"
-    finish(output, served.using(made), frames, args, settings.evaluation, method=method, kind=kind, write=write)
+    kind, made = method if method in flags.GATED else "in-context", served.using(made)
+    frozen = saved.find(served, frames, settings.evaluation) if made.is_gated else None
+    about = {"method": method, "kind": kind, "write": write, "frozen": frozen}
+    finish(output, made, frames, args, settings.evaluation, **about)
 
 
 if __name__ == "__main__":

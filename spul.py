@@ -75,8 +75,8 @@ def learn_prompt(args, output):
 
     gate, start = behind.find_gate(args, frames, settings.model, load_model), None
 
-    def prepare(served, load, frozen=None):
-        rows = behind.training_rows(served, frames, settings.evaluation, gate, frozen)
+    def prepare(served, load, scored=None):
+        rows = behind.training_rows(served, frames, settings.evaluation, gate, scored)
         check_length(served.model.config, max(map(len, rows.examples)), p)
         kept, n_kept = {"train_retain": rows.retain}, len(rows.retain)
         compared = load(served, rows.examples, range(n_kept), kept) if args.beta and n_kept else None
@@ -88,7 +88,7 @@ def learn_prompt(args, output):
         return plan.Prepared(served=served, learner=encoder, objective=objective, examples=rows.examples, beside=beside)
 
     if args.dry_run:
-        source = {"name": args.model_checkpoints, "parent": args.parent_path}
+        source = {"name": args.model_checkpoints, "parent": args.parent_path, "evaluates_before": True}
         plan.print_plan(plan.Run(**source, prepare=prepare, p=p, **vars(settings)), frames)
     if args.dry_run == "plan":
         return
@@ -96,11 +96,11 @@ def learn_prompt(args, output):
     served = load_model()
     if start:
         prompt_encoders.refuse_other_start(start, served.chain[-1])
-    before, frozen = ([], None) if args.dry_run else show_merged(served, frames, settings.evaluation)
+    before, scored, frozen = ([], None, None) if args.dry_run else show_merged(served, frames, settings.evaluation)
     if args.forget_size == 1 and served.manifest and not learnt_by(served.manifest, frames):
         note_once(f"{args.model_checkpoints} was fine-tuned on other rows than the ones selected here")
     load = plan.blank_reference if args.dry_run else reference.loader(cli.take(reference.ReferenceSettings, args))
-    prepared = prepare(served, load, frozen)
+    prepared = prepare(served, load, scored)
     encoder, in_front = prepared.learner, gate.gate(served) if gate else None
     if start:
         prompt_encoders.load_encoder(encoder, start)
@@ -108,7 +108,7 @@ def learn_prompt(args, output):
     def prompted():
         return served.using(prompt_encoders.Prompt(vectors=encoder().detach(), gate=in_front))
 
-    done = job.train(prepared, prompted, frames, output, args, settings, warmup=0.1, evaluations=2)
+    done = job.train(prepared, prompted, frames, output, args, settings, warmup=0.1, evaluates_before=True)
     if done is None:
         return
     log, cost = done

@@ -15,6 +15,7 @@ from scripts import call, done, manifest_of, metrics_of, numbers, refused, stop_
 from utils.data.batch import collate
 from utils.data.splits import TRAIN_SPLITS
 from utils.errors import UserError
+from utils.evaluation.frozen import Frozen
 from utils.evaluation.run import EvaluationSettings, evaluate_splits
 from utils.interventions import gate_files, gates
 from utils.interventions.gate_files import SEEN
@@ -167,9 +168,10 @@ def test_the_frozen_model_answers_once(gated, fine_tuned, small_data):
     """What was scored before the prompt was learnt is taken where it does not act, and nothing else is computed."""
     frames, served = load_splits(str(small_data)), load_served(str(gated), tiny.ON_CPU, max_length=96)
     settings, words = EvaluationSettings(max_length=96, eval_batch_size=4), label_words(frames)
-    _, frozen = evaluate_splits(served.plain, frames, classification(words), settings, "before")
+    frozen = Frozen()
+    evaluate_splits(served.plain, frames, classification(words), settings, "before", frozen)
     splits, rows = evaluate_splits(served, frames, classification(words), settings, "all")
-    marked = frozen.assign(loss=-1.0)
+    marked = Frozen({split: [row | {"loss": -1.0} for row in rows] for split, rows in frozen.rows.items()})
     again, reused = evaluate_splits(served, frames, classification(words), settings, "some", marked)
     assert (reused["loss"] == -1).tolist() == (~rows["flagged"]).tolist()
     assert reused["prediction"].tolist() == rows["prediction"].tolist()

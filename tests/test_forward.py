@@ -19,7 +19,7 @@ from utils.interventions.served import Served
 from utils.models import attention as attentions
 from utils.models import forward
 from utils.models.attention import CAUSAL, GROUPED, GROUPED_UP_TO, set_attention
-from utils.models.forward import _gather_before_head, _run, completion_hidden, completion_logits, prompt_prefix
+from utils.models.forward import _run, completion_hidden, completion_logits, gather_before_head, prompt_prefix
 from utils.models.layers import checkpoint_layers, compile_decoder
 from utils.tasks.rows import load_splits
 from utils.unlearning import losses, reference
@@ -399,7 +399,7 @@ def test_the_head_of_a_bfloat16_model_multiplies_in_float32(architecture):
 
     with mock.patch.object(forward, "HEAD_ROWS", 300):
         logits, before = completion_logits(model, batch, prompt, completion_hidden(model, batch))
-        with _gather_before_head(model, batch) as seen:
+        with gather_before_head(model, batch) as seen:
             _run(model, batch, prompt, seen)
         torch.testing.assert_close(logits, expected(seen["hidden"]), rtol=1e-5, atol=1e-5)
         torch.testing.assert_close(before, expected(completion_hidden(model, batch)), rtol=1e-5, atol=1e-5)

@@ -221,13 +221,18 @@ def test_rows_of_the_frozen_model_are_taken_where_nothing_acts(plain, kind):
     frozen["loss"] += 100  # to be seen again
     handle = plain.model.register_forward_pre_hook(lambda *_: seen.append(1))
     try:
-        found = score(served, kind, frozen=frozen)
+        known = frozen.to_dict("records")
+        found = score(served, kind, frozen=known)
         flags = wanted["flagged"].to_numpy()
         assert list(found["loss"][~flags]) == list(frozen["loss"][~flags])
         assert_same(found.assign(loss=found["loss"].where(flags, found["loss"] - 100)), wanted)
         seen.clear()
-        score(plain.using(Prompt(vectors=torch.ones(1, 128), gate=Gate(Word("nobody"), 0.5))), kind, frozen=frozen)
+        score(plain.using(Prompt(vectors=torch.ones(1, 128), gate=Gate(Word("nobody"), 0.5))), kind, frozen=known)
         assert not seen  # where no row is flagged the model is not asked
+        missing = [None] * len(known)
+        first = score(served, kind, frozen=missing)
+        assert [row is None for row in missing] == list(flags)  # put in for the next that lets these rows through
+        pd.testing.assert_frame_equal(score(served, kind, frozen=missing), first)
     finally:
         handle.remove()
 

@@ -58,6 +58,10 @@ def add_model_arguments(parser: cli.ArgumentParser) -> None:
     group.add_argument(
         "--max_eval_samples", type=cli.non_negative_int, help="rows a split of the final evaluation, at most (0: none)"
     )
+    group.add_argument(
+        "--fresh_scores", action="store_true",
+        help="score the frozen model anew instead of taking what an earlier run has left in saved_scores/",
+    )  # fmt: skip
     group.add_argument("--max_train_samples", type=cli.positive_int, help="train rows to use, forget share kept")
     group.add_argument("--forget_share", type=cli.fraction, help="share of forget rows among --max_train_samples")
     group.add_argument(

@@ -11,6 +11,7 @@ import pandas as pd
 from utils import cli, plan
 from utils.data.select import fingerprint
 from utils.data.splits import TRAIN_SPLITS
+from utils.evaluation.frozen import Frozen
 from utils.evaluation.run import EvaluationSettings, accuracies, check_rows, note_other_length
 from utils.interventions.served import Served, load_served
 from utils.models.base import ModelSettings
@@ -57,19 +58,21 @@ def train(
     *,
     warmup: float,
     trained_on: Sequence[str] = TRAIN_SPLITS,
-    evaluations: int = 1,
+    evaluates_before: bool = False,
 ) -> tuple[list[dict[str, Any]], dict[str, Any]] | None:
     """Train what `prepared` says: (log, cost). With --dry_run=probe only a few steps, and None.
 
     serve: the model as it is evaluated meanwhile. warmup: share of the steps. trained_on: splits.
-    evaluations: how often the run evaluates, beside --eval_steps.
+    evaluates_before: whether the run also evaluates the frozen model.
     """
     examples, parameters = prepared.examples, prepared.parameters
     print(f"training {sum(p.numel() for p in parameters.values()):,} parameters on {len(examples):,} rows")
 
+    known = Frozen()
+
     def evaluate() -> dict[str, float]:
         with prepared.numerics():
-            return accuracies(serve(), frames, frames.task, settings.evaluation)
+            return accuracies(serve(), frames, frames.task, settings.evaluation, known)
 
     training = Training(
         parameters=parameters,
@@ -88,7 +91,7 @@ def train(
         after_step=prepared.after_step,
     )
     if args.dry_run:
-        plan.print_probe(training, prepared, serve(), frames, settings.evaluation, evaluations)
+        plan.print_probe(training, prepared, serve(), frames, settings.evaluation, evaluates_before)
         return None
     print(f"the log grows in {os.path.relpath(output.log_path)}")
     log = training.run()

@@ -13,7 +13,8 @@ Rows, tokens, steps and padding are counted on the tokenised rows themselves. Th
                 are, in float32)
     reference   what the objective compares with: d numbers for each of its tokens
     step        the most that is alive at once during forward and backward pass of the largest micro-batch
-    evaluation  the same of the widest evaluation batch, without gradients
+    evaluation  the same of the widest evaluation batch, without gradients; where several completions are scored behind
+                one prompt also the keys and values of KEPT prompt tokens
     heap        1.6 on a CPU: the C library keeps freed blocks below 32 MiB (measured: 1.31 to 1.47 times what is alive,
                 1.00 when it is told to give them back), and an estimate that errs shall err upward; 1 on a GPU, where
                 torch's own count is meant
@@ -45,10 +46,11 @@ from utils.data.batch import Batch, Example, collate
 from utils.data.select import sample_rows
 from utils.data.splits import SPLITS
 from utils.distributed import peak_memory
+from utils.evaluation import saved
 from utils.evaluation.run import EvaluationSettings, check_rows
-from utils.evaluation.scores import score_rows
+from utils.evaluation.scores import decide, score_rows
 from utils.interventions.prompt_encoders import VirtualTokens
-from utils.interventions.served import LOGITS, Served
+from utils.interventions.served import KEPT, LOGITS, Served
 from utils.models.attention import set_attention
 from utils.models.base import ModelSettings, load_tokenizer, pick_device, pick_dtype
 from utils.models.chain import load_config, refuse_prompted, resolve_chain, stored_quantization
@@ -115,7 +117,8 @@ class Run:
 
     name: the model or checkpoint that is trained on. prepare: function(served, load) -> Prepared, by which the run
     itself is prepared; it gets a model without numbers and a Loader that computes nothing. p: virtual tokens.
-    quantization: of the frozen base. full: every weight may be trained. parent: see resolve_chain.
+    quantization: of the frozen base. full: every weight may be trained. parent: see resolve_chain. evaluates_before:
+    whether the frozen model is evaluated, too.
     """
 
     name: str
@@ -127,6 +130,7 @@ class Run:
     quantization: str = "none"
     full: bool = False
     parent: str | None = None
+    evaluates_before: bool = False
 
 
 def print_plan(run: Run, frames: Splits) -> None:
@@ -156,8 +160,15 @@ def print_plan(run: Run, frames: Splits) -> None:
     print(f"rows     {len(examples):,}: {len(examples) - forget:,} to keep, {forget:,} to forget")
     print(f"steps    {len(batches):,} of {run.training.train_batch_size} rows; {seen:,} rows are read")
     print(f"tokens   {real:,} and {padded - real:,} of padding ({1 - real / padded:.1%}); longest row {longest:,}")
+    if run.evaluation.max_eval_samples != 0:
+        print(evaluation_line(run, tokenizer, frames))
     largest = max(micro, key=lambda rows: (padded_size(rows, examples), len(rows)))
-    sizes |= _alive(prepared, largest, evaluation_shape(run.evaluation, tokenizer, frames, examples), sizes["unpacked"])
+    shape = evaluation_shape(run.evaluation, tokenizer, frames, examples)
+    sizes |= _alive(prepared, largest, shape, sizes["unpacked"])
+    if sizes["evaluation"] and shares_prompts(tokenizer, frames):
+        rows, tokens, _ = shape
+        positions = max(tokens, min(KEPT, rows * tokens))
+        sizes["evaluation"] += positions * position_bytes(config, prepared.served.model.dtype)
     print(disk_line(sizes))
     print(memory_line(pick_device(run.model.device), sizes))
 
@@ -170,6 +181,32 @@ def schedule(settings: TrainingSettings, examples: list[Example]) -> Training:
 def padded_size(rows: Sequence[int], examples: Sequence[Example]) -> int:
     """Tokens of a batch, padding included."""
     return len(rows) * max(len(examples[i]) for i in rows)
+
+
+def evaluation_line(run: Run, tokenizer: Any, frames: Splits) -> str:
+    """How much is evaluated, and how often."""
+    settings, known, tokens, n_rows = run.evaluation, known_answers(tokenizer, frames.task), 0, 0
+    for frame in frames.values():
+        rows = sample_rows(frame, settings.max_eval_samples, settings.rows_seed)
+        tokens += sum(map(len, tokenize(tokenizer, rows, rows["label_text"], settings.max_length, answers=known)))
+        n_rows += len(rows)
+    before = "; before the training, too, unless saved_scores/ has that already" if run.evaluates_before else ""
+    return f"scored   {n_rows:,} rows of {tokens:,} tokens after the training{before}"
+
+
+def shares_prompts(tokenizer: Any, frames: Splits) -> bool:
+    """Whether several completions of one prompt are scored, behind its keys and values."""
+    first, task = pd.concat([frame.head(1) for frame in frames.values()]), frames.task
+    known = known_answers(tokenizer, task)
+    return any(len(asked) > 1 for asked in task.asks(first)) or any(len(known.ids[word]) > 1 for word in task.words)
+
+
+def position_bytes(config: PreTrainedConfig, dtype: torch.dtype) -> int:
+    """Of the keys and values of one token in all layers."""
+    text = config.get_text_config()
+    heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
+    width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    return 2 * text.num_hidden_layers * heads * width * dtype.itemsize
 
 
 def evaluation_shape(
@@ -397,12 +434,13 @@ def print_probe(
     served: Served,
     frames: Splits,
     settings: EvaluationSettings,
-    evaluations: int = 1,
+    evaluates_before: bool = False,
 ) -> None:
     """Time a few of the run's steps, evaluation batches and passes over the rows that its reference is about, and print
     what the whole run will take.
 
-    served: the model as it is evaluated. evaluations: how often that is, beside --eval_steps.
+    served: the model as it is evaluated. evaluates_before: whether the frozen model is evaluated, too. What is taken
+    from saved_scores/, and what a gate lets through of rows that are known, takes no time.
     """
     examples, optimizer = training.examples, training.optimizer()
     batches = [rows for _, rows in training.steps_from(0)]
@@ -414,11 +452,20 @@ def print_probe(
     step(by_size[-1])  # the first step is slow, and the largest has the peak of memory
     seconds = {"training": len(batches) * _mean_seconds(step, by_size)}
     curve = len(batches) // training.settings.eval_steps if training.settings.eval_steps else 0
-    plans = [(evaluations * (settings.max_eval_samples != 0), settings.max_eval_samples)]
-    plans.append((curve, settings.curve_samples))
+    final = settings.max_eval_samples
+    plans = [(1, final, served, evaluates_before)] * (final != 0)
+    if (
+        evaluates_before
+        and final != 0
+        and not saved.find(served, frames, settings).knows(saved.chosen(frames, settings))
+    ):
+        plans.append((1, final, served.plain, False))
+    plans.append((curve, settings.curve_samples, served, served.is_gated))
     with prepared.numerics():
         others = {"reference": _reference_seconds(prepared, settings.eval_batch_size)}
-        others["evaluation"] = sum(n * _evaluation_seconds(served, frames, settings, rows) for n, rows in plans if n)
+        others["evaluation"] = sum(
+            n * _evaluation_seconds(one, frames, settings, rows, known) for n, rows, one, known in plans if n
+        )
     seconds |= {name: value / distributed.world_size() for name, value in others.items()}  # batches are shared out
     total = ", ".join(f"{name} {_duration(value)}" for name, value in seconds.items() if value)
     print(f"time     about {_duration(sum(seconds.values()))} after loading: {total}")
@@ -436,8 +483,16 @@ def _reference_seconds(prepared: Prepared, batch_size: int) -> float:
     )
 
 
-def _evaluation_seconds(served: Served, frames: Splits, settings: EvaluationSettings, n_rows: int | None) -> float:
+def _evaluation_seconds(
+    served: Served, frames: Splits, settings: EvaluationSettings, n_rows: int | None, known: bool
+) -> float:
+    """Of `n_rows` rows a split. known: what the frozen model says of them is, so that these take no time."""
     rows = pd.concat([sample_rows(frames[split], n_rows) for split in SPLITS], ignore_index=True)
+    if known:
+        acting, _ = decide(served, rows)
+        rows = rows.iloc[[i for i, number in enumerate(acting) if number is not None]].reset_index(drop=True)
+    if not len(rows):
+        return 0.0
     order = rows["text"].str.len().sort_values(kind="stable").index
 
     def score(part: pd.Index) -> None:

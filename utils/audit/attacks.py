@@ -114,9 +114,11 @@ def train(
         chosen, numbers = [examples[i] for i in rows], [acting[i] for i in rows]
         n_tokens, loss = sum(len(example.completion) for example in chosen), 0.0
         for own in by_length(chosen, BATCH, numbers):
-            for part in in_parts([chosen[i] for i in own]):
-                logits = torch.cat(served.logits(part, numbers[own[0]]))
-                targets = torch.tensor([token for row in part for token in row.completion], device=logits.device)
+            together = [chosen[i] for i in own]
+            for part in in_parts(together, len(together)):
+                asked = [together[i] for i in part]
+                logits = torch.cat(served.logits(asked, numbers[own[0]]))
+                targets = torch.tensor([token for row in asked for token in row.completion], device=logits.device)
                 term = torch.nn.functional.cross_entropy(logits, targets, reduction="sum") / n_tokens
                 term.backward()
                 loss += term.item()

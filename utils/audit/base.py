@@ -8,6 +8,7 @@ import numpy as np
 import pandas as pd
 
 from utils.data.names import Person
+from utils.evaluation.frozen import Frozen
 from utils.evaluation.run import RowSettings
 from utils.evaluation.scores import score_rows
 from utils.evaluation.statistics import Sample
@@ -112,7 +113,7 @@ class Case:
     people: Sequence[Person] = ()
     notes: list[str] = field(default_factory=list)
     kept: dict[str, Any] = field(default_factory=dict)
-    _plain: dict[tuple[tuple[str, ...], str], pd.DataFrame] = field(default_factory=dict, init=False, repr=False)
+    _plain: dict[tuple[str, ...], Frozen] = field(default_factory=dict, init=False, repr=False)
 
     def note(self, sentence: str) -> None:
         """Put `sentence` into the report, once."""
@@ -126,11 +127,9 @@ class Case:
     def scored(self, subject: Subject, label: str, frame: pd.DataFrame) -> pd.DataFrame:
         """`score_rows` of `frame` by `subject`, of the one score that its task compares. label: names the rows; rows of
         a label that a gate lets through have the frozen model's results, if that was asked about them before."""
-        known = self._plain.get((subject.frozen, label))
+        known = self._plain.setdefault(subject.frozen, Frozen()).of(label, len(frame))
         how = self.settings.max_length, self.settings.eval_batch_size
         rows = score_rows(subject.served, frame, self.task, *how, frozen=known, score=self.task.compared)
-        if not subject.served.interventions:
-            self._plain[subject.frozen, label] = rows
         return pd.concat([frame.drop(columns=rows.columns, errors="ignore").reset_index(drop=True), rows], axis=1)
 
     def knows(self, rows: pd.DataFrame) -> dict[str, np.ndarray]:

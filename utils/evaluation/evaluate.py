@@ -8,6 +8,8 @@ from typing import Any
 import pandas as pd
 
 from utils.errors import UserError
+from utils.evaluation import saved
+from utils.evaluation.frozen import Frozen
 from utils.evaluation.overall import with_overall
 from utils.evaluation.record import make_record, method_names, with_distances, with_mcnemar
 from utils.evaluation.run import (
@@ -20,7 +22,7 @@ from utils.evaluation.run import (
 )
 from utils.interventions.gate_files import has_gate
 from utils.interventions.router import find_router, routed
-from utils.interventions.served import LOADERS, Served, load_served
+from utils.interventions.served import Served, load_served
 from utils.models.base import ModelSettings
 from utils.models.chain import resolve_chain
 from utils.tasks.rows import Splits, refuse_other_form
@@ -45,8 +47,8 @@ def evaluate_checkpoints(
 ) -> tuple[list[dict[str, Any]], pd.DataFrame]:
     """One record per checkpoint, and one prediction per checkpoint and row.
 
-    Where a frozen model was evaluated before a checkpoint that stands in front of it, the rows that the checkpoint lets
-    through are not computed again.
+    What a frozen model says of a row on which nothing acts is computed once for all checkpoints that stand in front of
+    it; what it says alone is kept in a file for other runs (utils.evaluation.saved).
     """
     names = asked.model_checkpoints
     chains = [resolve_chain(name, model.trust_remote_code, asked.parent_path) for name in names]
@@ -65,12 +67,13 @@ def evaluate_checkpoints(
             variants[f"{method} + router"] = routed(served, router, model, settings.max_length)
         if asked.without_gate and served.is_gated:
             variants[f"{method} without gate"] = served.ungated
-        model_of = tuple(link.sha256 for link in served.chain if link.kind not in LOADERS)
+        own = tuple(link.sha256 for link in saved.model_of(served))
         for variant, one in variants.items():
-            cost, known = one.manifest.get("training"), frozen.get(model_of)
+            lets_through = one.is_gated or not one.interventions
+            if lets_through and (own not in frozen or not one.interventions):
+                frozen[own] = saved.find(served, frames, settings)
+            cost, known = one.manifest.get("training"), frozen[own] if lets_through else None
             entry, rows = evaluate_model(one, variant, name, frames, settings, cost, known)
-            if not one.interventions:
-                frozen[model_of] = rows
             records.append({**entry, "seed": one.manifest.get("seed", entry["seed"])})
             predictions.append(rows)
         del served, one, variants  # two models need not fit at once
@@ -92,14 +95,17 @@ def evaluate_model(
     frames: Splits,
     settings: EvaluationSettings,
     training: dict[str, Any] | None = None,
-    frozen: pd.DataFrame | None = None,
+    frozen: Frozen | None = None,
 ) -> tuple[dict[str, Any], pd.DataFrame]:
     """(record, predictions) of one model that is ready to answer.
 
-    training: what it cost, where there was one. frozen: the predictions of the model alone, if they are known.
+    training: what it cost, where there was one. frozen: what is known of the model alone; where that is what is
+    evaluated, it is kept for other runs.
     """
     start = perf_counter()
     splits, rows = evaluate_splits(served, frames, frames.task, settings, method, frozen)
+    if frozen and not served.interventions:
+        saved.keep(frozen, frames, settings)
     seconds = perf_counter() - start
     entry = make_record(method, checkpoint, served.base_name, settings, frames.task, splits, seconds, training)
     columns = [*OF_ROWS, *(column for column in frames.task.scored if column in rows)]

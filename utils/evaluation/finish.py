@@ -12,7 +12,8 @@ import pandas as pd
 from utils import distributed
 from utils.data.select import fingerprint
 from utils.data.splits import TRAIN_SPLITS
-from utils.evaluation import figures, tables
+from utils.evaluation import figures, saved, tables
+from utils.evaluation.frozen import Frozen
 from utils.evaluation.record import make_record
 from utils.evaluation.run import EvaluationSettings, evaluate_splits
 from utils.interventions.served import Served
@@ -35,13 +36,13 @@ def finish(
     trained_on: Sequence[str] = TRAIN_SPLITS,
     cost: dict[str, Any] | None = None,
     log: list[dict] | None = None,
-    frozen: pd.DataFrame | None = None,
+    frozen: Frozen | None = None,
 ) -> None:
     """Evaluate `served` under the name `method` and write the Output, a checkpoint of this `kind`.
 
     write: function(folder) that puts the weights there. before: records that go in front of its own. trained_on: the
-    splits. cost, log: of a utils.training.loop.Training, where there was one. frozen: rows that the frozen model was
-    evaluated on. Nothing is evaluated with settings.max_eval_samples = 0.
+    splits. cost, log: of a utils.training.loop.Training, where there was one. frozen: what is known of the frozen model
+    behind its interventions. Nothing is evaluated with settings.max_eval_samples = 0.
     """
     records, task = before, frames.task
     if settings.max_eval_samples != 0:
@@ -64,14 +65,17 @@ def finish(
     print(f"wrote {output}")
 
 
-def show_merged(served: Served, frames: Splits, settings: EvaluationSettings) -> tuple[list[dict], pd.DataFrame | None]:
+def show_merged(
+    served: Served, frames: Splits, settings: EvaluationSettings
+) -> tuple[list[dict], pd.DataFrame | None, Frozen | None]:
     """Print the accuracy before and after LoRA was merged into the unquantised base: ([the merged model's record], its
-    scored rows), or ([], None) with settings.max_eval_samples = 0."""
+    scored rows, its scores for what stands in front of it), or ([], None, None) with settings.max_eval_samples = 0."""
     if settings.max_eval_samples == 0:
-        return [], None
-    start, last = perf_counter(), served.chain[-1]
-    splits, rows = evaluate_splits(served, frames, frames.task, settings, "before SPUL")
+        return [], None, None
+    start, last, frozen = perf_counter(), served.chain[-1], saved.find(served, frames, settings)
+    splits, rows = evaluate_splits(served, frames, frames.task, settings, "before SPUL", frozen)
+    saved.keep(frozen, frames, settings)
     method = "merged" if last.kind == "lora" else "base"
     after = make_record(method, last.path, served.base_name, settings, frames.task, splits, perf_counter() - start)
     print(tables.table([*(served.manifest.get("metrics") or []), after]))
-    return [after], rows
+    return [after], rows, frozen

@@ -8,6 +8,7 @@ from typing import Any
 import pandas as pd
 
 from utils.errors import UserError
+from utils.evaluation import saved
 from utils.evaluation.evaluate import check_model, evaluate_model
 from utils.evaluation.record import distinct_names
 from utils.evaluation.run import EvaluationSettings
@@ -68,8 +69,9 @@ def evaluate_requests(
     """
     served = serve_together(requests, model, settings.max_length)
     check_model(served, frames, settings.max_length)
+    frozen = saved.find(served, frames, settings)
     method = f"{len(requests)} request{'s' if len(requests) > 1 else ''}"
-    entry, rows = evaluate_model(served, method, " + ".join(map(path_of, requests)), frames, settings)
+    entry, rows = evaluate_model(served, method, " + ".join(map(path_of, requests)), frames, settings, frozen=frozen)
     costs = {request.name: cost(request) for request in requests}
     about = {"names": [request.name for request in requests], "interference": interference(served, requests)}
     about |= {key: {name: one[key] for name, one in costs.items()} for key in ("bytes", "seconds", "rows")}

@@ -6,15 +6,17 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from tqdm import tqdm
+import torch
 from transformers import PreTrainedConfig
 
 from utils.data.batch import Example
 from utils.data.select import learnt_by, sample_rows
 from utils.data.splits import SPLITS
 from utils.errors import UserError, note_once
-from utils.evaluation.answering import room_for
-from utils.evaluation.scores import joined, probed, score_rows
+from utils.evaluation.answering import Acting, room_for, tokenized
+from utils.evaluation.expected import Meter
+from utils.evaluation.frozen import Frozen, RowScores
+from utils.evaluation.scores import decide, joined, probed, score_rows, to_compute
 from utils.evaluation.statistics import clopper_pearson
 from utils.interventions.base import Template
 from utils.interventions.served import Served
@@ -43,25 +45,30 @@ class RowSettings:
 class EvaluationSettings(RowSettings):
     """What is evaluated and how: the flags of those names.
 
-    dataset, seed, validation_share and final change no score; they are what a record says of its run.
+    dataset, seed, validation_share and final change no score; they are what a record says of its run. How attention is
+    computed and whether layers are compiled has been done when the model was loaded; saved scores depend on it.
     """
 
     curve_samples: int = 200
     validation_share: float | None = None
     final: bool = False
     probe: bool = False
+    attn_implementation: str = "auto"
+    compile: bool = False
+    fresh_scores: bool = False
 
 
 GATE_COLUMNS = ("flagged", "gate_probability", "request")  # what a gate says of a row, as far as there is one
 
 
+@torch.inference_mode()
 def evaluate_splits(
     served: Served,
     frames: Frames,
     task: Task,
     settings: EvaluationSettings,
     description: str,
-    frozen: pd.DataFrame | None = None,
+    frozen: Frozen | None = None,
 ) -> tuple[dict[str, Recorded], pd.DataFrame]:
     """Score every split (at most settings.max_eval_samples rows each); returns (splits, rows).
 
@@ -77,15 +84,22 @@ def evaluate_splits(
     """
     frames = {s: sample_rows(frame, settings.max_eval_samples, settings.rows_seed) for s, frame in frames.items()}
     scored, probes = {}, {}
-    total = sum(map(len, frames.values()))
-    with tqdm(total=total, desc=description, unit="row", dynamic_ncols=True, mininterval=1) as progress:
+    decided = {split: decide(served, frame) for split, frame in frames.items()}
+    known = {
+        split: frozen.of(split, len(frame)) if frozen and not settings.probe else None
+        for split, frame in frames.items()
+    }
+    lengths = [_lengths(served, frame, task, settings, decided[s][0], known[s]) for s, frame in frames.items()]
+    n_rows, n_todo = sum(map(len, frames.values())), sum(map(len, lengths))
+    others = f"; {n_rows - n_todo:,} are known" if n_todo < n_rows else ""
+    print(f"{description}: {n_todo:,} rows to score, {sum(map(sum, lengths)):,} tokens{others}")
+    with Meter(lengths, description, task.generates) as progress:
         for split, frame in frames.items():
             sizes = settings.max_length, settings.eval_batch_size
-            known = None
-            if frozen is not None and not settings.probe:
-                known = frozen.loc[frozen["split"] == split, frozen.columns.intersection(task.scored)]
             logits = {} if settings.probe else None
-            results = score_rows(served, frame, task, *sizes, progress, known, logits=logits)
+            how = {"frozen": known[split], "logits": logits, "decided": decided[split]}
+            results = score_rows(served, frame, task, *sizes, progress, **how)
+            progress.ended()
             if logits:
                 probes[split] = probed(logits, list(frame["label_text"]), settings.seed)
             scored[split] = joined(frame, results, split)
@@ -101,6 +115,21 @@ def evaluate_splits(
             if flags.any():
                 splits[split]["flagged_accuracy"] = task.split_scores(rows[flags])[task.headline]
     return splits, pd.concat(scored.values(), ignore_index=True)
+
+
+def _lengths(
+    served: Served,
+    frame: pd.DataFrame,
+    task: Task,
+    settings: RowSettings,
+    acting: Acting,
+    known: Sequence[RowScores | None] | None,
+) -> list[int]:
+    """The tokens of each row of `frame` that is to be computed, behind which its answer stands."""
+    todo = to_compute(acting, known)
+    rows, numbers = frame.iloc[todo], [acting[i] for i in todo]
+    words, answers = list(rows["label_text"]), known_answers(served.tokenizer, task)
+    return list(map(len, tokenized(served, rows, words, answers, settings.max_length, numbers)))
 
 
 def _with_interval(scores: Scores) -> Recorded:
@@ -227,11 +256,15 @@ def refuse_probe(settings: EvaluationSettings, task: Task) -> None:
         raise UserError("--probe asks whether the right one of several choices can be read off; leave it out")
 
 
-def accuracies(served: Served, frames: Frames, task: Task, settings: EvaluationSettings) -> dict[str, float]:
+def accuracies(
+    served: Served, frames: Frames, task: Task, settings: EvaluationSettings, frozen: Frozen | None = None
+) -> dict[str, float]:
     """{split: the score that ECO's search compares, too, in [0, 1]} on settings.curve_samples rows a split, for the
     curve over steps: the accuracy, or of free answers, which take long to generate, the mean probability of a token.
 
-    Dropout is off meanwhile; every module is in its own mode again afterwards.
+    frozen: these scores by the frozen model, by earlier calls; it is filled. Only what stands behind a gate makes use
+    of it: of other models the weights may have changed since. Dropout is off meanwhile; every module is in its own mode
+    again afterwards.
     """
     modes = {module: module.training for module in served.model.modules()}
     served.model.eval()
@@ -239,7 +272,8 @@ def accuracies(served: Served, frames: Frames, task: Task, settings: EvaluationS
     for split in SPLITS:
         frame = sample_rows(frames[split], settings.curve_samples)
         how = settings.max_length, settings.eval_batch_size
-        rows = score_rows(served, frame, task, *how, score=task.compared)
+        known = frozen.of(split, len(frame)) if frozen and served.is_gated else None
+        rows = score_rows(served, frame, task, *how, frozen=known, score=task.compared)
         result[split] = task.split_scores(joined(frame, rows, split))[task.compared]
     for module, training in modes.items():
         module.training = training

@@ -3,21 +3,27 @@
 import dataclasses
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import pandas as pd
 import torch
-from tqdm import tqdm
 
 from utils import distributed
 from utils.data.batch import Example
 from utils.evaluation.answering import Acting, by_length, generated, greedy, tokenized
+from utils.evaluation.frozen import RowScores
 from utils.interventions.served import Served
 from utils.tasks import metrics
 from utils.tasks.answers import Answers, FreeAnswers, KnownAnswers, free_answers, known_answers
 from utils.tasks.base import Asked, Task
 from utils.tasks.encode import Tokens
+
+
+class Progress(Protocol):
+    """What is told how many rows are done, a progress bar say."""
+
+    def update(self, n: int) -> object: ...
 
 
 @torch.inference_mode()
@@ -27,10 +33,11 @@ def score_rows(
     task: Task,
     max_length: int,
     batch_size: int,
-    progress: tqdm | None = None,
-    frozen: pd.DataFrame | None = None,
+    progress: Progress | None = None,
+    frozen: list[RowScores | None] | None = None,
     score: str | None = None,
     logits: dict[int, np.ndarray] | None = None,
+    decided: tuple[Acting, list[dict[str, Any]]] | None = None,
 ) -> pd.DataFrame:
     """One row of results per row of `frame`, as its task reads it, in the same order.
 
@@ -40,78 +47,111 @@ def score_rows(
     scaling. loss: - log f(label | text), nats. Else what the task's `row_scores` gives, from the log-probabilities of
     the completions that it asks about and from a generated answer. With a gate also flagged and gate_probability.
 
-    max_length: most tokens of a row; its text is cut. batch_size: rows a pass. frozen: these results by the model
-    without interventions, which are taken where none acts. score: the one score of the split that is wanted, so that
-    nothing else is computed for free answers and whole choices; None: all. logits: a dict that is filled with those at
-    the first token of the label words, {row: (|V|,) float32}. Several processes each score a part, and every one
+    max_length: most tokens of a row; its text is cut. batch_size: rows a pass. frozen: for each row what the model
+    without interventions gives (utils.evaluation.frozen): taken where none acts, and put in where it is missing. score:
+    the one score of the split that is wanted, so that nothing else is computed for free answers and whole choices;
+    None: all. logits: a dict that is filled with those at the first token of the label words, {row: (|V|,) float32}.
+    decided: what `decide` gave for these rows, if that is known. Several processes each score a part, and every one
     returns all rows.
     """
     known = known_answers(served.tokenizer, task)
-    acting, said = served.decide(list(frame["text"]))
+    acting, said = decided or decide(served, frame)
     results: dict[int, dict[str, Any]] = {i: dict(row) for i, row in enumerate(said)}
-    todo = list(range(len(frame)))
-    if frozen is not None:
-        todo = [i for i in todo if acting[i] is not None]
-        kept = [i for i, number in enumerate(acting) if number is None]
-        for i, row in zip(kept, frozen.iloc[kept].to_dict("records")):
-            results[i] |= row
-        if progress is not None:
-            progress.update(len(kept))
+    todo = to_compute(acting, frozen)
     own, numbers = frame.iloc[todo], [acting[i] for i in todo]
     how = served, own, known, max_length, batch_size, numbers
-    found = _label_results(*how, progress, logits) if task.words else [{} for _ in todo]
-    said_of = _asked(*how, task.asks(own, score), None if task.words else progress)
+    asked = _questions(*how[:4], numbers, task.asks(own, score))
+    if task.words:
+        found, said_of = _label_results(*how, asked, progress, logits)
+    else:
+        found, said_of = [{} for _ in todo], _asked(served, asked, batch_size, numbers, progress)
     answers: list[str | None] = [None] * len(todo)
     if task.generates and (score is None or score in task.generated):
         answers, judged = _generated(*how)
         found = [part | row for part, row in zip(found, judged)]
     for i, row, part, scored, answer in zip(todo, own.to_dict("records"), found, said_of, answers):
-        results[i] |= part | task.row_scores(row, scored, answer)
+        scores = part | task.row_scores(row, scored, answer)
+        results[i] |= scores
+        if frozen is not None and acting[i] is None:
+            frozen[i] = scores
+    for i in set(range(len(frame))) - set(todo):
+        results[i] |= frozen[i]
     return pd.DataFrame([results[i] for i in range(len(frame))])
 
 
-def _asked(
+def decide(served: Served, frame: pd.DataFrame) -> tuple[Acting, list[dict[str, Any]]]:
+    """For each row the number of the intervention that acts on it, None also for one that changes nothing; and what the
+    gates said, as `Served.decide` has it."""
+    acting, said = served.decide(list(frame["text"]))
+    return [None if number is None or served.acting(number).changes_nothing else number for number in acting], said
+
+
+def to_compute(acting: Acting, frozen: Sequence[RowScores | None] | None) -> list[int]:
+    """The rows that are not known: something acts on them, or `frozen` lacks them."""
+    return [i for i, number in enumerate(acting) if number is not None or frozen is None or frozen[i] is None]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Question:
+    """A prompt, and the completions that are asked about behind it; `example` has the longest of them."""
+
+    example: Example
+    completions: Mapping[str, Tokens]
+
+
+def _questions(
     served: Served,
     frame: pd.DataFrame,
     known: Answers,
     max_length: int,
-    batch_size: int,
     acting: Acting,
     asked: Sequence[Mapping[str, str]],
-    progress: tqdm | None,
-) -> list[dict[str, Asked]]:
-    """For each row what the model says about the completions that are `asked` about: {name: Asked}. All of a row stand
-    behind the same text, cut for the longest of them."""
-    results: list[dict[str, Asked]] = [{} for _ in asked]
-    if pairs := [(i, name) for i, completions in enumerate(asked) for name in completions]:
-        free = known if known.task.generates else free_answers(known.tokenizer, known.task)
-        words, numbers = [asked[i][name] for i, name in pairs], [acting[i] for i, _ in pairs]
-        rooms = free.rooms(asked)
-        examples = tokenized(served, frame.iloc[[i for i, _ in pairs]], words, free, max_length, numbers, rooms)
-        said = _all_scores(served, examples, numbers, batch_size, progress, len(pairs) / len(frame))
-        for (i, name), one in zip(pairs, said):
-            results[i][name] = one
-    return results
+) -> dict[int, _Question]:
+    """{row: its question}, of the rows whose completions are `asked` about. All of a row stand behind the same text,
+    which is cut for the longest of them."""
+    rows = [i for i, completions in enumerate(asked) if completions]
+    free = known if known.task.generates else free_answers(known.tokenizer, known.task) if rows else None
+    longest = [max(asked[i].values(), key=lambda text: len(free.ids[text])) for i in rows]
+    rooms, numbers = [len(free.ids[text]) for text in longest], [acting[i] for i in rows]
+    examples = tokenized(served, frame.iloc[rows], longest, free, max_length, numbers, rooms) if rows else []
+    return {
+        i: _Question(example, {name: free.ids[text] for name, text in asked[i].items()})
+        for i, example in zip(rows, examples)
+    }
 
 
-def _all_scores(
+def _asked(
     served: Served,
-    examples: Sequence[Example],
-    acting: Acting,
+    questions: Mapping[int, _Question],
     batch_size: int,
-    progress: tqdm | None,
-    per_row: float,
-) -> list[Asked]:
-    """What the model says about the completion of each example, `per_row` of which count as a row of `progress`."""
-    found, done = {}, 0.0
-    for rows, n_rows in distributed.deal(by_length(examples, batch_size, acting)):
-        if rows:
-            found |= zip(rows, served.token_scores([examples[i] for i in rows], acting[rows[0]]))
+    acting: Acting,
+    progress: Progress | None = None,
+) -> list[dict[str, Asked]]:
+    """For each row what the model says about the completions of its question: {name: Asked}; empty without one."""
+    rows, found = list(questions), {}
+    batches = by_length([questions[i].example for i in rows], batch_size, [acting[i] for i in rows])
+    for places, n_rows in distributed.deal(batches):
+        if own := [questions[rows[at]] for at in places]:
+            several = [list(question.completions.items()) for question in own]
+            tokens = [[ids for _, ids in pairs] for pairs in several]
+            found |= {rows[at]: {} for at in places}
+            for i, j, logits in served.completions([q.example for q in own], tokens, acting[rows[places[0]]]):
+                name, ids = several[i][j]
+                found[rows[places[i]]][name] = _said(logits, ids)
         if progress is not None:
-            progress.update(int(done + n_rows / per_row) - int(done))
-            done += n_rows / per_row
-    everybody = {at: said for part in distributed.all_gather(found) for at, said in part.items()}
-    return [everybody[i] for i in range(len(examples))]
+            progress.update(n_rows)
+    everybody = {i: said for part in distributed.all_gather(found) for i, said in part.items()}
+    return [
+        {name: everybody[i][name] for name in questions[i].completions} if i in questions else {}
+        for i in range(len(acting))
+    ]
+
+
+def _said(logits: torch.Tensor, tokens: Tokens) -> Asked:
+    """What `logits` (m, |V|) say about the m `tokens`."""
+    targets = torch.tensor(tokens, device=logits.device)
+    log_p = -torch.nn.functional.cross_entropy(logits, targets, reduction="none")
+    return Asked(tuple(log_p.tolist()), tuple((logits.argmax(-1) == targets).tolist()))
 
 
 def _generated(
@@ -123,15 +163,18 @@ def _generated(
     examples = tokenized(served, frame, words, known, max_length, acting)
     found = generated(served, examples, acting, known, batch_size)
     texts = [known.spelled(tokens) for tokens, _ in found]
-    if not known.task.judged or not _has_fine_tuned(served):
+    if not known.task.judged or not may_be_fine_tuned(served):
         return texts, [{} for _ in texts]
     plain = tokenized(served.plain, frame, words, known, max_length, [None] * len(frame))
-    answered = [dataclasses.replace(row, completion=tokens) for row, (tokens, _) in zip(plain, found)]
-    said = _all_scores(served.plain, answered, [None] * len(answered), batch_size, None, 1)
+    answered = {
+        i: _Question(dataclasses.replace(row, completion=tokens), {"": tokens})
+        for i, (row, (tokens, _)) in enumerate(zip(plain, found))
+    }
+    said = [one[""] for one in _asked(served.plain, answered, batch_size, [None] * len(answered))]
     return texts, [{"generated_perplexity": metrics.perplexity(one.total, len(one.log_p))} for one in said]
 
 
-def _has_fine_tuned(served: Served) -> bool:
+def may_be_fine_tuned(served: Served) -> bool:
     """Whether the frozen model of `served` may be the fine-tuned one: no method has changed its weights, and it is no
     retain model."""
     manifests = [link.manifest for link in served.chain if link.manifest]
@@ -162,20 +205,36 @@ def _label_results(
     max_length: int,
     batch_size: int,
     acting: Acting,
-    progress: tqdm | None,
+    questions: Mapping[int, _Question],
+    progress: Progress | None,
     kept: dict[int, np.ndarray] | None,
-) -> list[dict[str, Any]]:
-    """For each row what `score_rows` says of label words. kept: its `logits`."""
+) -> tuple[list[dict[str, Any]], list[dict[str, Asked]]]:
+    """For each row what `score_rows` says of label words, and what `_asked` says of its question. kept: its `logits`.
+
+    Label words and the completions of a question stand behind the same prompt, unless that was cut for them.
+    """
     words, labels = known.task.words, list(frame["label_text"])
     examples = tokenized(served, frame, labels, known, max_length, acting)
-    results, answers = {}, {}
+    beside = {i: q for i, q in questions.items() if _same_prompt(q.example, examples[i])}
+    scored = [] if all(len(known.ids[word]) == 1 for word in words) else [known.ids[word] for word in words]
+    results, answers, said_of = {}, {}, {}
     for batch_rows, n_rows in distributed.deal(by_length(examples, batch_size, acting)):
         if not batch_rows:
             continue
-        number, chosen = acting[batch_rows[0]], [examples[i] for i in batch_rows]
-        logits = served.logits(chosen, number)
-        log_p, guesses = _label_scores(served, number, chosen, words, known, logits)
-        for i, own, row_log_p, row_guesses in zip(batch_rows, logits, log_p, guesses):
+        names = [list(beside[i].completions.items()) if i in beside else [] for i in batch_rows]
+        tokens = [[examples[i].completion, *scored, *(ids for _, ids in own)] for i, own in zip(batch_rows, names)]
+        own_logits, of_words = {}, {}
+        for at, j, logits in served.completions([examples[i] for i in batch_rows], tokens, acting[batch_rows[0]]):
+            if j == 0:
+                own_logits[at] = logits.clone() if len(tokens[at]) > 1 else logits
+            elif j <= len(scored):
+                of_words[at, j - 1] = _word_score(logits, tokens[at][j])
+            else:
+                name, ids = names[at][j - 1 - len(scored)]
+                said_of.setdefault(batch_rows[at], {})[name] = _said(logits, ids)
+        own_logits = [own_logits[at] for at in range(len(batch_rows))]
+        log_p, guesses = _label_scores(words, known, own_logits, of_words)
+        for i, own, row_log_p, row_guesses in zip(batch_rows, own_logits, log_p, guesses):
             targets = torch.tensor(examples[i].completion, device=own.device)
             if kept is not None:
                 kept[i] = own[0].float().cpu().numpy()
@@ -198,8 +257,17 @@ def _label_results(
         results[i] |= _prediction(known, tokens, labels[i], examples[i].completion)
     if kept is not None:
         kept.update({i: row for part in distributed.all_gather(kept) for i, row in part.items()})
-    everybody = {i: result for part in distributed.all_gather(results) for i, result in part.items()}
-    return [everybody[i] for i in range(len(examples))]
+    alone = {i: question for i, question in questions.items() if i not in beside}
+    said_alone = _asked(served, alone, batch_size, acting)
+    found = {i: one for part in distributed.all_gather(results) for i, one in part.items()}
+    said = {i: one for part in distributed.all_gather(said_of) for i, one in part.items()}
+    rows = range(len(examples))
+    in_order = {i: {name: said[i][name] for name in question.completions} for i, question in beside.items()}
+    return [found[i] for i in rows], [in_order.get(i, said_alone[i]) for i in rows]
+
+
+def _same_prompt(one: Example, other: Example) -> bool:
+    return one.prompt == other.prompt and one.marked == other.marked
 
 
 def _prediction(known: KnownAnswers, tokens: Tokens, label: str, completion: Tokens) -> dict[str, str | bool]:
@@ -211,33 +279,32 @@ def _prediction(known: KnownAnswers, tokens: Tokens, label: str, completion: Tok
     }
 
 
+def _word_score(logits: torch.Tensor, tokens: Tokens) -> tuple[float, list[int]]:
+    """log f(word | text), nats, of a word of several `tokens`, and the arg max at each of them."""
+    targets = torch.tensor(tokens, device=logits.device)
+    total = -torch.nn.functional.cross_entropy(logits, targets, reduction="sum")
+    return total.item(), logits.argmax(-1).tolist()
+
+
 def _label_scores(
-    served: Served,
-    number: int | None,
-    examples: Sequence[Example],
     words: Sequence[str],
     known: KnownAnswers,
-    logits: tuple[torch.Tensor, ...],
+    own: Sequence[torch.Tensor],
+    of_words: Mapping[tuple[int, int], tuple[float, list[int]]],
 ) -> tuple[torch.Tensor, list[dict[str, list[int]]]]:
     """log f(word | text) for every word, (rows, n_words) float64 on the CPU; and for each row a dict.
 
-    The dict is {word: the arg max at every one of its tokens}, empty where all words have one token. logits: at the
-    rows' own labels. number: see Served.logits.
+    The dict is {word: the arg max at every one of its tokens}, empty where all words have one token. own: the logits at
+    each row's label. of_words: {(row, word number): its `_word_score`}, of words of several tokens.
     """
-    ids = [known.ids[word] for word in words]
-    if all(len(tokens) == 1 for tokens in ids):
-        rows = torch.stack([row[0] for row in logits])
-        first = torch.tensor([tokens[0] for tokens in ids], device=rows.device)
+    if not of_words:
+        rows = torch.stack([row[0] for row in own])
+        first = torch.tensor([known.ids[word][0] for word in words], device=rows.device)
         scores = rows[:, first].cpu().double() - rows.logsumexp(-1, keepdim=True).cpu().double()
-        return scores, [{} for _ in examples]
-    columns, guesses = [], [{} for _ in examples]
-    for word, tokens in zip(words, ids):
-        rows = served.logits([dataclasses.replace(example, completion=tokens) for example in examples], number)
-        targets = torch.tensor(tokens, device=rows[0].device)
-        columns.append(torch.stack([-torch.nn.functional.cross_entropy(r, targets, reduction="sum") for r in rows]))
-        for row, row_guesses in zip(rows, guesses):
-            row_guesses[word] = row.argmax(-1).tolist()
-    return torch.stack(columns, dim=1).cpu().double(), guesses
+        return scores, [{} for _ in own]
+    table = [[of_words[at, k] for k in range(len(words))] for at in range(len(own))]
+    scores = torch.tensor([[total for total, _ in row] for row in table], dtype=torch.float64)
+    return scores, [{word: seen for word, (_, seen) in zip(words, row)} for row in table]
 
 
 def _best(words: Sequence[str], known: KnownAnswers, log_p: torch.Tensor) -> str:

@@ -39,6 +39,11 @@ class Intervention:
     request: str | None = None
 
     @property
+    def changes_nothing(self) -> bool:
+        """Whether the model answers as it does alone."""
+        return type(self) is Intervention
+
+    @property
     def template(self) -> Template | None:
         """In what words a query is asked; None: in those of its task."""
         return None

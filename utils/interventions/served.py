@@ -15,12 +15,14 @@ from utils.interventions.gates import Gate
 from utils.models.adapters import merge_lora
 from utils.models.base import FrozenModel, ModelSettings, load_base, load_tokenizer
 from utils.models.chain import resolve_chain
-from utils.models.forward import completion_logits
+from utils.models.continued import logits_behind, read_prompts, shares_prompts
+from utils.models.forward import Prefix, completion_logits
 from utils.models.generate import generate
 from utils.storage.checkpoints import Link, base_name
-from utils.tasks.base import Asked
+from utils.tasks.encode import Tokens
 
 LOGITS = 1024  # completion tokens whose logits are held at a time in scoring
+KEPT = 8192  # prompt tokens whose keys and values are held at a time, for several completions of each prompt
 
 
 def gate_alone(link: Link, served: FrozenModel, model_settings: ModelSettings, max_length: int) -> Intervention:
@@ -128,15 +130,45 @@ class Served:
             logits = completion_logits(model, batch, intervention.prefix(model))
         return logits.split(sizes)
 
-    def token_scores(self, examples: Sequence[Example], number: int | None) -> list[Asked]:
-        """What the model says about each example's completion under the intervention `number`."""
-        found = []
-        for part in in_parts(examples):
-            for example, logits in zip(part, self.logits(part, number)):
-                targets = torch.tensor(example.completion, device=logits.device)
-                log_p = -torch.nn.functional.cross_entropy(logits, targets, reduction="none")
-                found.append(Asked(tuple(log_p.tolist()), tuple((logits.argmax(-1) == targets).tolist())))
-        return found
+    def completions(
+        self, examples: Sequence[Example], completions: Sequence[Sequence[Tokens]], number: int | None
+    ) -> Iterator[tuple[int, int, torch.Tensor]]:
+        """Yields, in any order, (i, j, the logits (m, |V|) at the tokens of `completions[i][j]` behind the prompt of
+        example i) under the intervention `number`. At most as many rows as there are examples are in a pass.
+
+        A prompt with several completions is computed once for all of them where that is exact.
+        """
+        pairs = [(i, j) for i, several in enumerate(completions) for j in range(len(several))]
+        asked = [replace(examples[i], completion=completions[i][j]) for i, j in pairs]
+        intervention, model = self.acting(number), self.model
+        if len(pairs) > len(examples) and intervention.fixed_answer is None:
+            prefix = intervention.prefix(model)
+            if shares_prompts(model, prefix):
+                yield from self._behind_prompts(examples, pairs, asked, intervention, prefix)
+                return
+        for part in in_parts(asked, len(examples)):
+            for n, logits in zip(part, self.logits([asked[n] for n in part], number)):
+                yield *pairs[n], logits
+
+    def _behind_prompts(
+        self,
+        examples: Sequence[Example],
+        pairs: Sequence[tuple[int, int]],
+        asked: Sequence[Example],
+        intervention: Intervention,
+        prefix: Prefix | None,
+    ) -> Iterator[tuple[int, int, torch.Tensor]]:
+        """`completions` where prompts are shared. asked: the example that each pair (i, j) is."""
+        applied = partial(intervention.applied, self.model)
+        for rows in _together(examples):
+            read = read_prompts(self.model, [examples[i] for i in rows], self.pad_id, prefix, applied)
+            place = {i: at for at, i in enumerate(rows)}
+            own = sorted((n for n, (i, _) in enumerate(pairs) if i in place), key=lambda n: len(asked[n].completion))
+            for part in in_parts([asked[n] for n in own], len(examples)):
+                numbers = [own[at] for at in part]
+                where, tokens = [place[pairs[n][0]] for n in numbers], [asked[n].completion for n in numbers]
+                for n, logits in zip(numbers, logits_behind(self.model, read, where, tokens, self.pad_id)):
+                    yield *pairs[n], logits
 
     def generate(
         self,
@@ -157,15 +189,30 @@ class Served:
         return generate(model, examples, self.pad_id, (end,), max_new_tokens, *how)
 
 
-def in_parts(examples: Sequence[Example]) -> Iterator[list[Example]]:
-    """`examples` in order, in groups of at most LOGITS completion tokens; an example alone may have more."""
+def in_parts(examples: Sequence[Example], most: int) -> Iterator[list[int]]:
+    """The numbers of `examples` in order, in groups of at most `most` with at most LOGITS completion tokens. An example
+    alone may have more."""
     part, size = [], 0
-    for example in examples:
-        if part and size + len(example.completion) > LOGITS:
+    for n, example in enumerate(examples):
+        if part and (len(part) == most or size + len(example.completion) > LOGITS):
             yield part
             part, size = [], 0
-        part.append(example)
+        part.append(n)
         size += len(example.completion)
+    if part:
+        yield part
+
+
+def _together(examples: Sequence[Example]) -> Iterator[list[int]]:
+    """The numbers of `examples` in order, in groups whose padded prompts have at most KEPT tokens; an example alone
+    may have more."""
+    part, longest = [], 0
+    for i, example in enumerate(examples):
+        longest = max(longest, len(example.prompt))
+        if part and (len(part) + 1) * longest > KEPT:
+            yield part
+            part, longest = [], len(example.prompt)
+        part.append(i)
     if part:
         yield part
 

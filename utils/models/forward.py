@@ -28,7 +28,7 @@ from utils.models.layers import decoder_layers, decoder_of, record_activations
 
 # Virtual tokens (p, d), or what `prompt_prefix` made of them: keys and values of every layer, (1, heads, p, width).
 Prefix = torch.Tensor | list[tuple[torch.Tensor, torch.Tensor]]
-Seen = dict[str, int | torch.Tensor]  # what `_gather_before_head` notes down
+Seen = dict[str, int | torch.Tensor]  # what `gather_before_head` notes down
 HEAD_ROWS = 16384  # words of the head that are converted to float32 at a time,
 CACHED = 2**20  # on a CPU only so many numbers, which stay in its cache until they are multiplied
 _OBSTACLES = weakref.WeakKeyDictionary()  # {model: why its prompt cannot be shared by the rows of a batch, or None}
@@ -48,7 +48,7 @@ def completion_logits(
     `completion_hidden` gives them. The head maps them in the same call, and the second item of the pair is their logits
     (M, |V|). reference_head: a frozen copy of the head from before training, which maps them instead of the head.
     """
-    with _gather_before_head(model, batch, reference, reference_head) as seen:
+    with gather_before_head(model, batch, reference, reference_head) as seen:
         logits = _run(model, batch, prompt, seen).float()
     return logits if reference is None else logits.split([len(batch.rows), len(reference)])
 
@@ -58,7 +58,7 @@ def completion_states(model: torch.nn.Module, batch: Batch, prompt: Prefix | Non
 
     batch, prompt: as `completion_logits` takes them. The head itself maps only the first of them, for nobody.
     """
-    with _gather_before_head(model, batch, states_only=True) as seen:
+    with gather_before_head(model, batch, states_only=True) as seen:
         _run(model, batch, prompt, seen)
     return seen["hidden"]
 
@@ -97,7 +97,7 @@ def layer_logits(
         before = [open_hooks.enter_context(record_activations(modules[number - 1])) for number in numbers[:-1]]
         handle = modules[-1].register_forward_hook(stack)
         open_hooks.callback(handle.remove)
-        gathered = open_hooks.enter_context(_gather_before_head(model, wide))
+        gathered = open_hooks.enter_context(gather_before_head(model, wide))
         logits = _run(model, batch, prompt, gathered).float()
     return states[0].float().unflatten(0, (len(layers), -1)), logits.unflatten(0, (len(layers), -1))
 
@@ -122,7 +122,7 @@ def prompt_prefix(model: torch.nn.Module, prompt: torch.Tensor) -> Prefix:
 
 def _kept(model: torch.nn.Module, prompt: torch.Tensor) -> Prefix:
     """Keys and values of every layer for `prompt` (p, d); `prompt` where the model fills no cache."""
-    cache = Cache(layer_class_to_replicate=_KeptLayer)
+    cache = Cache(layer_class_to_replicate=KeptLayer)
     kept = {cache_argument(model): cache}
     own = _cast(model, prompt)[None].clone()  # some models (CTRL) scale what they are given in place
     model(inputs_embeds=own, **kept, use_cache=True, logits_to_keep=1)
@@ -170,7 +170,12 @@ def trial(model: torch.nn.Module, name: str) -> torch.Tensor:
 def same_logits(model: torch.nn.Module, batch: Batch, expected: torch.Tensor, prompt: Prefix | None = None) -> bool:
     """Whether `completion_logits` gives `expected` (N, |V|) up to rounding; False also where it raises."""
     logits = attempt(lambda: completion_logits(model, batch, prompt))
-    if logits is None or logits.shape != expected.shape:
+    return logits is not None and same_numbers(model, logits, expected)
+
+
+def same_numbers(model: torch.nn.Module, logits: torch.Tensor, expected: torch.Tensor) -> bool:
+    """Whether `logits` of `model` are `expected` (N, |V|) up to the rounding of its dtype."""
+    if logits.shape != expected.shape:
         return False
     tolerance = torch.finfo(model.dtype).eps ** 0.5 * (expected - expected.mean()).norm()
     return not (logits - expected).norm() > tolerance  # NaN, of an overflow, is refused elsewhere
@@ -218,7 +223,7 @@ def attempt(work: Callable) -> object:
         return None
 
 
-class _KeptLayer(DynamicLayer):
+class KeptLayer(DynamicLayer):
     """All of one layer's keys and values of the pass that it is given to.
 
     A configuration's own cache would drop those that have left the sliding window.
@@ -231,7 +236,7 @@ class _KeptLayer(DynamicLayer):
         return keys, values
 
 
-class _PrefixLayer(DynamicLayer):
+class PrefixLayer(DynamicLayer):
     """One layer's keys and values of the virtual tokens, (1, heads, p, width), in front of every row of a batch.
 
     For `grouped_attention` it also puts the masked keys behind them that it needs, which saves it a copy.
@@ -245,9 +250,9 @@ class _PrefixLayer(DynamicLayer):
     def update(
         self, keys: torch.Tensor, values: torch.Tensor, *args: object, **kwargs: object
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        return tuple(self._around(*pair) for pair in ((self.keys, keys), (self.values, values)))
+        return tuple(self.around(*pair) for pair in ((self.keys, keys), (self.values, values)))
 
-    def _around(self, kept: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
+    def around(self, kept: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
         size, heads, length, width = new.shape
         parts = [kept.expand(size, -1, -1, -1), new]
         if self.config._attn_implementation == GROUPED:
@@ -272,7 +277,7 @@ def _logits(model: torch.nn.Module, batch: Batch, prompt: Prefix | None, seen: S
         inputs = torch.cat([virtual, embedded], dim=1)
         return model(inputs_embeds=inputs, attention_mask=mask, use_cache=False).logits
     mask = torch.nn.functional.pad(batch.attention_mask, (prompt[0][0].shape[2], 0), value=1)
-    cache = Cache(layers=[_PrefixLayer(*pair, decoder_of(model).config) for pair in prompt])
+    cache = Cache(layers=[PrefixLayer(*pair, decoder_of(model).config) for pair in prompt])
     kept = {cache_argument(model): cache}
     return model(input_ids=batch.input_ids, attention_mask=mask, **kept, use_cache=True).logits
 
@@ -287,7 +292,7 @@ def _cast(model: torch.nn.Module, prompt: torch.Tensor) -> torch.Tensor:
 
 
 @contextmanager
-def _gather_before_head(
+def gather_before_head(
     model: torch.nn.Module,
     batch: Batch,
     reference: torch.Tensor | None = None,
