@@ -22,6 +22,7 @@ from transformers.cache_utils import Cache
 
 from utils.data.batch import Example, collate
 from utils.errors import note_once
+from utils.models.attention import padded_behind
 from utils.models.forward import (
     KeptLayer,
     Prefix,
@@ -69,7 +70,7 @@ def read_prompts(
         p, config = prompt[0][0].shape[2], decoder_of(model).config
         cache = Cache(layers=[_PromptLayer(*pair, config) for pair in prompt])
         mask = torch.nn.functional.pad(mask, (p, 0), value=1)
-    with applied(asked), gather_before_head(model, batch):
+    with applied(asked), gather_before_head(model, batch), padded_behind():
         kept = {cache_argument(model): cache}
         logits = model(input_ids=batch.input_ids, attention_mask=mask, **kept, use_cache=True).logits.float()
     lengths = mask.sum(1)
