@@ -229,12 +229,12 @@ class Training:
         n_forget = sum(self.examples[i].forget for i in rows)
         own = self._share(rows)
         size = self.settings.micro_batch_size or len(rows)
-        sums = {}
+        logged: list[tuple[str, torch.Tensor]] = []
         for start in range(0, len(own), size):
             loss, parts = self.loss(own[start : start + size], n_forget, len(rows) - n_forget, rows)
             loss.backward()
-            for key, value in {"loss": loss, **parts}.items():
-                sums[key] = sums.get(key, 0.0) + float(value.detach())
+            logged += ((key, value.detach()) for key, value in {"loss": loss, **parts}.items())
+        sums = _summed(logged)
         distributed.all_reduce_gradients(self.parameters.values())
         return distributed.all_reduce(sums)
 
@@ -322,3 +322,12 @@ class Training:
         if tensors_sha256(tensors) != sha256:
             raise UserError(f"{self.state_path} is damaged (its hash differs); start over with --overwrite")
         return tensors
+
+
+def _summed(values: Sequence[tuple[str, torch.Tensor]]) -> dict[str, float]:
+    """{name: sum} of scalars (name, value), which come from their device together: the CPU waits for it once."""
+    sums: dict[str, float] = {}
+    together = torch.stack([value for _, value in values]).tolist() if values else []
+    for (name, _), value in zip(values, together):
+        sums[name] = sums.get(name, 0.0) + value
+    return sums
