@@ -47,6 +47,7 @@ class EvaluationSettings(RowSettings):
     """
 
     curve_samples: int = 200
+    curve_splits: Sequence[str] = SPLITS
     validation_share: float | None = None
     final: bool = False
     probe: bool = False
@@ -228,15 +229,16 @@ def refuse_probe(settings: EvaluationSettings, task: Task) -> None:
 
 
 def accuracies(served: Served, frames: Frames, task: Task, settings: EvaluationSettings) -> dict[str, float]:
-    """{split: the score that ECO's search compares, too, in [0, 1]} on settings.curve_samples rows a split, for the
-    curve over steps: the accuracy, or of free answers, which take long to generate, the mean probability of a token.
+    """{split of settings.curve_splits: the score that ECO's search compares, too, in [0, 1]} on settings.curve_samples
+    rows a split, for the curve over steps: the accuracy, or of free answers, which take long to generate, the mean
+    probability of a token.
 
     Dropout is off meanwhile; every module is in its own mode again afterwards.
     """
     modes = {module: module.training for module in served.model.modules()}
     served.model.eval()
     result = {}
-    for split in SPLITS:
+    for split in settings.curve_splits:
         frame = sample_rows(frames[split], settings.curve_samples)
         how = settings.max_length, settings.eval_batch_size
         rows = score_rows(served, frame, task, *how, score=task.compared)

@@ -60,6 +60,8 @@ class TrainingSettings:
     forget_per_batch: int = 0
     retain_ratio: float | None = None
     stop_at_forget_accuracy: float | None = None
+    stop_at_retain_accuracy: float = 0.0
+    max_minutes: float | None = None
 
 
 @dataclass
@@ -73,7 +75,8 @@ class Training:
     rate rises. evaluate: function() -> {split: share}, called every settings.eval_steps steps. measured: the name of
     that share in the log. log_path: a file that gets each line of the log at once. buffers: scalars that
     `after_step` changes, which belong to the state. It is a function(parts of the step, share of the steps done) ->
-    more for the log line. `cost`, after `run`: {"steps", "seconds_per_step" (median), "peak_memory_bytes"}.
+    more for the log line. started: when the preparation of this run began, by `time.perf_counter` (default: when `run`
+    is called). `cost`, after `run`: {"steps", "seconds_per_step" (median), "peak_memory_bytes"}.
 
     Started by `accelerate launch`, every process runs the same Training, and the rows of a step are shared out
     (utils.distributed). That changes only the order of float additions and the places that dropout draws.
@@ -93,6 +96,7 @@ class Training:
     log_path: Path | None = None
     buffers: dict[str, torch.Tensor] = field(default_factory=dict)
     after_step: Callable[[dict[str, float], float], dict[str, float]] | None = None
+    started: float | None = None
     cost: dict[str, Any] | None = None
 
     @property
@@ -142,6 +146,9 @@ class Training:
     def run(self) -> list[dict[str, Any]]:
         """Train to the end; returns the log, a list of {"step", "lr", "loss", parts...} and {"step", `measured`}.
 
+        With settings.max_minutes each also has "seconds": of preparation and of steps so far, those before an
+        interruption included, without the evaluation on the way. Without it the log of every such run is the same.
+
         AdamW, cosine schedule with linear warm-up, gradient norm clipped (published: 0.3). Raises UserError on a
         non-finite loss, and on a state file that belongs to other settings.
         """
@@ -156,6 +163,8 @@ class Training:
         bar = tqdm(total=seen, initial=seen - ahead, desc="training", unit="row", dynamic_ncols=True, mininterval=1)
         rows = None
         seconds = []
+        now = time.perf_counter()
+        spent = log[-1].get("seconds", 0.0) if log else now - (now if self.started is None else self.started)
         for step, rows in self._upcoming(done):
             if self._may_stop(log):
                 break
@@ -168,13 +177,17 @@ class Training:
             if self.after_step:
                 line |= self.after_step(line, step / total)
             seconds.append(time.perf_counter() - start)
-            log.append(line)
+            clock = {}
+            if settings.max_minutes:
+                spent = distributed.broadcast(spent + seconds[-1])  # so that all processes stop at the same step
+                clock = {"seconds": round(spent, 3)}
+            log.append(line | clock)
             self._show(line)
             parts = {key: f"{value:.3f}" for key, value in line.items() if key[:2] in ("L_", "lo")}
             bar.set_postfix({"step": f"{step}/{total}", **parts}, refresh=False)
             bar.update(len(rows))
             if self.evaluate and settings.eval_steps and step % settings.eval_steps == 0:
-                log.append({"step": step, self.measured: self.evaluate()})
+                log.append({"step": step, self.measured: self.evaluate(), **clock})
                 self._show(log[-1])
                 shares = ", ".join(f"{split} {100 * share:.1f}" for split, share in log[-1][self.measured].items())
                 bar.write(f"step {step}: {self.measured.replace('_', ' ')} in percent: {shares}")
@@ -218,10 +231,16 @@ class Training:
         return norm
 
     def _may_stop(self, log: list[dict]) -> bool:
-        """Whether the forget accuracy that --stop_at_forget_accuracy asks for was reached."""
-        target = self.settings.stop_at_forget_accuracy
-        last = log[-1] if log else {}
-        return target is not None and self.measured in last and last[self.measured]["train_forget"] <= target
+        """Whether --max_minutes are over, or the accuracies of --stop_at_forget_accuracy and --stop_at_retain_accuracy
+        were reached."""
+        settings, last = self.settings, log[-1] if log else {}
+        if settings.max_minutes and last.get("seconds", 0.0) >= 60 * settings.max_minutes:
+            return True
+        if settings.stop_at_forget_accuracy is None or self.measured not in last:
+            return False
+        found = last[self.measured]
+        forgotten = found["train_forget"] <= settings.stop_at_forget_accuracy
+        return forgotten and found.get("test_retain", 1.0) >= settings.stop_at_retain_accuracy
 
     def accumulate(self, rows: list[int]) -> dict[str, float]:
         """Accumulate the gradient of one step over its micro-batches, those of all processes; returns the summed loss
