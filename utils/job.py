@@ -3,8 +3,7 @@
 import os
 from argparse import Namespace
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from time import perf_counter
+from dataclasses import dataclass
 from typing import Any
 
 import pandas as pd
@@ -24,12 +23,11 @@ from utils.training.state import saved_arguments
 
 @dataclass(frozen=True)
 class Settings:
-    """The settings of a command, by what they are about. started: when they were read, which is before all work."""
+    """The settings of a command, by what they are about."""
 
     model: ModelSettings
     training: TrainingSettings
     evaluation: EvaluationSettings
-    started: float = field(default_factory=perf_counter)
 
 
 def settings_of(args: Namespace) -> Settings:
@@ -88,7 +86,6 @@ def train(
         log_path=None if args.dry_run else output.log_path,
         buffers=prepared.buffers,
         after_step=prepared.after_step,
-        started=settings.started,
     )
     if args.dry_run:
         plan.print_probe(training, prepared, serve(), frames, settings.evaluation, evaluations)

@@ -42,7 +42,8 @@ class Objective(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingSettings:
-    """How to train: the flags of those names."""
+    """How to train: the flags of those names. started: when they were read, by `time.perf_counter`; the clock of
+    --max_minutes begins there, before all work."""
 
     lr: float = 1e-4
     train_batch_size: int = 32
@@ -62,6 +63,7 @@ class TrainingSettings:
     stop_at_forget_accuracy: float | None = None
     stop_at_retain_accuracy: float = 0.0
     max_minutes: float | None = None
+    started: float = field(default_factory=time.perf_counter, compare=False)
 
 
 @dataclass
@@ -75,8 +77,7 @@ class Training:
     rate rises. evaluate: function() -> {split: share}, called every settings.eval_steps steps. measured: the name of
     that share in the log. log_path: a file that gets each line of the log at once. buffers: scalars that
     `after_step` changes, which belong to the state. It is a function(parts of the step, share of the steps done) ->
-    more for the log line. started: when the preparation of this run began, by `time.perf_counter` (default: when `run`
-    is called). `cost`, after `run`: {"steps", "seconds_per_step" (median), "peak_memory_bytes"}.
+    more for the log line. `cost`, after `run`: {"steps", "seconds_per_step" (median), "peak_memory_bytes"}.
 
     Started by `accelerate launch`, every process runs the same Training, and the rows of a step are shared out
     (utils.distributed). That changes only the order of float additions and the places that dropout draws.
@@ -96,7 +97,6 @@ class Training:
     log_path: Path | None = None
     buffers: dict[str, torch.Tensor] = field(default_factory=dict)
     after_step: Callable[[dict[str, float], float], dict[str, float]] | None = None
-    started: float | None = None
     cost: dict[str, Any] | None = None
 
     @property
@@ -163,8 +163,7 @@ class Training:
         bar = tqdm(total=seen, initial=seen - ahead, desc="training", unit="row", dynamic_ncols=True, mininterval=1)
         rows = None
         seconds = []
-        now = time.perf_counter()
-        spent = log[-1].get("seconds", 0.0) if log else now - (now if self.started is None else self.started)
+        spent = log[-1].get("seconds", 0.0) if log else time.perf_counter() - settings.started
         for step, rows in self._upcoming(done):
             if self._may_stop(log):
                 break
@@ -181,7 +180,8 @@ class Training:
             if settings.max_minutes:
                 spent = distributed.broadcast(spent + seconds[-1])  # so that all processes stop at the same step
                 clock = {"seconds": round(spent, 3)}
-            log.append(line | clock)
+            line |= clock
+            log.append(line)
             self._show(line)
             parts = {key: f"{value:.3f}" for key, value in line.items() if key[:2] in ("L_", "lo")}
             bar.set_postfix({"step": f"{step}/{total}", **parts}, refresh=False)
