@@ -150,7 +150,7 @@ compare: | $(READY) $(if $(filter data/models/smollm2,$(MODEL)),data/models/smol
 
 race: $(FINE_TUNED)/manifest.json
 	$(PY) -m utils.race --model_checkpoints=$(FINE_TUNED) --dataset=$(DATASET) --seed=$(SEED) --budget=$(MINUTES) \
-		--rows='$(SELECTED)' --published='--settings=data/settings/race/published.txt' \
+		--rows='$(SELECTED)' --published='--settings=$(SETTINGS)/published.txt' \
 		--spul='$(POOLED) $(UNLEARN) --eval_steps=5' --gated='$(POOLED) $(BEHIND) --eval_steps=2' \
 		--max_eval_samples=250 --output_path=results/race-$(notdir $(FINE_TUNED))
 

@@ -1,7 +1,7 @@
 r"""Time to the goal: SPUL as published, SPUL, and SPUL behind a gate, from one fine-tuned model (`make race`).
 
 python -m utils.race --model_checkpoints=[local path to checkpoints] --dataset=snippets --budget=15 \
-    --rows="--max_length=128 --max_train_samples=512" --published="--settings=data/settings/race/published.txt" \
+    --rows="--max_length=128 --max_train_samples=512" --published="--settings=data/settings/demo/published.txt" \
     --spul="--forget_per_batch=4 --init_text='Answer unknown.' --lr=1.5e-3" --gated="--gate=tfidf --lr=1.5e-3"
 
 The goal: accuracy on train_forget of at most --forget_accuracy, and on test_retain at most --retain_drop below that of
