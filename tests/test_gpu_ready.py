@@ -13,9 +13,11 @@ from fake_device import DEVICE, Asked, fake_device, send
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from utils.data.batch import Example, collate, to_device
+from utils.distributed import peak_memory
 from utils.interventions.prompt_encoders import VirtualTokens
 from utils.interventions.served import Served
 from utils.models.adapters import LoraSettings, add_lora
+from utils.models.base import pick_dtype
 from utils.plan import blank_reference
 from utils.training.loop import Training, TrainingSettings
 from utils.unlearning import hiding, reference
@@ -175,6 +177,20 @@ def test_what_counts_as_a_wait(work, waits):
 def test_two_devices_do_not_mix():
     with fake_device(), pytest.raises(RuntimeError, match="two devices"):
         torch.zeros(3, device=DEVICE) + torch.zeros(3)
+
+
+@pytest.mark.parametrize("fast, dtype", [(True, torch.bfloat16), (False, torch.float32)])
+def test_the_dtype_is_one_that_the_gpu_computes_in(fast, dtype, monkeypatch):
+    """Not one that it emulates, which torch counts as supported, too."""
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation or fast)
+    assert {pick_dtype("auto", device) for device in ("cuda", "cuda:1", "balanced")} == {dtype}
+    assert pick_dtype("float32", "cuda") == torch.float32
+
+
+def test_peak_memory_is_that_of_all_gpus(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda i: [3, 4][i])
+    assert peak_memory() == 7
 
 
 def test_on_the_cpu_nothing_is_copied():

@@ -94,6 +94,7 @@ def test_when_a_route_is_at_the_goal():
     log = [{"step": i, "loss": 1.0, "seconds": 10.0 + i} for i in (1, 2, 3, 4)]
     points = point(1, 11.0, 0.5, 0.9), point(2, 12.0, 0.1, 0.88), point(3, 13.0, 0.15, 0.89), point(4, 14.0, 0.0, 0.9)
     args, start = Namespace(forget_accuracy=0.15, retain_drop=0.01, budget=1.0), {"train_forget": 1, "test_retain": 0.9}
+    assert race.reached({"train_forget": 0.15, "test_retain": 0.57}, {"test_retain": 0.58}, args)  # whatever floats say
     found = race.timed([*log, *points], start, args, "accuracy")
     assert (found["seconds_to_goal"], found["ended"], found["first_step_done"]) == (13.0, "goal", 11.0)
     assert race.timed([*log, *points[:2]], start, args, "accuracy")["ended"] == "schedule"
