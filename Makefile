@@ -1,6 +1,8 @@
 # make demo  SPUL behind a gate, on embedded data with a real small model, some minutes on two cores
 # make demo-names  the published way: SPUL alone, told the names in its first words, a quarter of an hour on two cores
 # make compare  SPUL and every baseline on the same rows with the same budget, in one table; an estimated hour on two cores
+# make race  time to the goal (forgotten, the rest kept): SPUL as published, SPUL, SPUL behind a gate, each until it is
+# there or MINUTES=15 are over; three quarters of an hour, with all evaluation perhaps twice that
 # make audit  attacks the demo's checkpoints, its retain model and other methods, one report, an estimated hour; AUDITS=all for
 # every audit, an estimated hour more; make shadows trains eight shadow models, which make audit then uses
 # make test  every test; make test-latest with the newest packages allowed; make lock moves requirements.lock
@@ -8,6 +10,7 @@
 # make lint  ruff
 # MODEL=... DATASET=... SEED=... make demo runs the same on another model, data set or seed; the flags of ROW_FLAGS="..."
 # (which rows) and SPUL_FLAGS="..." override those of data/settings/demo. demo-names likewise.
+# MODEL=... DATASET=... SEED=... MINUTES=... make race likewise.
 # MODEL=... DATASET=... SEEDS="..." METHODS="..." BUDGET=... make compare likewise.
 
 PYTHON ?= python3
@@ -76,7 +79,10 @@ EDITS := npo gradient_ascent_descent
 OTHERS := $(addprefix $(GATED)-others/,names no-names eco $(EDITS))
 SHADOWS := $(addprefix $(TUNED)-shadow,0 1 2 3 4 5 6 7)
 
-.PHONY: demo demo-names audit shadows compare bench test test-latest lock lint
+# What each route of make race has until its goal.
+MINUTES ?= 15
+
+.PHONY: demo demo-names race audit shadows compare bench test test-latest lock lint
 .DELETE_ON_ERROR:
 
 # The base model, the fine-tuned one, the gate with a fixed answer, and SPUL behind that gate.
@@ -141,6 +147,12 @@ compare: | $(READY) $(if $(filter data/models/smollm2,$(MODEL)),data/models/smol
 		--grid $(GRID) --spul_grid $(SPUL_GRID) --training='--length_pool=8 --save_steps=1000' \
 		--with_retain='--forget_per_batch=4' --spul='$(SPUL)' --spul_gate='--init_text="$(ELSEWHERE)" --weight_decay=0' --in_context='--max_length=512' \
 		--prompting='$(PROMPTING)' --eco='$(ECO)' --max_eval_samples=150
+
+race: $(FINE_TUNED)/manifest.json
+	$(PY) -m utils.race --model_checkpoints=$(FINE_TUNED) --dataset=$(DATASET) --seed=$(SEED) --budget=$(MINUTES) \
+		--rows='$(SELECTED)' --published='--settings=$(SETTINGS)/published.txt' \
+		--spul='$(POOLED) $(UNLEARN) --eval_steps=5' --gated='$(POOLED) $(BEHIND) --eval_steps=2' \
+		--max_eval_samples=250 --output_path=results/race-$(notdir $(FINE_TUNED))
 
 data/models/smollm2/config.json: | $(READY)
 	$(PY) data/models/prepare.py smollm2

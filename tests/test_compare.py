@@ -11,7 +11,7 @@ import pandas as pd
 import pytest
 import scripts
 
-from utils import compare
+from utils import compare, runs
 from utils.errors import UserError
 
 pytestmark = pytest.mark.slow
@@ -188,6 +188,6 @@ def texts(folder, split):
 def test_a_comparison_replaces_no_table_of_the_users(tmp_path):
     (tmp_path / "table.md").write_text("mine", encoding="utf-8")
     with pytest.raises(UserError, match="table.md was written by no comparison; choose another --output_path"):
-        compare.refuse_foreign(tmp_path)
+        runs.refuse_foreign(tmp_path, compare.WRITTEN, "comparison")
     (tmp_path / "metrics.json").write_text('[{"method": "base", "checkpoint": "a", "splits": {}}]', encoding="utf-8")
-    compare.refuse_foreign(tmp_path)
+    runs.refuse_foreign(tmp_path, compare.WRITTEN, "comparison")

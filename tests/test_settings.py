@@ -55,7 +55,7 @@ def test_a_comparison_sees_the_flags_in_a_file(tmp_path):
 
 @pytest.mark.parametrize("file", sorted(DEMO.rglob("*.txt")), ids=lambda file: str(file.relative_to(DEMO)))
 def test_the_embedded_settings_are_flags_of_a_script(file, monkeypatch):
-    script = "spul" if file.stem in ("unlearn", "loss", "behind") else "qlora"
+    script = "spul" if file.stem in ("unlearn", "loss", "behind", "published") else "qlora"
     model = "--model_name=x" if script == "qlora" else "--model_checkpoints=x"
     monkeypatch.setattr("sys.argv", [f"{script}.py", model, f"--settings={file}"])
     importlib.import_module(script).parse_args()

@@ -4,6 +4,7 @@ import argparse
 from collections.abc import Sequence
 
 from utils import cli
+from utils.storage.formats import SPLITS
 
 
 def add_model_arguments(parser: cli.ArgumentParser) -> None:
@@ -111,6 +112,10 @@ def add_training_arguments(parser: cli.ArgumentParser, num_epochs: int) -> None:
     group.add_argument(
         "--max_rows", type=cli.positive_int, help="stop before more rows than these are read, schedule included"
     )
+    group.add_argument(
+        "--max_minutes", type=cli.positive_float,
+        help="stop after so many minutes of preparation and steps, of which the log then tells; the schedule stays",
+    )  # fmt: skip
     group.add_argument("--weight_decay", type=cli.non_negative_float, default=0.001, help="of AdamW")
     group.add_argument("--max_grad_norm", type=cli.positive_float, default=0.3, help="gradient norm is clipped to this")
     group.add_argument(
@@ -120,7 +125,11 @@ def add_training_arguments(parser: cli.ArgumentParser, num_epochs: int) -> None:
     )  # fmt: skip
     group.add_argument(
         "--eval_steps", type=cli.positive_int,
-        help="accuracy (of free answers: probability) on the four splits every so many steps",
+        help="accuracy (of free answers: probability) on --curve_splits every so many steps",
+    )  # fmt: skip
+    group.add_argument(
+        "--curve_splits", nargs="+", choices=SPLITS, default=list(SPLITS), metavar="SPLIT",
+        help="the splits that --eval_steps evaluates",
     )  # fmt: skip
     group.add_argument(
         "--curve_samples", type=cli.positive_int, default=200, help="rows a split that --eval_steps evaluates"

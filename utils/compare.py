@@ -20,28 +20,23 @@ Writes table.md, metrics.json and tradeoff.png to results/compare-<dataset>-<mod
 there and recognised by their settings, so that an interrupted comparison continues where it stopped.
 """
 
-import hashlib
-import json
-import os
-import shlex
 import shutil
-import subprocess
-import sys
 from argparse import Namespace
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from utils import cli
+from utils import cli, runs
 from utils.errors import UserError
 
 if TYPE_CHECKING:
     import pandas as pd
 
-ROOT = Path(__file__).resolve().parents[1]
+WRITTEN = ("metrics.json", "table.md", "tradeoff.png")
 OF_THE_RULE = (  # flags of the scripts that the rule above decides
-    "--lr", "--train_batch_size", "--max_rows", "--max_steps", "--num_epochs", "--stop_at_forget_accuracy",
-    "--max_eval_samples", "--validation_share", "--final", "--seed", "--forget_size", "--output_path",
+    "--lr", "--train_batch_size", "--max_rows", "--max_steps", "--num_epochs", "--max_minutes",
+    "--stop_at_forget_accuracy", "--stop_at_retain_accuracy", "--max_eval_samples", "--validation_share", "--final",
+    "--seed", "--forget_size", "--output_path",
 )  # fmt: skip
 NAMES = {"spul": "SPUL", "spul-gate": "SPUL behind a gate"}  # of methods, in the table
 TEXTS = (  # flags of this command that hold flags of the scripts
@@ -122,21 +117,12 @@ def main(args: Namespace) -> None:
     name = f"compare-{dataset_name(args.dataset)}-{short_name(args.model_name)}"
     folder = Path(args.output_path or f"results/{name}")
     with files.workplace(folder):  # held, so that no other comparison writes there
-        refuse_foreign(folder)
+        runs.refuse_foreign(folder, WRITTEN, "comparison")
         work = Workplace(folder, args)
         records = [record for seed in args.seeds for record in compare(work, args, seed)]
         write_comparison(folder, records)
     print(tables.comparison(records))
     print(f"wrote {folder}")
-
-
-def refuse_foreign(folder: Path) -> None:
-    """Raise UserError where `folder` holds files of the names that a comparison writes and that are none of its own."""
-    from utils.storage import outputs
-
-    there = [name for name in ("metrics.json", "table.md", "tradeoff.png") if (folder / name).exists()]
-    if there and not outputs.records_in(folder / "metrics.json"):
-        raise UserError(f"{folder / there[0]} was written by no comparison; choose another --output_path")
 
 
 def compare(work: "Workplace", args: Namespace, seed: int) -> list[dict]:
@@ -205,17 +191,13 @@ def _score(splits: dict | None, headline: str) -> float | None:
     return round(accuracy["test_retain"] - (accuracy["train_forget"] + accuracy["test_forget"]) / 2, 4)
 
 
-class Workplace:
-    """Runs the scripts, each once: a run is recognised by the hash of its command, its data and its parents."""
+class Workplace(runs.Workplace):
+    """The runs of a comparison."""
 
     def __init__(self, folder: Path, args: Namespace) -> None:
-        from utils.data.select import fingerprint
-        from utils.tasks.rows import load_splits
-
-        self.folder, self.args = folder, args
-        frames = load_splits(args.dataset)
-        self.task = frames.task
-        self._data = [fingerprint(frames), *_marks(frames), *_contents(args)]
+        flags = [flag for text in TEXTS for flag in getattr(args, text)]
+        super().__init__(folder, args.dataset, args.model_name, flags)
+        self.args = args
 
     def run(self, script: str, name: str, parents: list[str], flags: list[str]) -> str:
         """The folder of a finished run of `script`, trained first if it is not there yet."""
@@ -238,12 +220,6 @@ class Workplace:
         command += [f"--max_rows={args.budget_rows}", f"--num_epochs={args.budget_rows}"]  # an epoch has a row or more
         return self._place("runs", f"{method}-{seed}", command), command
 
-    def trained(self, path: Path, command: list[str]) -> str:
-        """The folder `path`, which the command writes first if it is not there yet."""
-        if not (path / "manifest.json").exists():
-            self._call([*command, f"--output_path={path}", *_resume(path)])
-        return str(path)
-
     def scores(self, path: Path, command: list[str]) -> dict | None:
         """Scores {split: ...} of a budgeted run, or None if its loss was not finite; they outlive its folder."""
         from utils.storage import schemas
@@ -253,8 +229,8 @@ class Workplace:
         file = path.with_suffix(".json")
         if not file.exists():
             done = (path / "manifest.json").exists()
-            finite = done or self._call([*command, f"--output_path={path}", *_resume(path)], or_not_finite=True)
-            write_json(file, _last(path)["splits"] if finite else None)
+            finite = done or self._call([*command, *runs.output_flags(path)], or_not_finite=True)
+            write_json(file, runs.last_record(path)["splits"] if finite else None)
         return schemas.read(file, SearchScores)
 
     def evaluate(self, name: str, checkpoint: str, seed: int, flags: Sequence[str] = ()) -> "tuple[dict, pd.DataFrame]":
@@ -269,9 +245,7 @@ class Workplace:
         if self.args.max_eval_samples:
             command.append(f"--max_eval_samples={self.args.max_eval_samples}")
         path = self._place("evaluations", f"{name.replace(' + ', '-').replace(' ', '-')}-{seed}", command)
-        if not (path / "metrics.json").exists():
-            self._call([*command, f"--output_path={path}", "--overwrite"])
-        record = _last(path)
+        record = self.evaluated(path, command)
         predictions = pd.read_json(path / "predictions.jsonl", lines=True)
         predictions = predictions[predictions["method"] == record["method"]].reset_index(drop=True)
         return record, predictions
@@ -290,64 +264,6 @@ class Workplace:
         if method in ("gate", "refusal"):
             return []
         return [*self.args.in_context, *(self.args.prompting if method == "prompting" else [])]
-
-    def _place(self, room: str, name: str, command: list[str]) -> Path:
-        digest = hashlib.sha256(json.dumps([command, self._data]).encode()).hexdigest()[:8]
-        return self.folder / room / f"{name}-{digest}"
-
-    def _call(self, command: list[str], or_not_finite: bool = False) -> bool:
-        """Run a script; True if it ended well. A loss that was not finite gives False if that is allowed, and anything
-        else raises UserError."""
-        print("$ python", shlex.join(command), flush=True)
-        code, said = self._run(command)
-        if code == 2 and or_not_finite and "not finite" in said.strip().split("\n")[-1]:
-            return False
-        if code:
-            raise UserError(f"{command[0]} ended with exit code {code}; finished runs are kept, start again")
-        return True
-
-    def _run(self, command: list[str]) -> tuple[int, str]:
-        """(exit code, the end of what it said on stderr) of a script in a process of its own."""
-        started = [sys.executable, str(ROOT / command[0]), *command[1:]]
-        with subprocess.Popen(started, stderr=subprocess.PIPE) as process:
-            said = b""
-            while part := process.stderr.read1(4096):
-                sys.stderr.buffer.write(part)
-                sys.stderr.flush()
-                said = (said + part)[-4096:]
-        return process.returncode, said.decode(errors="replace")
-
-
-def _last(folder: Path) -> dict:
-    """The last record of metrics.json in `folder`."""
-    from utils.storage import schemas
-    from utils.storage.formats import Records
-
-    return schemas.read(folder / "metrics.json", Records)[-1]
-
-
-def _marks(frames: "Mapping[str, pd.DataFrame]") -> list[list]:
-    """The columns beside text and label that scores depend on, which the fingerprint leaves out."""
-    marks = "names_other", "nested"
-    return [frame[column].tolist() for frame in frames.values() for column in marks if column in frame]
-
-
-def _contents(args: Namespace) -> list[str]:
-    """Hashes of the base model and of the files that flags name: a path alone does not say what lies there."""
-    from utils.data.load import SNIPPETS_FOLDER
-    from utils.storage import checkpoints
-
-    flags = [flag for text in TEXTS for flag in getattr(args, text)]
-    paths = [args.model_name, SNIPPETS_FOLDER / "forget_names.txt", *(flag.split("=", 1)[-1] for flag in flags)]
-    found = [Path(path) for path in paths if os.path.exists(path)]  # a text longer than a file name does not
-    return [checkpoints.weights_sha256(p) if p.is_dir() else checkpoints.file_sha256(p) for p in found]
-
-
-def _resume(path: Path) -> list[str]:
-    """How to start a run that may have been interrupted: go on from its state, else replace what is left of it."""
-    from utils.storage.outputs import state_path
-
-    return ["--overwrite", *(["--resume"] if state_path(path).exists() else [])]
 
 
 def write_comparison(folder: Path, records: list[dict]) -> None:

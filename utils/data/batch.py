@@ -6,6 +6,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+PINNED = ("cuda",)  # devices that read pinned memory while the CPU goes on
+
 
 @dataclass(frozen=True)
 class Example:
@@ -59,7 +61,20 @@ def collate(examples: Sequence[Example], pad_id: int, device: torch.device | str
     kinds = [examples[row].forget for row in rows]
     places = ([n for n, forget in enumerate(kinds) if forget == wanted] for wanted in (True, False))
     flat = (torch.tensor(values, dtype=torch.long) for values in (rows, positions, targets, *places))
-    return Batch(*(tensor.to(device) for tensor in (input_ids, attention_mask, *flat)))
+    return Batch(*(to_device(tensor, device) for tensor in (input_ids, attention_mask, *flat)))
+
+
+def to_device(tensor: torch.Tensor, device: torch.device | str) -> torch.Tensor:
+    """`tensor`, which lies on the CPU, on `device`. To CUDA it goes from pinned memory, and the CPU does not wait for
+    it: what runs there later in the same stream reads it after the copy."""
+    if torch.device(device).type in PINNED:
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.to(device)
+
+
+def index_on(device: torch.device | str, numbers: Sequence) -> torch.Tensor:
+    """The whole numbers `numbers`, which may be nested, as an int64 tensor on `device`, sent as `to_device` does."""
+    return to_device(torch.tensor(numbers, dtype=torch.long), device)
 
 
 def epoch_batches(

@@ -79,6 +79,33 @@ def draw_tradeoff(records: list[dict]) -> pyplot.Figure:
 
 
 @picture
+def draw_race(race: dict[str, Any]) -> pyplot.Figure:
+    """Both scores of the goal over minutes, a line per route; a star where a route is at the goal, a dashed line where
+    that begins. race: what race.json says (utils.race)."""
+    figure, panels = pyplot.subplots(1, 2, figsize=(10.5, 4), sharex=True)
+    goal = race["goal"]
+    for panel, split in zip(panels, ("train_forget", "test_retain")):
+        for i, (name, route) in enumerate(race["routes"].items()):
+            curve, at = route["curve"], route["seconds_to_goal"]
+            minutes, shares = ([scale * p[key] for p in curve] for key, scale in (("seconds", 1 / 60), (split, 100)))
+            style = {"color": f"C{i}", "marker": "os^Dv"[i % 5], "linestyle": ("-", "--", ":", "-.")[i % 4]}
+            panel.plot(minutes, shares, label=plain(name), markersize=4, linewidth=1.4, markevery=(i, 3), **style)
+            if at is not None:
+                share = next(100 * point[split] for point in curve if point["seconds"] == at)
+                panel.plot(at / 60, share, marker="*", markersize=14, color=f"C{i}", markeredgecolor="black")
+        panel.axhline(100 * goal[split], color="gray", linestyle=(0, (2, 2)), linewidth=1)
+        panel.set(title=split, xlabel="minutes (loading, gate, reference, steps)", ylim=(-3, 103))
+        panel.grid(alpha=0.3)
+        panel.spines[["top", "right"]].set_visible(False)
+    panels[0].set_ylabel(f"{race['score'].replace('_', ' ')}, %")
+    handles, labels = panels[0].get_legend_handles_labels()
+    handles.append(pyplot.Line2D([], [], marker="*", markersize=12, color="white", markeredgecolor="black"))
+    figure.legend(handles, [*labels, "at the goal"], frameon=False, ncols=4, loc="upper center")
+    figure.tight_layout(rect=(0, 0, 1, 0.92))
+    return figure
+
+
+@picture
 def draw_strength(settings: dict[str, Any]) -> pyplot.Figure:
     """The metric on train_forget against the strength of ECO's corruption; target and choice marked. settings: what
     eco.json says."""

@@ -50,6 +50,7 @@ class EvaluationSettings(RowSettings):
     """
 
     curve_samples: int = 200
+    curve_splits: Sequence[str] = SPLITS
     validation_share: float | None = None
     final: bool = False
     probe: bool = False
@@ -259,8 +260,9 @@ def refuse_probe(settings: EvaluationSettings, task: Task) -> None:
 def accuracies(
     served: Served, frames: Frames, task: Task, settings: EvaluationSettings, frozen: Frozen | None = None
 ) -> dict[str, float]:
-    """{split: the score that ECO's search compares, too, in [0, 1]} on settings.curve_samples rows a split, for the
-    curve over steps: the accuracy, or of free answers, which take long to generate, the mean probability of a token.
+    """{split of settings.curve_splits: the score that ECO's search compares, too, in [0, 1]} on settings.curve_samples
+    rows a split, for the curve over steps: the accuracy, or of free answers, which take long to generate, the mean
+    probability of a token.
 
     frozen: these scores by the frozen model, by earlier calls; it is filled. Only what stands behind a gate makes use
     of it: of other models the weights may have changed since. Dropout is off meanwhile; every module is in its own mode
@@ -269,7 +271,7 @@ def accuracies(
     modes = {module: module.training for module in served.model.modules()}
     served.model.eval()
     result = {}
-    for split in SPLITS:
+    for split in settings.curve_splits:
         frame = sample_rows(frames[split], settings.curve_samples)
         how = settings.max_length, settings.eval_batch_size
         known = frozen.of(split, len(frame)) if frozen and served.is_gated else None

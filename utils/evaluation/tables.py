@@ -212,6 +212,34 @@ def comparison(records: list[dict]) -> str:
     return "\n\n".join([comparison_table(records), *(["\n".join(f"- {line}" for line in lines)] if lines else [])])
 
 
+def race_table(race: dict[str, Any]) -> str:
+    """What race.json says (utils.race), a line per route: seconds until the first step was done and until the goal, and
+    the scores of the two splits at the end in percent, on the rows of the curve and on those of the last evaluation."""
+
+    def both(curve: dict[str, float], final: dict[str, float], split: str) -> str:
+        return f"{100 * curve[split]:.1f} / {100 * final[split]:.1f}"
+
+    splits, goal = ("train_forget", "test_retain"), race["goal"]
+    counts = [f"{race['rows']['curve'][s]} / {race['rows']['final'][s]} rows" for s in splits]
+    header = ["route", "first step, s", "steps", "time, s", "goal reached after"]
+    lines = [[*header, *(f"{s}, % ({n})" for s, n in zip(splits, counts)), "at the goal, evaluated anew"]]
+    tuned = race["fine_tuned"]
+    lines.append(["fine-tuned", "", "", "", "", *(both(tuned["curve"], tuned["final"], s) for s in splits), ""])
+    over = {"budget": f"not within {race['budget_minutes']:g} min", "schedule": "not by the end of its schedule"}
+    for name, route in race["routes"].items():
+        reached = route["seconds_to_goal"]
+        lines.append([
+            name, f"{route['first_step_done']:.1f}", str(route["steps"]), f"{route['seconds']:.1f}",
+            over[route["ended"]] if reached is None else f"{reached:.1f} s",
+            *(both(route["curve"][-1], route["final"], s) for s in splits), "yes" if route["confirmed"] else "no",
+        ])  # fmt: skip
+    said = (
+        f"goal: {race['score']} on train_forget at most {100 * goal['train_forget']:g} %, on test_retain no more than "
+        f"{100 * goal['retain_drop']:g} % of the rows below the fine-tuned model"
+    )
+    return "\n\n".join([aligned(lines), f"{said}; the clock counts {race['clock']}"])
+
+
 def gate_table(settings: dict[str, Any]) -> str:
     """What a gate's classifier does on the four splits, and on rewritten test rows, as text; shares in percent.
 

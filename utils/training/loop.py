@@ -42,7 +42,8 @@ class Objective(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingSettings:
-    """How to train: the flags of those names."""
+    """How to train: the flags of those names. started: when they were read, by `time.perf_counter`; the clock of
+    --max_minutes begins there, before all work."""
 
     lr: float = 1e-4
     train_batch_size: int = 32
@@ -60,6 +61,9 @@ class TrainingSettings:
     forget_per_batch: int = 0
     retain_ratio: float | None = None
     stop_at_forget_accuracy: float | None = None
+    stop_at_retain_accuracy: float = 0.0
+    max_minutes: float | None = None
+    started: float = field(default_factory=time.perf_counter, compare=False)
 
 
 @dataclass
@@ -142,6 +146,9 @@ class Training:
     def run(self) -> list[dict[str, Any]]:
         """Train to the end; returns the log, a list of {"step", "lr", "loss", parts...} and {"step", `measured`}.
 
+        With settings.max_minutes each also has "seconds": of preparation and of steps so far, those before an
+        interruption included, without the evaluation on the way. Without it the log of every such run is the same.
+
         AdamW, cosine schedule with linear warm-up, gradient norm clipped (published: 0.3). Raises UserError on a
         non-finite loss, and on a state file that belongs to other settings.
         """
@@ -156,6 +163,7 @@ class Training:
         bar = tqdm(total=seen, initial=seen - ahead, desc="training", unit="row", dynamic_ncols=True, mininterval=1)
         rows = None
         seconds = []
+        spent = log[-1].get("seconds", 0.0) if log else time.perf_counter() - settings.started
         for step, rows in self._upcoming(done):
             if self._may_stop(log):
                 break
@@ -168,13 +176,18 @@ class Training:
             if self.after_step:
                 line |= self.after_step(line, step / total)
             seconds.append(time.perf_counter() - start)
+            clock = {}
+            if settings.max_minutes:
+                spent = distributed.broadcast(spent + seconds[-1])  # so that all processes stop at the same step
+                clock = {"seconds": round(spent, 3)}
+            line |= clock
             log.append(line)
             self._show(line)
             parts = {key: f"{value:.3f}" for key, value in line.items() if key[:2] in ("L_", "lo")}
             bar.set_postfix({"step": f"{step}/{total}", **parts}, refresh=False)
             bar.update(len(rows))
             if self.evaluate and settings.eval_steps and step % settings.eval_steps == 0:
-                log.append({"step": step, self.measured: self.evaluate()})
+                log.append({"step": step, self.measured: self.evaluate(), **clock})
                 self._show(log[-1])
                 shares = ", ".join(f"{split} {100 * share:.1f}" for split, share in log[-1][self.measured].items())
                 bar.write(f"step {step}: {self.measured.replace('_', ' ')} in percent: {shares}")
@@ -218,10 +231,16 @@ class Training:
         return norm
 
     def _may_stop(self, log: list[dict]) -> bool:
-        """Whether the forget accuracy that --stop_at_forget_accuracy asks for was reached."""
-        target = self.settings.stop_at_forget_accuracy
-        last = log[-1] if log else {}
-        return target is not None and self.measured in last and last[self.measured]["train_forget"] <= target
+        """Whether --max_minutes are over, or the accuracies of --stop_at_forget_accuracy and --stop_at_retain_accuracy
+        were reached."""
+        settings, last = self.settings, log[-1] if log else {}
+        if settings.max_minutes and last.get("seconds", 0.0) >= 60 * settings.max_minutes:
+            return True
+        if settings.stop_at_forget_accuracy is None or self.measured not in last:
+            return False
+        found = last[self.measured]
+        forgotten = found["train_forget"] <= settings.stop_at_forget_accuracy
+        return forgotten and found.get("test_retain", 1.0) >= settings.stop_at_retain_accuracy
 
     def accumulate(self, rows: list[int]) -> dict[str, float]:
         """Accumulate the gradient of one step over its micro-batches, those of all processes; returns the summed loss
@@ -229,12 +248,12 @@ class Training:
         n_forget = sum(self.examples[i].forget for i in rows)
         own = self._share(rows)
         size = self.settings.micro_batch_size or len(rows)
-        sums = {}
+        logged: list[tuple[str, torch.Tensor]] = []
         for start in range(0, len(own), size):
             loss, parts = self.loss(own[start : start + size], n_forget, len(rows) - n_forget, rows)
             loss.backward()
-            for key, value in {"loss": loss, **parts}.items():
-                sums[key] = sums.get(key, 0.0) + float(value.detach())
+            logged += ((key, value.detach()) for key, value in {"loss": loss, **parts}.items())
+        sums = _summed(logged)
         distributed.all_reduce_gradients(self.parameters.values())
         return distributed.all_reduce(sums)
 
@@ -322,3 +341,12 @@ class Training:
         if tensors_sha256(tensors) != sha256:
             raise UserError(f"{self.state_path} is damaged (its hash differs); start over with --overwrite")
         return tensors
+
+
+def _summed(values: Sequence[tuple[str, torch.Tensor]]) -> dict[str, float]:
+    """{name: sum} of scalars (name, value), which come from their device together: the CPU waits for it once."""
+    sums: dict[str, float] = {}
+    together = torch.stack([value for _, value in values]).tolist() if values else []
+    for (name, _), value in zip(values, together):
+        sums[name] = sums.get(name, 0.0) + value
+    return sums

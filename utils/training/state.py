@@ -35,6 +35,7 @@ class Line(Open):
     accuracy: dict[str, Share] = {}
     label_accuracy: dict[str, Share] = {}
     probability: dict[str, Share] = {}
+    seconds: Amount = 0.0
 
 
 class State(Schema):

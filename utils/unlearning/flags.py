@@ -13,7 +13,8 @@ from utils.unlearning.methods import CONSTANTS, METHODS
 NO_TRAINING = (
     "micro_batch_size", "logit_chunk", "gradient_checkpointing", "compile", "max_steps", "max_rows", "max_grad_norm",
     "length_pool", "eval_steps", "curve_samples", "save_steps", "dry_run", "resume", "tune", "retain_loss",
-    "retain_weight", "forget_per_batch", "retain_ratio", "stop_at_forget_accuracy", "logits_path",
+    "retain_weight", "forget_per_batch", "retain_ratio", "stop_at_forget_accuracy", "stop_at_retain_accuracy",
+    "max_minutes", "curve_splits", "logits_path",
 )  # fmt: skip
 GATED = ("eco", "gate", "refusal")  # the methods that put a gate in front of the model
 TRAINED_HERE = ("tfidf", "features")  # gates that spul.py trains before the prompt
@@ -33,6 +34,15 @@ def add_common_arguments(group: argparse._ArgumentGroup) -> None:
         help="forget rows in every batch, where there is a retain loss (0: all rows mixed, as published)",
     )  # fmt: skip
     add_retain_ratio(group)
+    group.add_argument(
+        "--stop_at_forget_accuracy", type=cli.share, metavar="A",
+        help="stop once the accuracy (of free answers: probability) on train_forget, measured every --eval_steps, is "
+        "at most A (in [0, 1])",
+    )  # fmt: skip
+    group.add_argument(
+        "--stop_at_retain_accuracy", type=cli.share, default=0.0, metavar="R",
+        help="... and only while the one on test_retain is at least R",
+    )  # fmt: skip
     group.add_argument(
         "--refusals", type=cli.path, metavar="FILE",
         help="what forgotten rows with free answers are answered with, a sentence a line (default: data/refusals.txt)",
@@ -87,6 +97,7 @@ def refuse_spul_contradictions(parser: cli.ArgumentParser, args: argparse.Namesp
     """Exit 2 on flags of spul.py that would be ignored, or that cannot work together (so it sees all `args`)."""
     if args.forget_per_batch >= args.train_batch_size:
         parser.error("--forget_per_batch must be smaller than --train_batch_size")
+    refuse_stopping_blindly(parser, args)
     if args.hide_like and not args.hide:
         parser.error("--hide_like says what --hide aims at; give --hide a weight above 0")
     flag = given(parser, args, TRAINING)
@@ -98,6 +109,19 @@ def refuse_spul_contradictions(parser: cli.ArgumentParser, args: argparse.Namesp
         parser.error("--retain_ratio draws from all retain rows; leave it out with --gate, which leaves few of them")
 
 
+def refuse_stopping_blindly(parser: cli.ArgumentParser, args: argparse.Namespace) -> None:
+    """Exit 2 where a run is to stop at an accuracy that it does not measure (some flags, of all `args`)."""
+    if args.stop_at_retain_accuracy and args.stop_at_forget_accuracy is None:
+        parser.error("--stop_at_retain_accuracy goes with --stop_at_forget_accuracy")
+    if args.stop_at_forget_accuracy is None:
+        return
+    if not args.eval_steps:
+        parser.error("--stop_at_forget_accuracy needs --eval_steps")
+    needed = ["train_forget", *(["test_retain"] if args.stop_at_retain_accuracy else [])]
+    if missing := next((split for split in needed if split not in args.curve_splits), None):
+        parser.error(f"a run that stops by {missing} needs it among --curve_splits")
+
+
 def add_unlearning_arguments(parser: cli.ArgumentParser) -> None:
     """What baselines.py asks for beside the method: its rows, its retain loss, what is trained, when it stops."""
     group = parser.add_argument_group("unlearning")
@@ -105,11 +129,6 @@ def add_unlearning_arguments(parser: cli.ArgumentParser) -> None:
     group.add_argument("--retain_loss", choices=["none", "ce", "kl"], help="on retain rows (default: the method's)")
     group.add_argument("--retain_weight", type=cli.positive_float, help="of the retain loss (default: the method's)")
     group.add_argument("--tune", choices=["full", "lora"], default="full", help="all weights, or a new LoRA adapter")
-    group.add_argument(
-        "--stop_at_forget_accuracy", type=cli.share, metavar="A",
-        help="stop once the accuracy (of free answers: probability) on train_forget, measured every --eval_steps, is "
-        "at most A (in [0, 1])",
-    )  # fmt: skip
 
 
 def add_constants(parser: cli.ArgumentParser) -> None:
@@ -231,8 +250,7 @@ def refuse_contradictions(parser: cli.ArgumentParser, args: argparse.Namespace) 
     name = args.unlearn_method
     if args.forget_per_batch >= args.train_batch_size:
         parser.error("--forget_per_batch must be smaller than --train_batch_size")
-    if args.stop_at_forget_accuracy is not None and not args.eval_steps:
-        parser.error("--stop_at_forget_accuracy needs --eval_steps")
+    refuse_stopping_blindly(parser, args)
     if name in METHODS:
         method = METHODS[name]
         for flag in CONSTANTS:

@@ -18,7 +18,7 @@ import torch
 from tqdm import tqdm
 
 from utils import distributed
-from utils.data.batch import Example, collate
+from utils.data.batch import Example, collate, index_on, to_device
 from utils.data.select import learnt_by
 from utils.errors import UserError, note_once
 from utils.interventions.served import Served, load_served
@@ -71,7 +71,7 @@ class Hiding:
             reference = torch.full_like(log_p, 1 / len(self.words))
         else:
             shares = [self.like[example.prompt] for example in examples if example.forget]
-            reference = torch.tensor(shares, dtype=log_p.dtype, device=log_p.device).reshape(log_p.shape)
+            reference = to_device(torch.tensor(shares, dtype=log_p.dtype), log_p.device).reshape(log_p.shape)
         return losses.word_kl(reference, log_p)
 
 
@@ -125,8 +125,8 @@ class Scored:
         chosen = [entry for entry in self.entries if entry[0] in tokens]
         used = {place: at for at, place in enumerate(dict.fromkeys(place for place, _, _ in chosen))}
         numbers = [(used[place], cell, token) for place, cell, token in chosen]
-        at, cell, token = torch.tensor(numbers, dtype=torch.long, device=logits.device).reshape(-1, 3).unbind(1)
-        places = torch.tensor([place - tokens.start for place in used], dtype=torch.long, device=logits.device)
+        at, cell, token = index_on(logits.device, numbers).reshape(-1, 3).unbind(1)
+        places = index_on(logits.device, [place - tokens.start for place in used])
         return {"word_log_p": logits[places].log_softmax(-1)[at, token], "word_cells": cell}
 
     def sums(self, read: Mapping[str, torch.Tensor]) -> torch.Tensor:

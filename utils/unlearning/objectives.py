@@ -13,7 +13,7 @@ from typing import Any
 import pandas as pd
 import torch
 
-from utils.data.batch import Example, collate
+from utils.data.batch import Example, collate, index_on
 from utils.errors import note_once
 from utils.interventions.served import Served
 from utils.models.forward import prompt_prefix
@@ -107,7 +107,8 @@ class PromptTuning:
         before, compared = None, []
         if self.reference is not None:
             kinds = [example.forget for example in read for _ in example.completion]
-            before, compared = self.reference.of(rows), [n for n, forget in enumerate(kinds) if forget is False]
+            before = self.reference.of(rows, self.model.device)
+            compared = [n for n, forget in enumerate(kinds) if forget is False]
         found = completion_values(self.model, batch, values, prefix, before, compared, chunk=self.chunk)
         nll, hidden, hide = found["nll"], None, 0.0
         if scored:
@@ -255,7 +256,7 @@ class TokenObjective:
             for role, some in chosen.items()
         }
         batch = collate([examples[i] for i in distinct], self.served.pad_id, model.device)
-        before = self.reference.of(distinct) if self.reference else None
+        before = self.reference.of(distinct, model.device) if self.reference else None
         numbered = {place: m for m, place in enumerate(compared)}
 
         def values(logits: torch.Tensor, before: torch.Tensor | None, piece: Piece) -> dict[str, torch.Tensor]:
@@ -264,13 +265,13 @@ class TokenObjective:
                 own = [entry for entry in tokens if entry[0] in piece.tokens]
                 places = [place - piece.tokens.start for place, _, _ in own]
                 at, targets, of_rows = (
-                    torch.tensor(numbers, dtype=torch.long, device=logits.device)
+                    index_on(logits.device, numbers)
                     for numbers in (places, [token for _, token, _ in own], [row for _, _, row in own])
                 )
                 reference = None
                 if self._compares(role):
                     m = [numbered[place] - piece.compared.start for place, _, _ in own]
-                    reference = before[torch.tensor(m, dtype=torch.long, device=logits.device)]
+                    reference = before[index_on(logits.device, m)]
                 found |= self._scores(role, CompletionTokens(logits[at], reference, targets))
                 found[f"{role}_rows"] = of_rows
             return found

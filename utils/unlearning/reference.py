@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from tqdm import tqdm
 
 from utils import distributed
-from utils.data.batch import Batch, Example, collate
+from utils.data.batch import Batch, Example, collate, to_device
 from utils.data.load import dataset_name
 from utils.data.select import fingerprint
 from utils.errors import UserError, first_line
@@ -57,10 +57,10 @@ class Reference:
         """Those of `examples` that have vectors here."""
         return [examples[i] for i in self._spans]
 
-    def of(self, rows: Iterable[int]) -> torch.Tensor:
-        """The vectors (M, d) of those among the example numbers `rows` that have any, in that order, on the CPU."""
+    def of(self, rows: Iterable[int], device: torch.device | str = "cpu") -> torch.Tensor:
+        """The vectors (M, d) of those among the example numbers `rows` that have any, in that order, on `device`."""
         spans = [self.values[slice(*self._spans[i])] for i in rows if i in self._spans]
-        return torch.cat([self.values[:0], *spans])
+        return to_device(torch.cat([self.values[:0], *spans]), device)
 
 
 @dataclass(frozen=True)

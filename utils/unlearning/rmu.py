@@ -6,7 +6,7 @@ from typing import Any
 import pandas as pd
 import torch
 
-from utils.data.batch import collate
+from utils.data.batch import collate, index_on
 from utils.errors import UserError
 from utils.interventions.served import Served
 from utils.models.forward import completion_logits
@@ -51,7 +51,7 @@ class SteeringObjective:
         weights = (1 / real.sum(1, keepdim=True)).expand(real.shape)
         forget, retain = (_tokens(chosen, kind, real.device) for kind in (True, False))
         steered = self.method.forget(activations[forget], self.target) * weights[forget]
-        held = self.method.forget(activations[retain], self.reference.of(rows).to(activations.device)) * weights[retain]
+        held = self.method.forget(activations[retain], self.reference.of(rows, activations.device)) * weights[retain]
         parts = {"L_f": losses.mean_over_rows(steered, n_forget), "L_r": losses.mean_over_rows(held, n_retain)}
         return losses.with_retain_weight(parts, self.settings.retain_weight)
 
@@ -60,7 +60,7 @@ def _tokens(examples: list, forget: bool, device: torch.device) -> tuple[torch.T
     """(rows, positions) of every real token of the examples to forget, or of the others."""
     places = [(row, at) for row, e in enumerate(examples) if e.forget == forget for at in range(len(e))]
     rows, positions = zip(*places) if places else ((), ())
-    return tuple(torch.tensor(values, dtype=torch.long, device=device) for values in (rows, positions))
+    return index_on(device, rows), index_on(device, positions)
 
 
 def train_three_layers(model: torch.nn.Module, layer: int | None) -> None:
