@@ -15,13 +15,20 @@ def call(cwd, n, script, *arguments, before=lambda rank: None):
 
     before: function(rank) that each process runs first.
     """
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    ends, workers = [], []
+
+    def work(rank):
+        before(rank)
+        return scripts.call(cwd, script, *arguments)
+
+    return each(n, work)
+
+
+def each(n, work):
+    """What `work(rank)` returns in each of `n` processes that a launcher has started."""
+    ends, workers, port = [], [], free_port()
     for rank in range(n):
         end, other = FORK.Pipe()
-        worker = FORK.Process(target=_work, args=(other, rank, n, port, before, cwd, script, arguments))
+        worker = FORK.Process(target=_work, args=(other, rank, n, port, work))
         worker.start()
         other.close()
         ends.append(end)
@@ -35,9 +42,14 @@ def call(cwd, n, script, *arguments, before=lambda rank: None):
             worker.join()
 
 
-def _work(end, rank, n, port, before, cwd, script, arguments):
+def free_port():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def _work(end, rank, n, port, work):
     PartialState._reset_state()  # that of the parent, which is alone
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(n), "LOCAL_WORLD_SIZE": str(n)}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    before(rank)
-    end.send(scripts.call(cwd, script, *arguments))
+    end.send(work(rank))

@@ -9,6 +9,7 @@ In a plain `python` run there is one process: nothing here communicates and ther
 """
 
 import contextlib
+import itertools
 import os
 import resource
 import sys
@@ -26,6 +27,7 @@ from utils.errors import UserError, note_once
 
 PATIENCE = timedelta(hours=6)  # a process may wait while the main one writes; the launcher ends it where that one fails
 GATHERING = timedelta(minutes=10)  # processes of a launch start together
+BUCKET = 32 * 2**20  # bytes of gradients that are added by one call
 T = TypeVar("T")
 LAUNCHER = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
@@ -176,15 +178,37 @@ def all_reduce(values: Mapping[str, float]) -> dict[str, float]:
 
 
 def all_reduce_gradients(parameters: Iterable[torch.nn.Parameter]) -> None:
-    """Replace every gradient by its sum over the processes; where no process has one it stays None."""
+    """Replace every gradient by its sum over the processes; where no process has one it stays None.
+
+    Gradients of one dtype and device travel together, in buffers of about BUCKET bytes.
+    """
     if world_size() == 1:
         return
     parameters = list(parameters)
     graded = np.any(all_gather([p.grad is not None for p in parameters]), axis=0)
+    kinds = {}
     for parameter in (p for p, somewhere in zip(parameters, graded) if somewhere):
         if parameter.grad is None:
             parameter.grad = torch.zeros_like(parameter)
-        dist.all_reduce(parameter.grad)
+        kinds.setdefault((parameter.grad.dtype, parameter.grad.device), []).append(parameter.grad)
+    for bucket in itertools.chain.from_iterable(map(_buckets, kinds.values())):
+        sums = torch.cat([gradient.flatten() for gradient in bucket])
+        dist.all_reduce(sums)
+        for gradient, part in zip(bucket, sums.split([gradient.numel() for gradient in bucket])):
+            gradient.copy_(part.view_as(gradient))
+
+
+def _buckets(gradients: Iterable[torch.Tensor]) -> Iterator[list[torch.Tensor]]:
+    """`gradients` in order, in groups of at most BUCKET bytes; one alone may have more."""
+    bucket, size = [], 0
+    for gradient in gradients:
+        if bucket and size + gradient.nbytes > BUCKET:
+            yield bucket
+            bucket, size = [], 0
+        bucket.append(gradient)
+        size += gradient.nbytes
+    if bucket:
+        yield bucket
 
 
 def draw_apart(seed: int, step: int) -> None:
