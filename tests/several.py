@@ -23,6 +23,22 @@ def call(cwd, n, script, *arguments, before=lambda rank: None):
     return each(n, work)
 
 
+def calls(n, commands):
+    """What `accelerate launch --num_processes=<n>` does with each of `commands`, (folder, script, arguments ...), one
+    after the other in the same processes: for each process a list of scripts.Result."""
+    ports = [free_port() for _ in commands]
+
+    def work(rank):
+        results = []
+        for port, (cwd, *command) in zip(ports, commands):
+            os.environ["MASTER_PORT"] = str(port)
+            PartialState._reset_state()
+            results.append(scripts.call(cwd, *command))
+        return results
+
+    return each(n, work)
+
+
 def each(n, work):
     """What `work(rank)` returns in each of `n` processes that a launcher has started."""
     ends, workers, port = [], [], free_port()

@@ -29,6 +29,7 @@ PATIENCE = timedelta(hours=6)  # a process may wait while the main one writes; t
 GATHERING = timedelta(minutes=10)  # processes of a launch start together
 BUCKET = 32 * 2**20  # bytes of gradients that are added by one call
 T = TypeVar("T")
+HELPERS: list[Callable[[], None]] = []  # of every model in shards: takes part in a pass of another process
 LAUNCHER = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
@@ -120,7 +121,23 @@ def is_main() -> bool:
 
 def all_gather(value: T) -> list[T]:
     """The `value` of every process, in the order of the processes. All must call it."""
+    while HELPERS and (number := announce(0)):
+        HELPERS[number - 1]()
     return gather_object([value])
+
+
+def add_helper(take_part: Callable[[], None]) -> int:
+    """The number by which passes of a model in shards are announced (utils.sharding), to which each process must
+    contribute. take_part: does so where this process has nothing to compute. All must call it."""
+    HELPERS.append(take_part)
+    return len(HELPERS)
+
+
+def announce(number: int) -> int:
+    """The largest `number` that a process announces: that of a helper before a pass, 0 of one that waits."""
+    found = torch.tensor(number)
+    dist.all_reduce(found, dist.ReduceOp.MAX)
+    return int(found)
 
 
 def broadcast(value: T) -> T:
@@ -154,6 +171,12 @@ def shares(rows: list[T], size: Callable[[T], int]) -> list[list[T]]:
 def share(rows: list[T], size: Callable[[T], int]) -> list[T]:
     """This process's part of `rows`."""
     return shares(rows, size)[PartialState().process_index]
+
+
+def most_rows(own: Sequence, rows: Sequence) -> int:
+    """For how many rows of a step this process makes passes: for its `own` share of the `rows`; where a model is in
+    shards for as many as the process that has most."""
+    return -(-len(rows) // world_size()) if HELPERS else len(own)
 
 
 def deal(batches: Sequence[list[T]]) -> Iterator[tuple[list[T], int]]:
