@@ -23,17 +23,17 @@ def call(cwd, n, script, *arguments, before=lambda rank: None):
     return each(n, work)
 
 
-def calls(n, commands):
-    """What `accelerate launch --num_processes=<n>` does with each of `commands`, (folder, script, arguments ...), one
-    after the other in the same processes: for each process a list of scripts.Result."""
-    ports = [free_port() for _ in commands]
+def in_turn(n, jobs):
+    """What each of `jobs`, functions that run a script, returns in each of `n` processes: a list a process. A job meets
+    the others as those of a launch of its own do."""
+    ports = [free_port() for _ in jobs]
 
     def work(rank):
         results = []
-        for port, (cwd, *command) in zip(ports, commands):
+        for port, job in zip(ports, jobs):
             os.environ["MASTER_PORT"] = str(port)
             PartialState._reset_state()
-            results.append(scripts.call(cwd, *command))
+            results.append(job())
         return results
 
     return each(n, work)

@@ -109,14 +109,14 @@ def whole(tensor: torch.Tensor) -> torch.Tensor:
 def whole_weights(model: torch.nn.Module, trained: bool) -> dict[str, torch.Tensor] | None:
     """The state of `model` with whole tensors on the CPU of the main process, {} elsewhere; None if it has no shards.
 
-    trained: frozen weights are left out. All processes must call it.
+    trained: frozen weights in shards are left out. All processes must call it.
     """
     if not is_sharded(model):
         return None
-    learnt = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    frozen = {name for name, p in model.named_parameters() if isinstance(p, DTensor) and not p.requires_grad}
     found = {}
     for name, tensor in model.state_dict().items():
-        if not trained or name in learnt:
+        if not trained or name not in frozen:
             tensor = whole(tensor)
             if distributed.is_main():
                 found[name] = tensor.cpu()
