@@ -403,7 +403,7 @@ def _size(n_bytes: float) -> str:
 
 
 def _parts(rows: Sequence, size: int | None) -> list[Sequence]:
-    size = size or len(rows)
+    size = size or max(1, len(rows))  # the share of a process may be empty
     return [rows[i : i + size] for i in range(0, len(rows), size)]
 
 
