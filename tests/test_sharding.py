@@ -73,7 +73,13 @@ def runs(tiny_model, small_data, asked, tmp_path_factory):
         "--max_new_tokens=6",
         "--output_path=out",
     )
-    words["inference"] = *words["inference"], "--eval_batch_size=4", "--model_checkpoints", *map(str, saved)
+    words["inference"] = (
+        *words["inference"],
+        "--eval_batch_size=2",
+        "--max_eval_samples=3",
+        "--model_checkpoints",
+        *map(str, saved),
+    )
     gate = "--eco_classifier=features", "--eco_max_fpr=0.3", "--eco_samples=7", "--eco_steps=1", "--eco_target=0.5"
     words["eco"] = "baselines", *scripts.ROWS, f"--model_checkpoints={tiny_model}", f"--dataset={small_data}", *gate
     words["eco"] = *words["eco"], "--unlearn_method=eco", "--output_path=out", "--max_eval_samples=3"
