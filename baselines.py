@@ -32,6 +32,7 @@ def parse_args():
     flags.add_gate_arguments(parser)
     flags.add_eco_arguments(parser)
     args = parser.parse_args()
+    arguments.refuse_shard_contradictions(parser, args)
     flags.refuse_contradictions(parser, args)
     return args
 
@@ -59,8 +60,9 @@ def fine_tune(args, output):
     from utils import job, plan
     from utils.data.splits import TRAIN_SPLITS
     from utils.evaluation.finish import finish
-    from utils.models.adapters import LoraSettings, save_weights
+    from utils.models.adapters import LoraSettings, gathered_weights, save_weights
     from utils.models.lengths import check_length
+    from utils.sharding import to_dtype
     from utils.tasks.rows import Splits, load_rows
     from utils.unlearning import reference
     from utils.unlearning.methods import METHODS, MethodSettings
@@ -79,7 +81,7 @@ def fine_tune(args, output):
         dtype, model = served.model.dtype, trainable(served.model, lora, method, asked)
         adapted, rows = dataclasses.replace(served, model=model), Rows(served.tokenizer, used, method, asked)
         check_length(model.config, max(map(len, rows.all)), 0)
-        numerics = partial(computing_in, model, dtype)
+        numerics = partial(computing_in, model, dtype, settings.model.shards)
         with numerics():
             objective = objective_of(method)(method, adapted, rows, used, asked, f"{args.tune} {dtype}", load)
         only_adapter_dropout(model)
@@ -102,10 +104,11 @@ def fine_tune(args, output):
     log, cost = done
     tuned.model.eval()
     if args.tune == "full":
-        tuned.model.to(dtype)
+        to_dtype(tuned.model, dtype)
+    weights = gathered_weights(tuned.model)
 
     def write(folder):
-        save_weights(tuned.model, folder)
+        save_weights(tuned.model, folder, weights)
         tuned.tokenizer.save_pretrained(folder)
 
     about = {"method": args.unlearn_method, "kind": "full" if args.tune == "full" else "lora"}

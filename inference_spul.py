@@ -51,6 +51,7 @@ def parse_args():
     arguments.add_audit_arguments(parser, AUDIT_NAMES)
     parser.set_defaults(dataset=None)  # default: what the checkpoint was trained on, so that --text needs no hub
     args = parser.parse_args()
+    arguments.refuse_shard_contradictions(parser, args)
     arguments.refuse_audit_contradictions(parser, args)
     arguments.refuse_request_contradictions(parser, args)
     if args.max_eval_samples == 0:

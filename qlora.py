@@ -28,6 +28,7 @@ def parse_args():
     )  # fmt: skip
     arguments.add_lora_arguments(parser, "LoRA")
     args = parser.parse_args()
+    arguments.refuse_shard_contradictions(parser, args)
     if args.shadow is not None and args.exclude_forget:
         parser.error("a --shadow model learns forget rows; leave out --exclude_forget")
     return args
@@ -56,8 +57,8 @@ def fine_tune(args, output):
     from utils.evaluation.finish import finish
     from utils.evaluation.run import check_served
     from utils.interventions.served import Served
-    from utils.models.adapters import LoraSettings, add_lora, save_weights
-    from utils.models.base import load_base, load_tokenizer
+    from utils.models.adapters import LoraSettings, add_lora, gathered_weights, save_weights
+    from utils.models.base import load_base, load_tokenizer, spread
     from utils.models.chain import resolve_chain
     from utils.models.lengths import check_length
     from utils.tasks.answers import known_answers
@@ -95,7 +96,8 @@ def fine_tune(args, output):
     tokenizer = load_tokenizer(chain, args.set_pad_id, args.trust_remote_code)
     examples_of(tokenizer)  # what is wrong with the rows is said before weights are read
     torch.manual_seed(args.seed)
-    base = Served(load_base(chain[0], settings.model, args.quantization), tokenizer, chain)
+    model = spread(load_base(chain[0], settings.model, args.quantization), settings.model)
+    base = Served(model, tokenizer, chain)
     check_served(base, frames, args.max_length)
     prepared = prepare(base, None)
     served = prepared.served
@@ -104,9 +106,10 @@ def fine_tune(args, output):
         return
     log, cost = done
     served.model.eval()
+    weights = gathered_weights(served.model)
 
     def write(folder):
-        save_weights(served.model, folder)
+        save_weights(served.model, folder, weights)
         tokenizer.save_pretrained(folder)
 
     method = "retain model" if args.exclude_forget else "fine-tuned" if args.shadow is None else "shadow model"

@@ -29,6 +29,7 @@ def parse_args():
     flags.add_spul_arguments(parser)
     flags.add_behind_arguments(parser)
     args = parser.parse_args()
+    arguments.refuse_shard_contradictions(parser, args)
     flags.refuse_spul_contradictions(parser, args)
     return args
 

@@ -15,13 +15,36 @@ def call(cwd, n, script, *arguments, before=lambda rank: None):
 
     before: function(rank) that each process runs first.
     """
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    ends, workers = [], []
+
+    def work(rank):
+        before(rank)
+        return scripts.call(cwd, script, *arguments)
+
+    return each(n, work)
+
+
+def in_turn(n, jobs):
+    """What each of `jobs`, functions that run a script, returns in each of `n` processes: a list a process. A job meets
+    the others as those of a launch of its own do."""
+    ports = [free_port() for _ in jobs]
+
+    def work(rank):
+        results = []
+        for port, job in zip(ports, jobs):
+            os.environ["MASTER_PORT"] = str(port)
+            PartialState._reset_state()
+            results.append(job())
+        return results
+
+    return each(n, work)
+
+
+def each(n, work):
+    """What `work(rank)` returns in each of `n` processes that a launcher has started."""
+    ends, workers, port = [], [], free_port()
     for rank in range(n):
         end, other = FORK.Pipe()
-        worker = FORK.Process(target=_work, args=(other, rank, n, port, before, cwd, script, arguments))
+        worker = FORK.Process(target=_work, args=(other, rank, n, port, work))
         worker.start()
         other.close()
         ends.append(end)
@@ -35,9 +58,14 @@ def call(cwd, n, script, *arguments, before=lambda rank: None):
             worker.join()
 
 
-def _work(end, rank, n, port, before, cwd, script, arguments):
+def free_port():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def _work(end, rank, n, port, work):
     PartialState._reset_state()  # that of the parent, which is alone
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(n), "LOCAL_WORLD_SIZE": str(n)}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    before(rank)
-    end.send(scripts.call(cwd, script, *arguments))
+    end.send(work(rank))

@@ -72,15 +72,18 @@ def test_estimates_stand_beside_what_a_run_took(tmp_path, tiny_model, small_data
     assert said.startswith("SPUL, 2 M weights, 2 rows of 64 tokens or more: estimated")
 
 
-def test_the_table_of_models_that_nobody_holds(tmp_path, monkeypatch):
+def test_the_tables_of_models_that_nobody_holds(tmp_path, monkeypatch):
     """One small model by its configuration alone; the rows of its steps are not read as one."""
     import estimates
 
     width, layers, inner, words = 1024, 4, 4096, 4000
     config = estimates.llama(width, layers, 8, inner, 8) | {"vocab_size": words}
     monkeypatch.setattr(estimates, "MODELS", {"small": config})
+    monkeypatch.setattr(estimates, "GPUS", (1, 4))
+    monkeypatch.setattr(estimates, "SHARDED", {name: estimates.SHARDED[name] for name in ("SPUL", "all parameters")})
     said = scripts.done(scripts.call(tmp_path, "estimates", "--table")).stdout
-    header, _, row = said.strip().splitlines()
+    first, second = said.strip().split("\n\n")
+    header, _, row = first.splitlines()
     assert header == f"| model | weights | {' | '.join(estimates.KINDS)} |"
     name, weights, *cells = row.strip("| ").split(" | ")
     every = 2 * words * width + layers * (4 * width**2 + 3 * width * inner + 2 * width) + width
@@ -88,6 +91,11 @@ def test_the_table_of_models_that_nobody_holds(tmp_path, monkeypatch):
     for plain, checkpointed in zip(cells[::2], cells[1::2]):
         assert float(plain) >= float(checkpointed) + 0.3  # three layers' inner values
     assert float(cells[5]) == pytest.approx(16 * every / 2**30, abs=0.2)  # parameters, two moments, gradients
+    header, _, *rows = second.splitlines()
+    assert header == "| model | what is trained | 1 | 4 |" and len(rows) == 2
+    for row, alone in zip(rows, (cells[1], cells[5])):
+        whole, part = row.strip("| ").split(" | ")[2:]
+        assert whole == alone and float(part) < float(whole)
     assert scripts.tree(tmp_path) == {}
 
 

@@ -8,8 +8,8 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 # A room may import itself and those before it. Files beside the rooms are rooms of their own.
 ROOMS = (
-    "errors", "distributed", "storage", "data", "tasks", "training", "models", "interventions", "evaluation", "cli",
-    "arguments", "unlearning", "plan", "job", "audit", "runs", "compare", "race",
+    "errors", "distributed", "sharding", "storage", "data", "tasks", "training", "models", "interventions",
+    "evaluation", "cli", "arguments", "unlearning", "plan", "job", "audit", "runs", "compare", "race",
 )  # fmt: skip
 LONGEST = {"qlora": 130, "spul": 130, "baselines": 180, "inference_spul": 180}  # lines of each script
 SOURCES = sorted((ROOT / "utils").rglob("*.py"))

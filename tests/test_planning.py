@@ -71,7 +71,7 @@ def sizes(prepare, config=tiny.CONFIGS["llama"], full=False, quantization="none"
     found, prepared = plan._on_meta(parts, config, tokenizer, [link])
     n = len(prepared.examples)
     length = max(map(len, prepared.examples))
-    return found | plan._alive(prepared, list(range(n)), (8, length, 1), found["unpacked"])
+    return found | plan._alive(prepared, list(range(n)), (8, length, 1), found)
 
 
 def numbers(text, line):
@@ -122,6 +122,30 @@ def test_a_plan_of_several_processes_is_about_the_share_of_one(tiny_model, small
     assert real[0] == real[1] and padding[0] > padding[1]  # a process pads to the longest row of its own
     steps = [float(re.search(r"step ([\d.]+) MiB", said)[1]) for said in (alone, shared)]
     assert steps[0] > steps[1]
+
+
+def test_a_plan_with_shards_is_about_each_process(tiny_model, small_data, tmp_path):
+    with mock.patch.object(distributed, "world_size", lambda: 4):
+        said = done(scripts.spul(tmp_path, tiny_model, small_data, "--dry_run", "--shard", "--device=cpu")).stdout
+    assert re.search(r"^memory +about .* on cpu, in each of 4 processes: .*weights .*, gathered ", said, re.M)
+
+
+def test_what_lies_in_shards_by_hand(monkeypatch):
+    """4 processes; d = 128, 4 layers; LoRA on q, which is whole."""
+    layer, outside = 2 * 128 * 128 + 2 * 128 * 64 + 3 * 128 * 256 + 2 * 128, 2 * 2000 * 128 + 128
+    everything = of_method("gradient_ascent")
+    whole = sizes(everything, full=True)
+    monkeypatch.setattr(distributed, "world_size", lambda: 4)
+    prompt, lora = sizes(of_prompt, shard=True), sizes(of_lora, shard=True)
+    full, rmu = (sizes(prepare, full=True, shard=True) for prepare in (everything, of_method("rmu", 1)))
+    assert prompt["weights"] == lora["weights"] == 4 * (outside + layer)  # 4 layers, a quarter of each
+    assert prompt["gathered"] == lora["gathered"] == 3 * 4 * layer
+    assert lora["trained"] == 12 * lora["parameters"]
+    assert full["trained"] == 12 * (outside + layer) and full["weights"] == 0
+    assert full["gathered"] == 5 * 4 * layer
+    assert full["step"] == pytest.approx(whole["step"] - 4 * 3 * layer, rel=0.05)  # three quarters of the gradients
+    assert full["output"] == whole["output"] and plan.disk_line(full) == plan.disk_line(whole)
+    assert (rmu["trained"], rmu["weights"]) == (12 * layer // 2, 4 * (outside + layer // 2))
 
 
 def test_a_plan_reads_no_weights(tiny_model, small_data, tmp_path):
@@ -251,8 +275,9 @@ def test_every_method_is_planned_by_its_own_objective(method, tiny_model, small_
 
 def test_the_peak_is_the_sum_of_its_parts():
     known = {"process": 100, "weights": 20, "trained": 3, "reference": 1, "heap": 2, "step": 50, "evaluation": 40}
-    assert plan.peak(known) == 224
-    assert plan.peak(known | {"evaluation": 60}) == 244
+    known["gathered"] = 10
+    assert plan.peak(known) == 234
+    assert plan.peak(known | {"evaluation": 60}) == 254
     assert plan.peak(known | {"step": None}) is None
 
 

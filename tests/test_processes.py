@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file
 from scripts import ROOT, done, is_progress_bar, numbers, tree
 
+from utils import distributed
 from utils.errors import UserError
 from utils.storage import files
 from utils.storage.outputs import state_path
@@ -139,3 +140,35 @@ def test_an_output_that_another_run_writes_is_said_once(tiny_model, small_data, 
     assert [result.code for result in results] == [2, 2]
     (said,) = [line for result in results for line in sentences(result)]
     assert " is writing out; wait for it" in said and not tree(tmp_path)
+
+
+def test_gradients_are_added_in_buckets_whatever_a_process_lacks(monkeypatch):
+    shapes = {"a": (3, 2), "b": (5,), "nobody": (4,), "half": (2, 2), "c": (7, 3)}
+    own = [{"a": 1, "b": 2, "half": 3}, {"b": 4, "c": 5}]  # which process has which gradient, drawn by what seed
+    monkeypatch.setattr(distributed, "BUCKET", 40)
+
+    def gradients(rank):
+        made = {}
+        for name, seed in own[rank].items():
+            dtype = torch.bfloat16 if name == "half" else torch.float32
+            made[name] = torch.randn(shapes[name], generator=torch.Generator().manual_seed(seed)).to(dtype)
+        return made
+
+    def work(rank):
+        distributed.start()
+        mine = gradients(rank)
+        parameters = {
+            name: torch.nn.Parameter(torch.zeros(shape, dtype=torch.bfloat16 if name == "half" else torch.float32))
+            for name, shape in shapes.items()
+        }
+        for name, gradient in mine.items():
+            parameters[name].grad = gradient
+        distributed.all_reduce_gradients(parameters.values())
+        found = {name: p.grad if p.grad is None else p.grad.tolist() for name, p in parameters.items()}
+        distributed.finish()
+        return found
+
+    first, second = map(gradients, range(2))
+    expected = {name: first.get(name, 0) + second.get(name, 0) for name in [*first, *second]}
+    expected = {name: gradient.tolist() for name, gradient in expected.items()} | {"nobody": None}
+    assert several.each(2, work) == [expected, expected]

@@ -54,6 +54,10 @@ def add_model_arguments(parser: cli.ArgumentParser) -> None:
         default="auto",
         help="auto: SDPA where the model has it, but for short rows on a CPU eager attention without copies",
     )
+    group.add_argument(
+        "--shard", action="store_true",
+        help="with accelerate launch: each process holds a part of every layer, for models larger than one GPU",
+    )  # fmt: skip
     group.add_argument("--trust_remote_code", action="store_true", help="run code that comes with the model")
     group.add_argument("--eval_batch_size", type=cli.positive_int, default=32, help="rows at a time in evaluation")
     group.add_argument(
@@ -214,6 +218,20 @@ def add_report_arguments(parser: cli.ArgumentParser) -> None:
         "--export", choices=["open-unlearning"],
         help="also write <method>_EVAL.json and <method>_SUMMARY.json as open-unlearning does",
     )  # fmt: skip
+
+
+def refuse_shard_contradictions(parser: cli.ArgumentParser, args: argparse.Namespace) -> None:
+    """End the command if flags do not go with --shard. All of its `args` are looked at, whichever the script has."""
+    if not args.shard:
+        return
+    if args.device in ("mps", "balanced"):
+        parser.error(f"--shard is for one CUDA device or CPU a process; leave out --device={args.device}")
+    if getattr(args, "compile", False):
+        parser.error("--shard gathers layers between kernels, which --compile would fuse; leave one of them out")
+    if getattr(args, "audit", None) is not None:
+        parser.error("--shard does not go with --audit; use one device, or --device=balanced")
+    if getattr(args, "quantization", "none") != "none":
+        parser.error("4-bit weights cannot be cut into shards; with --shard give --quantization=none")
 
 
 def refuse_text_contradictions(parser: cli.ArgumentParser, args: argparse.Namespace) -> None:

@@ -9,6 +9,7 @@ In a plain `python` run there is one process: nothing here communicates and ther
 """
 
 import contextlib
+import itertools
 import os
 import resource
 import sys
@@ -26,7 +27,9 @@ from utils.errors import UserError, note_once
 
 PATIENCE = timedelta(hours=6)  # a process may wait while the main one writes; the launcher ends it where that one fails
 GATHERING = timedelta(minutes=10)  # processes of a launch start together
+BUCKET = 32 * 2**20  # bytes of gradients that are added by one call
 T = TypeVar("T")
+HELPERS: list[Callable[[], None]] = []  # of every model in shards: takes part in a pass of another process
 LAUNCHER = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
@@ -118,7 +121,23 @@ def is_main() -> bool:
 
 def all_gather(value: T) -> list[T]:
     """The `value` of every process, in the order of the processes. All must call it."""
+    while HELPERS and (number := announce(0)):
+        HELPERS[number - 1]()
     return gather_object([value])
+
+
+def add_helper(take_part: Callable[[], None]) -> int:
+    """The number by which passes of a model in shards are announced (utils.sharding), to which each process must
+    contribute. take_part: does so where this process has nothing to compute. All must call it."""
+    HELPERS.append(take_part)
+    return len(HELPERS)
+
+
+def announce(number: int) -> int:
+    """The largest `number` that a process announces: that of a helper before a pass, 0 of one that waits."""
+    found = torch.tensor(number)
+    dist.all_reduce(found, dist.ReduceOp.MAX)
+    return int(found)
 
 
 def broadcast(value: T) -> T:
@@ -154,6 +173,12 @@ def share(rows: list[T], size: Callable[[T], int]) -> list[T]:
     return shares(rows, size)[PartialState().process_index]
 
 
+def most_rows(own: Sequence, rows: Sequence) -> int:
+    """For how many rows of a step this process makes passes: for its `own` share of the `rows`; where a model is in
+    shards for as many as the process that has most."""
+    return -(-len(rows) // world_size()) if HELPERS else len(own)
+
+
 def deal(batches: Sequence[list[T]]) -> Iterator[tuple[list[T], int]]:
     """Yields (a batch of this process, number of rows that all processes do meanwhile) until all `batches` are done.
 
@@ -176,15 +201,37 @@ def all_reduce(values: Mapping[str, float]) -> dict[str, float]:
 
 
 def all_reduce_gradients(parameters: Iterable[torch.nn.Parameter]) -> None:
-    """Replace every gradient by its sum over the processes; where no process has one it stays None."""
+    """Replace every gradient by its sum over the processes; where no process has one it stays None.
+
+    Gradients of one dtype and device travel together, in buffers of about BUCKET bytes.
+    """
     if world_size() == 1:
         return
     parameters = list(parameters)
     graded = np.any(all_gather([p.grad is not None for p in parameters]), axis=0)
+    kinds = {}
     for parameter in (p for p, somewhere in zip(parameters, graded) if somewhere):
         if parameter.grad is None:
             parameter.grad = torch.zeros_like(parameter)
-        dist.all_reduce(parameter.grad)
+        kinds.setdefault((parameter.grad.dtype, parameter.grad.device), []).append(parameter.grad)
+    for bucket in itertools.chain.from_iterable(map(_buckets, kinds.values())):
+        sums = torch.cat([gradient.flatten() for gradient in bucket])
+        dist.all_reduce(sums)
+        for gradient, part in zip(bucket, sums.split([gradient.numel() for gradient in bucket])):
+            gradient.copy_(part.view_as(gradient))
+
+
+def _buckets(gradients: Iterable[torch.Tensor]) -> Iterator[list[torch.Tensor]]:
+    """`gradients` in order, in groups of at most BUCKET bytes; one alone may have more."""
+    bucket, size = [], 0
+    for gradient in gradients:
+        if bucket and size + gradient.nbytes > BUCKET:
+            yield bucket
+            bucket, size = [], 0
+        bucket.append(gradient)
+        size += gradient.nbytes
+    if bucket:
+        yield bucket
 
 
 def draw_apart(seed: int, step: int) -> None:

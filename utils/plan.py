@@ -2,7 +2,7 @@
 
 Rows, tokens, steps and padding are counted on the tokenised rows themselves. The peak of memory is
 
-    peak = process + weights + trained + reference + heap x max(step, evaluation)
+    peak = process + weights + trained + gathered + reference + heap x max(step, evaluation)
 
     process     what this process holds once libraries and rows are loaded, and 60 MiB that the first step adds for
                 kernels; with nf4 also the weights as they are read before they are packed, in the wider of --dtype
@@ -11,6 +11,8 @@ Rows, tokens, steps and padding are counted on the tokenised rows themselves. Th
     trained     what is learnt, in float32: a parameter and AdamW's two moments, 12 bytes each; the gradient is part of
                 the step. With --tune=full all parameters, and none is frozen (rmu: those of three layers, the others
                 are, in float32)
+    gathered    with --shard: three times the largest layer (the one that computes, the next one, and the buffer that it
+                arrives in), and twice its gradient, if it is trained (all of it, and the buffer in which it is added)
     reference   what the objective compares with: d numbers for each of its tokens
     step        the most that is alive at once during forward and backward pass of the largest micro-batch
     evaluation  the same of the widest evaluation batch, without gradients; where several completions are scored behind
@@ -24,6 +26,10 @@ backward pass on fake tensors, which have shapes but no numbers, and every stora
 end. So whatever decides about memory (method, architecture, attention implementation, shared prompt, LoRA,
 checkpointing) is in the figure. Not in it: what a GGUF
 file takes while it is converted, and the work space of matrix products.
+
+With --shard all of it is about one process of n. `weights` and `trained` count 1/n of what lies in layers, adapters
+left out. `step` is that of a process's own rows; the gradient of a layer ends in it as soon as it is there, and 1/n of
+it is kept. Not in it: the whole model, which lies in the machine's memory once a process while it is loaded.
 """
 
 import contextlib
@@ -52,10 +58,10 @@ from utils.evaluation.scores import decide, score_rows
 from utils.interventions.prompt_encoders import VirtualTokens
 from utils.interventions.served import KEPT, LOGITS, Served
 from utils.models.attention import set_attention
-from utils.models.base import ModelSettings, load_tokenizer, pick_device, pick_dtype
+from utils.models.base import ModelSettings, load_tokenizer, pick_device, pick_dtype, refuse_shards
 from utils.models.chain import load_config, refuse_prompted, resolve_chain, stored_quantization
 from utils.models.forward import completion_hidden, completion_logits, prompt_prefix
-from utils.models.layers import checkpoint_layers
+from utils.models.layers import checkpoint_layers, decoder_layers
 from utils.models.lengths import check_tokens
 from utils.storage.checkpoints import Link
 from utils.tasks.answers import known_answers
@@ -164,7 +170,7 @@ def print_plan(run: Run, frames: Splits) -> None:
         print(evaluation_line(run, tokenizer, frames))
     largest = max(micro, key=lambda rows: (padded_size(rows, examples), len(rows)))
     shape = evaluation_shape(run.evaluation, tokenizer, frames, examples)
-    sizes |= _alive(prepared, largest, shape, sizes["unpacked"])
+    sizes |= _alive(prepared, largest, shape, sizes)
     if sizes["evaluation"] and shares_prompts(tokenizer, frames):
         rows, tokens, _ = shape
         positions = max(tokens, min(KEPT, rows * tokens))
@@ -246,28 +252,45 @@ def _on_meta(run: Run, config: PreTrainedConfig, tokenizer: Any, chain: list[Lin
         set_attention(model, run.model.attn_implementation, device)
         if run.model.gradient_checkpointing:
             checkpoint_layers(model, run.model.gradient_checkpointing)
+        refuse_shards(run.model, chain[0], config, device)
+        layers = list(decoder_layers(model)) if run.model.shards > 1 else []
         prepared = run.prepare(Served(model, tokenizer, chain), blank_reference)
         if run.full:
             weights = sum(p.nbytes for p in prepared.served.model.parameters() if not p.requires_grad)
     trained = sum(p.numel() for p in prepared.parameters.values())
+    others, cut = 1 - 1 / run.model.shards, [p for layer in layers for p in _cut(layer)]
     return {
         "process": process,
-        "weights": weights,
-        "trained": 12 * trained,
+        "weights": weights - int(others * sum(p.nbytes for p in cut if not p.requires_grad)),
+        "trained": 12 * (trained - int(others * sum(p.numel() for p in cut if p.requires_grad))),
+        "gathered": max((_gathered(layer) for layer in layers), default=0),
         "reference": prepared.reference.values.nbytes if prepared.reference else 0,
         "heap": HEAP if device == "cpu" else 1,
         "parameters": trained,
         "output": every * dtype.itemsize if run.full else 4 * trained,
         "all parameters": every,
         "unpacked": unpacked,
+        "shards": run.model.shards,
+        "layers": layers,
     }, prepared
 
 
+def _cut(layer: torch.nn.Module) -> list[torch.nn.Parameter]:
+    """The parameters of a layer that --shard cuts: all but those of adapters."""
+    return [parameter for name, parameter in layer.named_parameters() if "lora_" not in name]
+
+
+def _gathered(layer: torch.nn.Module) -> int:
+    """Bytes: see `gathered` at the top."""
+    return sum(3 * p.nbytes + 2 * p.nbytes * p.requires_grad for p in _cut(layer))
+
+
 def _alive(
-    prepared: Prepared, rows: list[int], evaluation: tuple[int, int, int], unpacked: int
+    prepared: Prepared, rows: list[int], evaluation: tuple[int, int, int], sizes: dict[str, Any]
 ) -> dict[str, int | None]:
     """{"step", "evaluation"} for the largest micro-batch and a batch of that shape; None for architectures whose shapes
-    depend on the numbers (mixtures of experts)."""
+    depend on the numbers (mixtures of experts). sizes: what `_on_meta` gave."""
+    unpacked, kept = sizes["unpacked"], 0
     forget = sum(prepared.examples[i].forget for i in rows)
 
     def train() -> None:
@@ -283,16 +306,23 @@ def _alive(
     try:
         with FakeTensorMode():
             _fake(prepared)
-            return {"step": unpacked + _alive_at_most(train), "evaluation": unpacked + _alive_at_most(evaluate)}
+            for parameter in (p for layer in sizes["layers"] for p in _cut(layer) if p.requires_grad):
+                parameter.register_post_accumulate_grad_hook(_without_gradient)
+                kept += parameter.nbytes // sizes["shards"]
+            return {"step": unpacked + kept + _alive_at_most(train), "evaluation": unpacked + _alive_at_most(evaluate)}
     except (RuntimeError, NotImplementedError):  # what fake tensors raise where a shape depends on numbers
         return {"step": None, "evaluation": None}
+
+
+def _without_gradient(parameter: torch.nn.Parameter) -> None:
+    parameter.grad = None
 
 
 def peak(sizes: dict[str, Any]) -> float | None:
     """The equation at the top; None where step and evaluation are unknown."""
     if sizes["step"] is None:
         return None
-    fixed = sum(sizes[name] for name in ("process", "weights", "trained", "reference"))
+    fixed = sum(sizes[name] for name in ("process", "weights", "trained", "gathered", "reference"))
     return fixed + sizes["heap"] * max(sizes["step"], sizes["evaluation"])
 
 
@@ -386,7 +416,7 @@ class _Storages(TorchDispatchMode):
 def disk_line(sizes: dict[str, Any]) -> str:
     """What the run writes; its state is replaced by a new file, so both exist for a moment."""
     output = sizes["output"]
-    state = 2 * sizes["trained"]
+    state = 2 * 12 * sizes["parameters"]
     total = output + state + sizes["reference"]
     parts = f"{_size(output)} of weights, {_size(state)} of state while it runs"
     reference = f", {_size(sizes['reference'])} of reference" if sizes["reference"] else ""
@@ -395,13 +425,14 @@ def disk_line(sizes: dict[str, Any]) -> str:
 
 def memory_line(device: str, sizes: dict[str, Any]) -> str:
     """The peak and its parts."""
-    names = [name for name in ("process", "weights", "trained", "reference") if sizes[name]]
+    names = [name for name in ("process", "weights", "trained", "gathered", "reference") if sizes[name]]
     parts = ", ".join(f"{name} {_size(sizes[name])}" for name in names)
     if peak(sizes) is None:
         return f"memory   {parts}; the step is not known for this architecture, try --dry_run=probe"
     which = "step" if sizes["step"] >= sizes["evaluation"] else "evaluation"
     parts = f"{parts}, {which} {_size(sizes['heap'] * sizes[which])}"
-    return f"memory   about {_size(peak(sizes))} at its peak on {device}: {parts}"
+    where = device if sizes["shards"] == 1 else f"{device}, in each of {sizes['shards']} processes"
+    return f"memory   about {_size(peak(sizes))} at its peak on {where}: {parts}"
 
 
 def _size(n_bytes: float) -> str:
@@ -409,7 +440,7 @@ def _size(n_bytes: float) -> str:
 
 
 def _parts(rows: Sequence, size: int | None) -> list[Sequence]:
-    size = size or len(rows)
+    size = size or max(1, len(rows))  # the share of a process may be empty
     return [rows[i : i + size] for i in range(0, len(rows), size)]
 
 

@@ -5,8 +5,8 @@ python tests/benchmarks/estimates.py --table
 
 The second model is the first with a quarter of its layers, random weights and the same tokenizer. Each trains a prompt
 on rows as they come, and on fewer rows that are longer; whatever else can be trained is trained on the first model and
-rows as they come. Writes estimates.json to --output_path. --table prints the README's table of models that no ordinary
-machine holds.
+rows as they come. Writes estimates.json to --output_path. --table prints the README's tables of models that no ordinary
+machine holds, whole and with --shard.
 """
 
 import contextlib
@@ -50,7 +50,13 @@ KINDS = {  # what is trained: the script, its flags
         ["--unlearn_method=gradient_ascent_descent", "--gradient_checkpointing"],
     ),
 }
-# Models that the table is about: what their config.json says where it is not the default of their type.
+SHARDED = {  # what the second table is about, all with --shard and --gradient_checkpointing
+    "SPUL": ("spul", []),
+    "LoRA": ("qlora", ["--quantization=none"]),
+    "all parameters": ("baselines", ["--unlearn_method=gradient_ascent_descent"]),
+}
+GPUS = (1, 2, 4, 8)
+# Models that the tables are about: what their config.json says where it is not the default of their type.
 MODELS = {
     "OPT-1.3B": {
         "model_type": "opt",
@@ -79,7 +85,7 @@ def parse_args():
     parser.add_argument("--train_batch_size", type=cli.positive_int, default=32, help="rows as they come in a step")
     parser.add_argument("--long_batch_size", type=cli.positive_int, default=4, help="long rows in a step")
     parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS), metavar="KIND", help=", ".join(KINDS))
-    parser.add_argument("--table", action="store_true", help="only print the table of large models")
+    parser.add_argument("--table", action="store_true", help="only print the tables of large models")
     parser.add_argument("--seed", type=cli.seed, default=42, help="of rows and weights")
     parser.add_argument("--output_path", type=cli.path, default="results/estimates", help="folder for estimates.json")
     return parser.parse_args()
@@ -87,7 +93,7 @@ def parse_args():
 
 def main(args):
     if args.table:
-        return print(table())
+        return print("\n\n".join(tables()))
     import rounds
 
     from utils.models.chain import resolve_chain
@@ -180,16 +186,16 @@ def sentence(record):
     return f"{work}: estimated {peak}; estimated {seconds}"
 
 
-def table():
-    """Markdown: GiB of weights, and by KINDS of weights, what is trained and the larger of step and evaluation, by the
-    configurations in MODELS; ROWS rows of TOKENS tokens, SDPA, bfloat16, without reference and what a process itself
-    takes."""
+def tables():
+    """Two in Markdown, by the configurations in MODELS: GiB of weights, and by KINDS of weights, what is trained and
+    the larger of step and evaluation; and the same by SHARDED in each of GPUS processes. ROWS rows of TOKENS tokens a
+    step, SDPA, bfloat16, without reference and what a process itself takes."""
     import rounds
 
-    from utils import plan
     from utils.tasks.rows import load_splits
 
     lines = [f"| model | weights | {' | '.join(KINDS)} |", "|---" * (2 + len(KINDS)) + "|"]
+    sharded = [f"| model | what is trained | {' | '.join(map(str, GPUS))} |", "|---" * (2 + len(GPUS)) + "|"]
     with tempfile.TemporaryDirectory() as work:
         rows = Path(work) / "rows"
         cell = rounds.Cell("", "", "training", [], [ROWS], {"losses": {"retain": 1}}, TOKENS)
@@ -199,11 +205,25 @@ def table():
             folder = Path(work) / name
             tokenizer.save_pretrained(folder)
             (folder / "config.json").write_text(json.dumps(config))
-            planned = [planned_sizes(kind, folder, rows) for kind in KINDS]
-            cells = [2 * planned[0]["all parameters"]]  # bytes in bfloat16
-            cells += [plan.peak(sizes | {"process": 0, "reference": 0, "heap": 1}) for sizes in planned]
-            lines.append(f"| {name} | {' | '.join(f'{cell / 2**30:,.1f}' for cell in cells)} |")
-    return "\n".join(lines)
+            planned = [planned_sizes(kind, folder, rows) for kind in KINDS.values()]
+            cells = [2 * planned[0]["all parameters"], *map(on_gpu, planned)]  # the first: bytes in bfloat16
+            lines.append(f"| {name} | {in_gib(cells)} |")
+            for trained, (script, more) in SHARDED.items():
+                kind = script, [*more, "--shard", "--gradient_checkpointing"]
+                cells = [on_gpu(planned_sizes(kind, folder, rows, n)) for n in GPUS]
+                sharded.append(f"| {name} | {trained} | {in_gib(cells)} |")
+    return "\n".join(lines), "\n".join(sharded)
+
+
+def on_gpu(sizes):
+    """The peak in bytes without reference, on a GPU."""
+    from utils import plan
+
+    return plan.peak(sizes | {"process": 0, "reference": 0, "heap": 1})
+
+
+def in_gib(cells):
+    return " | ".join(f"{cell / 2**30:,.1f}" for cell in cells)
 
 
 def word_tokenizer(frames):
@@ -222,11 +242,14 @@ def word_tokenizer(frames):
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **marks)
 
 
-def planned_sizes(kind, model, rows):
-    """The sizes, by the names in utils/plan.py, that a `--dry_run` of KINDS[kind] on these rows comes to."""
-    from utils import plan
+def planned_sizes(kind, model, rows, processes=1):
+    """The sizes, by the names in utils/plan.py, that a `--dry_run` of `kind`, (script, flags), on these rows comes to.
 
-    script, more = KINDS[kind]
+    processes: how many share the rows of a step.
+    """
+    from utils import distributed, plan
+
+    script, more = kind
     command = [script, f"--{'model_name' if script == 'qlora' else 'model_checkpoints'}={model}", f"--dataset={rows}"]
     command += [f"--max_length={TOKENS + 1}"]  # the label, which is not read
     command += [f"--train_batch_size={ROWS}", f"--eval_batch_size={ROWS}", "--dry_run", "--attn_implementation=sdpa"]
@@ -235,7 +258,8 @@ def planned_sizes(kind, model, rows):
     with mock.patch.object(sys, "argv", command):
         args = module.parse_args()
     silent = contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO())
-    with mock.patch.object(plan, "memory_line", wraps=plan.memory_line) as line, silent[0], silent[1]:
+    several = mock.patch.object(distributed, "world_size", return_value=processes)
+    with mock.patch.object(plan, "memory_line", wraps=plan.memory_line) as line, several, silent[0], silent[1]:
         module.main(args)
     return line.call_args.args[1]
 

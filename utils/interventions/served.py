@@ -13,7 +13,7 @@ from utils.interventions import eco, gate_files, in_context, prompt_encoders, re
 from utils.interventions.base import NOTHING, Intervention, Template
 from utils.interventions.gates import Gate
 from utils.models.adapters import merge_lora
-from utils.models.base import FrozenModel, ModelSettings, load_base, load_tokenizer
+from utils.models.base import FrozenModel, ModelSettings, load_base, load_tokenizer, spread
 from utils.models.chain import resolve_chain
 from utils.models.continued import logits_behind, read_prompts, shares_prompts
 from utils.models.forward import Prefix, completion_logits
@@ -230,11 +230,13 @@ def load_served(name: str, settings: ModelSettings, parent: str | None = None, m
 def load_chain(chain: list[Link], settings: ModelSettings, max_length: int = 1024) -> Served:
     """The same of a chain that is resolved already."""
     tokenizer = load_tokenizer(chain, settings.set_pad_id, settings.trust_remote_code)
-    served = Served(load_base(chain[0], settings), tokenizer, chain)
+    model = load_base(chain[0], settings)
     for link in chain[1:]:
         if link.kind == "lora":
-            served = replace(served, model=merge_lora(served.model, link))
-        elif link.kind in LOADERS:
+            model = merge_lora(model, link)
+    served = Served(spread(model, settings), tokenizer, chain)
+    for link in chain[1:]:
+        if link.kind in LOADERS:
             intervention = LOADERS[link.kind](link, served, settings, max_length)
             served = served.using(*served.interventions, intervention)
     return served

@@ -13,6 +13,7 @@ from pydantic import Field
 
 from utils.errors import UserError, first_line
 from utils.models.base import dequantized
+from utils.sharding import whole_weights
 from utils.storage import schemas
 from utils.storage.checkpoints import Link
 from utils.storage.reading import FLOATS, Like, read_tensors
@@ -126,9 +127,15 @@ def add_lora(model: torch.nn.Module, settings: LoraSettings) -> PeftModel:
     return model
 
 
-def save_weights(model: torch.nn.Module, folder: Path) -> None:
-    """Write the weights of a model, or of the adapter in it, into `folder`."""
+def gathered_weights(model: torch.nn.Module) -> dict[str, torch.Tensor] | None:
+    """What `save_weights` writes of a model in shards, in the main process; None of a whole one. All processes must
+    call it."""
+    return whole_weights(model, trained=isinstance(model, PeftModel))
+
+
+def save_weights(model: torch.nn.Module, folder: Path, gathered: dict[str, torch.Tensor] | None = None) -> None:
+    """Write the weights of a model, or of the adapter in it, into `folder`. gathered: see `gathered_weights`."""
     if isinstance(model, PeftModel):  # which by default asks the hub whether the base's embeddings have grown
-        model.save_pretrained(folder, save_embedding_layers=False)
+        model.save_pretrained(folder, state_dict=gathered, save_embedding_layers=False)
     else:
-        model.save_pretrained(folder)
+        model.save_pretrained(folder, state_dict=gathered)

@@ -7,15 +7,16 @@ from typing import Any, Protocol
 
 import torch
 from safetensors import safe_open
-from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedConfig, PreTrainedModel
 
 from utils import distributed
-from utils.errors import UserError, first_line, is_out_of_memory
+from utils.errors import UserError, first_line, is_out_of_memory, note_once
 from utils.models.attention import refuse_attention, set_attention
 from utils.models.chain import load_config, loading_arguments, stored_quantization
 from utils.models.forward import same_as_trial, trial
-from utils.models.layers import checkpoint_layers, compile_decoder
+from utils.models.layers import checkpoint_layers, compile_decoder, decoder_layers
 from utils.models.lengths import vocabulary_size
+from utils.sharding import shard
 from utils.storage.checkpoints import Link, model_files
 from utils.storage.reading import is_finite
 
@@ -31,6 +32,12 @@ class ModelSettings:
     set_pad_id: bool = False
     gradient_checkpointing: str | None = None
     compile: bool = False
+    shard: bool = False
+
+    @property
+    def shards(self) -> int:
+        """In how many parts the weights of a layer lie: with --shard one a process."""
+        return distributed.world_size() if self.shard else 1
 
 
 class FrozenModel(Protocol):
@@ -112,6 +119,7 @@ def load_tokenizer(chain: list[Link], set_pad_id: bool, trust_remote_code: bool 
 def load_base(link: Link, settings: ModelSettings, quantization: str = "none") -> PreTrainedModel:
     """The causal LM of a plain Link on settings.device in settings.dtype, in eval mode, all weights frozen.
 
+    With --shard it is still whole and on the CPU: `spread` brings it to the device when it has all of its weights.
     quantization: `nf4` loads its linear layers in 4-bit NormalFloat through bitsandbytes, `none` as they are. What lies
     in 4 bits on the disk is loaded as it is either way. Raises UserError where it is no causal language model, lacks a
     weight or holds numbers that are not finite. So it does where it does not fit the device or the attention asked for.
@@ -119,7 +127,8 @@ def load_base(link: Link, settings: ModelSettings, quantization: str = "none") -
     config = load_config(link, settings.trust_remote_code, quantization)
     device = pick_device(settings.device)
     dtype = pick_dtype(settings.dtype, device)
-    placement = device if device == "balanced" else {"": device}
+    placement = device if device == "balanced" else {"": "cpu" if settings.shards > 1 else device}
+    refuse_shards(settings, link, config, device)
     options = {"dtype": dtype, "device_map": placement, "trust_remote_code": settings.trust_remote_code}
     if quantization == "nf4" and not stored_quantization(config):
         options["quantization_config"] = BitsAndBytesConfig(
@@ -159,6 +168,27 @@ def load_base(link: Link, settings: ModelSettings, quantization: str = "none") -
     if compiled:
         compile_decoder(model)
     return model
+
+
+def refuse_shards(settings: ModelSettings, link: Link, config: PreTrainedConfig, device: str) -> None:
+    """Raise UserError where --shard cannot work with a model of this configuration; say where it changes nothing."""
+    if not settings.shard:
+        return
+    if settings.shards == 1:
+        note_once(
+            "--shard gives each process a part of the model, and there is only one: see data/accelerate/README.md"
+        )
+    elif device == "mps":
+        raise UserError("--shard is for CUDA or a CPU, this model goes to mps; leave it out")
+    elif stored_quantization(config) == "4-bit":
+        raise UserError(f"the 4-bit weights of {link.name} cannot be cut into shards; leave out --shard")
+
+
+def spread(model: torch.nn.Module, settings: ModelSettings) -> torch.nn.Module:
+    """`model` on settings.device: with --shard each layer as this process's part of it, else as it is."""
+    if settings.shards == 1:
+        return model
+    return shard(model, decoder_layers(model), pick_device(settings.device))
 
 
 def _try(model: torch.nn.Module, name: str, attention: str, device: str) -> None:

@@ -25,6 +25,7 @@ from utils.data.batch import Batch, Example, collate
 from utils.errors import UserError, first_line, is_out_of_memory, note_once
 from utils.models.attention import GROUPED, SOFTMAX_LANES, padded_behind
 from utils.models.layers import decoder_layers, decoder_of, record_activations
+from utils.sharding import gather_for_gradients, is_sharded
 
 # Virtual tokens (p, d), or what `prompt_prefix` made of them: keys and values of every layer, (1, heads, p, width).
 Prefix = torch.Tensor | list[tuple[torch.Tensor, torch.Tensor]]
@@ -126,7 +127,11 @@ def _kept(model: torch.nn.Module, prompt: torch.Tensor) -> Prefix:
     kept = {cache_argument(model): cache}
     own = _cast(model, prompt)[None].clone()  # some models (CTRL) scale what they are given in place
     model(inputs_embeds=own, **kept, use_cache=True, logits_to_keep=1)
-    return [(layer.keys, layer.values) for layer in cache.layers] or prompt
+    if not cache.layers:
+        return prompt
+    for layer, kept in zip(decoder_layers(model) if is_sharded(model) else (), cache.layers):
+        gather_for_gradients(layer, kept.keys, kept.values)
+    return [(layer.keys, layer.values) for layer in cache.layers]
 
 
 def other_state(model: torch.nn.Module) -> str | None:

@@ -114,6 +114,7 @@ def _continue(
             attention_mask=mask,
             generation_config=settings,
             logits_processor=LogitsProcessorList([choice]),
+            synced_gpus=False,  # processes answer rows of their own, also where weights are in shards
             **kept,
         )
     log_p = torch.stack(choice.log_p, dim=1).double().cpu()

@@ -12,6 +12,7 @@ from transformers.cache_utils import Cache
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from utils.errors import UserError
+from utils.sharding import is_sharded
 
 
 def decoder_of(model: torch.nn.Module) -> torch.nn.Module:
@@ -41,7 +42,8 @@ def record_activations(
     """While open, every pass leaves the output (B, T, d) of module `layer` in the yielded dict under `activations`.
 
     until: None, or the module that the pass reaches next. There the pass ends, and the block of the `with` statement
-    too: what would follow has no share in the activations or in their gradient.
+    too: what would follow has no share in the activations or in their gradient. A module in shards ends no pass: other
+    processes may need its part of the weights.
     """
     seen = {}
 
@@ -52,7 +54,7 @@ def record_activations(
         raise _Enough
 
     handles = [layer.register_forward_hook(keep)]
-    if until is not None:
+    if until is not None and not is_sharded(until):
         handles.append(until.register_forward_pre_hook(stop))
     try:
         yield seen
@@ -133,5 +135,5 @@ def decoder_layers(model: torch.nn.Module) -> torch.nn.ModuleList:
     layers = next(lists, None)
     if layers is None:
         kind = model.config.model_type
-        raise UserError(f"{kind} has no list of its {n} layers, which rmu and --audit probe need; use another method")
+        raise UserError(f"{kind} has no list of its {n} layers, which rmu, --audit probe and --shard need")
     return layers

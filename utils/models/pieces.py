@@ -30,6 +30,7 @@ from utils.models.forward import (
     rounds,
     trial_batch,
 )
+from utils.sharding import is_sharded
 
 Tail = Callable[[torch.Tensor], torch.Tensor]  # what stands behind a head, (n, |V|) -> (n, |V|)
 _TAILS = weakref.WeakKeyDictionary()  # {model: its Tail, or None where it is not known}
@@ -68,8 +69,9 @@ def completion_values(
     vectors is about, ascending. chunk: 0 for all at once. Returns {name: the values of all pieces in order}.
     """
     n = len(batch.targets)
-    tail = _tail(model, batch) if 0 < chunk < n else None
-    if tail is None:
+    pieces = 0 < chunk < n
+    tail = _tail(model, batch) if pieces or (chunk and is_sharded(model)) else None  # trying it takes all processes
+    if tail is None or not pieces:
         logits = completion_logits(model, batch, prompt, reference, reference_head)
         logits, before = (logits, None) if reference is None else logits
         return values(logits, before, Piece(range(n), range(len(compared))))

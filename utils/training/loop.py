@@ -13,11 +13,12 @@ import numpy as np
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
+from torch.distributed.tensor import DTensor
 from torch.optim.lr_scheduler import LambdaLR
 from tqdm import tqdm
 from transformers import get_cosine_schedule_with_warmup
 
-from utils import distributed
+from utils import distributed, sharding
 from utils.data.batch import Example, epoch_batches
 from utils.distributed import peak_memory
 from utils.errors import UserError, first_line, note_once
@@ -224,7 +225,7 @@ class Training:
 
     def update(self, optimizer: torch.optim.Optimizer, line: dict[str, float]) -> float:
         """One step of the optimizer along the accumulated, clipped gradient, whose norm before clipping it returns."""
-        norm = float(torch.nn.utils.clip_grad_norm_(self.parameters.values(), self.settings.max_grad_norm))
+        norm = sharding.clip_grad_norm(self.parameters, self.settings.max_grad_norm)
         self._refuse_non_finite({**line, "gradient_norm": norm})
         optimizer.step()
         optimizer.zero_grad()
@@ -249,12 +250,16 @@ class Training:
         own = self._share(rows)
         size = self.settings.micro_batch_size or len(rows)
         logged: list[tuple[str, torch.Tensor]] = []
-        for start in range(0, len(own), size):
-            loss, parts = self.loss(own[start : start + size], n_forget, len(rows) - n_forget, rows)
-            loss.backward()
-            logged += ((key, value.detach()) for key, value in {"loss": loss, **parts}.items())
+        for start in range(0, distributed.most_rows(own, rows), size):
+            part = own[start : start + size]
+            loss, parts = self.loss(part or rows[:1], n_forget, len(rows) - n_forget, rows)
+            if part:
+                loss.backward()
+                logged += ((key, value.detach()) for key, value in {"loss": loss, **parts}.items())
+            else:
+                (0 * loss).backward()  # the others need this process's shards of the weights
         sums = _summed(logged)
-        distributed.all_reduce_gradients(self.parameters.values())
+        distributed.all_reduce_gradients(p for p in self.parameters.values() if not isinstance(p, DTensor))
         return distributed.all_reduce(sums)
 
     def _share(self, rows: list[int]) -> list[int]:
@@ -272,7 +277,8 @@ class Training:
     # The state is one safetensors file replaced in one step, so that a kill leaves the old one or the new one.
 
     def _save(self, optimizer: torch.optim.Optimizer, schedule: LambdaLR, log: list[dict]) -> None:
-        if not distributed.is_main():
+        sharded = any(isinstance(value, DTensor) for value in self.parameters.values())
+        if not sharded and not distributed.is_main():
             return
         tensors = {f"parameter.{name}": value.detach() for name, value in self.parameters.items()}
         tensors |= {f"buffer.{name}": value for name, value in self.buffers.items()}
@@ -282,7 +288,11 @@ class Training:
         tensors["rng.cpu"] = torch.get_rng_state()
         if torch.cuda.is_available():
             tensors["rng.cuda"] = torch.cuda.get_rng_state()
-        tensors = {key: value.cpu().contiguous() for key, value in tensors.items()}
+        for key, value in tensors.items():
+            whole = sharding.whole(value)
+            tensors[key] = whole.cpu().contiguous() if distributed.is_main() else None
+        if not distributed.is_main():
+            return
         text = {"settings": self.identity, "schedule": schedule.state_dict(), "log": log}
         text["sha256"] = tensors_sha256(tensors)
         with new_file(self.state_path) as file:
@@ -302,14 +312,17 @@ class Training:
         for key, value in tensors.items():
             kind, _, rest = key.partition(".")
             if kind == "parameter":
-                self.parameters[rest].data.copy_(value)
+                self.parameters[rest].data.copy_(sharding.placed_like(value, self.parameters[rest]))
             elif kind == "buffer":
                 self.buffers[rest].copy_(value)
             elif kind == "optimizer":
                 name, _, quantity = rest.rpartition(".")
-                states.setdefault(numbers[name], {})[quantity] = value
+                placed = value if quantity == "step" else sharding.placed_like(value, self.parameters[name])
+                states.setdefault(numbers[name], {})[quantity] = placed
         optimizer.load_state_dict({"state": states, "param_groups": optimizer.state_dict()["param_groups"]})
-        schedule.load_state_dict(text["schedule"])
+        groups = len(optimizer.param_groups)  # which have one schedule; with shards there are more of them
+        listed = {key: (groups * value)[:groups] for key, value in text["schedule"].items() if isinstance(value, list)}
+        schedule.load_state_dict(text["schedule"] | listed)
         for group, lr in zip(optimizer.param_groups, schedule.get_last_lr()):
             group["lr"] = lr
         torch.set_rng_state(tensors["rng.cpu"])

@@ -57,7 +57,7 @@ class State(Schema):
 PUBLISHED_SEED = 42
 UNSAVED_ARGUMENTS = (  # change nothing in what is trained
     "resume", "overwrite", "output_path", "logits_path", "save_steps", "eval_batch_size", "max_eval_samples",
-    "parent_path", "gradient_checkpointing", "dry_run", "fresh_scores",
+    "parent_path", "gradient_checkpointing", "dry_run", "fresh_scores", "shard",
 )  # fmt: skip
 
 

@@ -8,6 +8,7 @@ from peft import PeftModel
 
 from utils.models.adapters import LoraSettings, add_lora
 from utils.models.base import dequantized
+from utils.sharding import to_dtype
 from utils.unlearning.methods import Method, MethodSettings
 from utils.unlearning.rmu import train_three_layers
 
@@ -25,7 +26,7 @@ def trainable(
 
 def _all_weights(model: torch.nn.Module) -> torch.nn.Module:
     """`model` with plain float32 weights that all learn."""
-    return dequantized(model).float().requires_grad_(True)
+    return to_dtype(dequantized(model), torch.float32).requires_grad_(True)
 
 
 def only_adapter_dropout(model: torch.nn.Module) -> None:
@@ -37,8 +38,12 @@ def only_adapter_dropout(model: torch.nn.Module) -> None:
             module.train()
 
 
-def computing_in(model: torch.nn.Module, dtype: torch.dtype) -> AbstractContextManager:
-    """While open, float32 weights are multiplied in `dtype`, the one that they came in; frozen ones have it anyway."""
+def computing_in(model: torch.nn.Module, dtype: torch.dtype, shards: int = 1) -> AbstractContextManager:
+    """While open, float32 weights are multiplied in `dtype`, the one that they came in; frozen ones have it anyway.
+
+    shards: in how many a layer lies; if in several, no copy of it in `dtype` is kept for its next use.
+    """
     if isinstance(model, PeftModel) or dtype == torch.float32:
         return contextlib.nullcontext()
-    return torch.autocast("cpu" if model.device.type == "meta" else model.device.type, dtype)
+    device = "cpu" if model.device.type == "meta" else model.device.type
+    return torch.autocast(device, dtype, cache_enabled=shards == 1)
