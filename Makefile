@@ -152,7 +152,7 @@ race: $(FINE_TUNED)/manifest.json
 	$(PY) -m utils.race --model_checkpoints=$(FINE_TUNED) --dataset=$(DATASET) --seed=$(SEED) --budget=$(MINUTES) \
 		--rows='$(SELECTED)' --published='--settings=$(SETTINGS)/published.txt' \
 		--spul='$(POOLED) $(UNLEARN) --eval_steps=5' --gated='$(POOLED) $(BEHIND) --eval_steps=2' \
-		--max_eval_samples=250 --output_path=results/race-$(notdir $(FINE_TUNED))
+		--max_eval_samples=250 --output_path=results/race-$(notdir $(FINE_TUNED)) $(RACE_FLAGS)
 
 data/models/smollm2/config.json: | $(READY)
 	$(PY) data/models/prepare.py smollm2
