@@ -17,6 +17,7 @@ from utils.distributed import peak_memory
 from utils.interventions.prompt_encoders import VirtualTokens
 from utils.interventions.served import Served
 from utils.models.adapters import LoraSettings, add_lora
+from utils.models.attention import CAUSAL
 from utils.models.base import pick_dtype
 from utils.plan import blank_reference
 from utils.training.loop import Training, TrainingSettings
@@ -38,9 +39,9 @@ REFUSALS = [Example(row.prompt, (12,), forget=True) for row in ROWS if row.forge
 
 
 def load(dtype=torch.float32):
-    """A model without numbers, with the SDPA that it would have on a GPU."""
+    """A model without numbers, with the attention that it would have on a GPU."""
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(CONFIG, attn_implementation="sdpa", dtype=dtype)
+        model = AutoModelForCausalLM.from_config(CONFIG, attn_implementation=CAUSAL, dtype=dtype)
     return Served(
         model.eval().requires_grad_(False), SimpleNamespace(pad_token_id=PAD), [SimpleNamespace(sha256="", path=None)]
     )
@@ -134,11 +135,13 @@ def test_the_reference_comes_back_once_a_batch():
     assert waits == [("read", "reference._compute")] * 2
 
 
-@pytest.mark.parametrize("kind, asked", [("SPUL", 0), ("fine-tuning", 2)])
-def test_transformers_asks_whether_rows_are_padded(kind, asked):
-    """On real numbers, since it asks no fake tensor: twice a pass, where SDPA has no virtual tokens in front."""
+@pytest.mark.parametrize(
+    "kind, attention, asked", [("SPUL", CAUSAL, 0), ("fine-tuning", CAUSAL, 0), ("fine-tuning", "sdpa", 2)]
+)
+def test_transformers_asks_whether_rows_are_padded(kind, attention, asked):
+    """On real numbers, since it asks no fake tensor: twice a pass, where it makes the mask for SDPA."""
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(CONFIG, attn_implementation="sdpa").eval().requires_grad_(False)
+    model = AutoModelForCausalLM.from_config(CONFIG, attn_implementation=attention).eval().requires_grad_(False)
     encoder = VirtualTokens("mlp", 4, CONFIG.hidden_size, 16)
     prompts = PromptTuning(model, encoder, ROWS, PAD, None, 0.5, 0.0)
     objective = prompts if kind == "SPUL" else FineTuning(add_lora(model, LoraSettings()), ROWS, PAD)
