@@ -135,8 +135,8 @@ def _name(function):
 def _place():
     for frame in reversed(traceback.extract_stack()):
         path = Path(frame.filename)
-        if path.is_relative_to(ROOT) and path != Path(__file__):
-            return f"{path.stem}.{frame.name}"
         if "transformers" in path.parts:
             return f"transformers.{path.stem}"
+        if path.is_relative_to(ROOT) and path != Path(__file__) and "site-packages" not in path.parts:
+            return f"{path.stem}.{frame.name}"
     return "torch"

@@ -98,7 +98,7 @@ def test_a_step_waits_for_what_it_logs_alone(case, tmp_path):
         assert {p.device.type for p in training.parameters.values()} == {DEVICE}
         optimizer = training.optimizer()
         training.update(optimizer, {"step": 1, **training.accumulate([0, 1, 2, 3])})
-    assert waits == [("number", "loop._summed"), ("number", "loop.update")]
+    assert waits == [("number", "loop._summed"), ("number", "sharding.clip_grad_norm")]
 
 
 @pytest.mark.parametrize("name", ["undial", "rmu", "pdu"])

@@ -80,7 +80,7 @@ def prompt_of(folder):
 
 def test_published_commands_write_the_published_folders(run):
     cwd, _ = run
-    assert names(cwd) == {"qlora_checkpoints", "unlearn_checkpoints", "saved_logits", "saved_results"}
+    assert names(cwd) == {"qlora_checkpoints", "unlearn_checkpoints", "saved_logits", "saved_results", "saved_scores"}
     assert names(cwd / "qlora_checkpoints") == {"tiny-llama-qlora-snippets"}
     prompt = prompt_folder(cwd).name
     assert re.fullmatch(r"spul_tiny-llama_snippets-1\.0_\d{4}-\d\d-\d\d-\d\d-\d\d-\d\d", prompt)
