@@ -73,7 +73,9 @@ def test_a_full_step_is_that_of_the_whole_objective(fine_tuned, small_data, reta
     frames, served = load_splits(str(small_data)), load_served(str(fine_tuned), tiny.ON_CPU)
     settings = EvaluationSettings(max_length=96, eval_batch_size=5)
     _, frozen = evaluate_splits(served, frames, frames.task, settings, "before")
-    source = Source(probabilities(16, 8, retain, forget))
+    unseen = probabilities(16, 8, retain, [])
+    unseen["train_forget"][forget] = SEEN  # the others were held out, and it flags none of them
+    source = Source(unseen)
     rows = behind.training_rows(served, frames, settings, source, frozen)
     assert len(rows.examples) == len(retain) + len(forget)
     torch.manual_seed(0)
@@ -132,6 +134,14 @@ def test_weights_are_shares_of_the_rows_that_count():
     assert found.shares == losses.Shares(forget=2 / 4, retain=1 / 8)
     assert np.flatnonzero(found.flags["train_retain"]).tolist() == [2]
     assert np.flatnonzero(found.flags["train_forget"]).tolist() == [0, 3]
+
+
+def test_a_cross_fitted_gate_knows_every_row_to_forget():
+    """Whatever the folds said: the classifier that is kept was fitted to all of them. Of rows to keep they decide."""
+    found = behind.flagged(Source(probabilities(10, 4, [1, 2], [0])))
+    assert found.shares == losses.Shares(forget=1.0, retain=2 / 10)
+    assert found.flags["train_forget"].all()
+    assert np.flatnonzero(found.flags["train_retain"]).tolist() == [1, 2]
 
 
 def test_a_gate_that_keeps_nothing_apart_is_refused():

@@ -33,10 +33,11 @@ from utils.unlearning.objectives import prompt_rows
 
 @dataclass(frozen=True, eq=False)
 class Flagged:
-    """What a gate flags of the training rows, by classifiers that had not seen them: the mistakes that it will make.
+    """What a gate flags of the training rows.
 
-    flags, counted: {train split: (n,) bool}. Rows to keep that the classifier was fitted to (SEEN) do not count: how
-    many of their like it flags, those that it had not seen say. Rows to forget that it was fitted to count as flagged.
+    flags, counted: {train split: (n,) bool}. Of rows to keep, classifiers that had not seen them say it: these are the
+    mistakes that it will make. Those that the classifier was fitted to (SEEN) do not count. Rows to forget that it was
+    fitted to count as flagged: it knows them. A cross-fitted one is kept after a fit to all rows, none of which is SEEN.
     """
 
     flags: Mapping[str, np.ndarray]
@@ -60,10 +61,12 @@ def flagged(source: GateSource) -> Flagged:
     flags = {split: unseen[split] > threshold for split in TRAIN_SPLITS}
     flags["train_forget"] = flags["train_forget"] | seen["train_forget"]
     counted = {"train_retain": ~seen["train_retain"], "train_forget": np.ones_like(seen["train_forget"])}
-    if not flags["train_forget"].any():
+    if not flags["train_forget"].any():  # of its like it would flag none
         raise UserError("the gate flags no row to forget, so nothing could be learnt; allow more false positives")
     if flags["train_retain"].sum() == counted["train_retain"].sum():
         raise UserError("the gate flags every row to keep, so it keeps nothing apart; use a stricter one")
+    if not any(rows.any() for rows in seen.values()):  # cross-fitted
+        flags["train_forget"] = counted["train_forget"]
     return Flagged(flags, counted)
 
 
