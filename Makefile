@@ -173,13 +173,13 @@ $(READY): requirements.lock
 	touch $@
 
 test: $(READY)
-	$(PY) -m pytest -n 2 --dist=loadfile
+	$(PY) -m pytest -n 2 --dist=loadfile --no-loadscope-reorder
 
 # The same tests with the newest releases that requirements.txt allows, in an environment of their own.
 test-latest:
 	$(PYTHON) -m venv --clear $(VENV)-latest
 	$(VENV)-latest/bin/python -m pip --quiet --disable-pip-version-check install -r requirements.txt $(TOOLS)
-	$(VENV)-latest/bin/python -m pytest -n 2 --dist=loadfile
+	$(VENV)-latest/bin/python -m pytest -n 2 --dist=loadfile --no-loadscope-reorder
 
 # Moves the lock to the newest releases that requirements.txt allows, for every platform and Python since 3.11. What only
 # torch's GPU build needs is left out; the hash of the torch that pip installs here, maybe a CPU build, is added.

@@ -11,6 +11,11 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["OMP_NUM_THREADS"] = "1"  # set before torch is loaded: sums in one order, so equal runs are equal bit by bit
 
 
+def pytest_collection_modifyitems(items):
+    """Files that take long come first, so that no process is left alone with one of them at the end."""
+    items.sort(key=lambda item: not hasattr(item.module, "pytestmark"))
+
+
 @pytest.fixture(scope="module")
 def tokenizer():
     """The tiny models' tokenizer, which pads with its end-of-sequence token."""

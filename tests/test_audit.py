@@ -34,6 +34,8 @@ from utils.interventions.refusal import Refusal
 from utils.interventions.served import Served
 from utils.tasks.rows import load_splits
 
+pytestmark = pytest.mark.slow
+
 # Membership
 
 

@@ -27,6 +27,8 @@ from utils.unlearning.methods import METHODS, Answers, CompletionTokens, MethodS
 from utils.unlearning.objectives import FineTuning, PromptTuning, objective_of
 from utils.unlearning.tuning import only_adapter_dropout, trainable
 
+pytestmark = pytest.mark.slow
+
 CONFIG = LlamaConfig(**{**tiny.SIZES, "num_hidden_layers": 1, "hidden_size": 64}, **tiny.COMMON)
 PAD, WORDS = 1, ((9,), (10, 11))
 ROWS = [  # answers of one token and of two

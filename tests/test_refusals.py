@@ -16,6 +16,8 @@ from scripts import call, done, refused, start
 
 from utils import cli
 
+pytestmark = pytest.mark.slow
+
 SCRIPTS = ("qlora", "spul", "inference_spul")
 
 

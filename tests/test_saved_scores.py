@@ -26,6 +26,8 @@ from utils.models.base import ModelSettings
 from utils.storage.checkpoints import Link
 from utils.tasks.rows import Splits, load_splits
 
+pytestmark = pytest.mark.slow
+
 SETTINGS = EvaluationSettings(max_length=96, eval_batch_size=4)
 EVAL = "--max_length=96", "--dtype=float32"
 

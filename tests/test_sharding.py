@@ -22,6 +22,8 @@ from utils.storage.outputs import state_path
 from utils.training.loop import Training
 from utils.training.state import read_state
 
+pytestmark = pytest.mark.slow
+
 TOLERANCE = 1e-5
 BUDGET = "--output_path=out", "--max_steps=3", "--max_eval_samples=5"
 FEW = "--train_batch_size=5", "--micro_batch_size=3", "--retain_ratio=1"  # one process makes fewer passes

@@ -37,7 +37,7 @@ class Flagged:
 
     flags, counted: {train split: (n,) bool}. Of rows to keep, classifiers that had not seen them say it: these are the
     mistakes that it will make. Those that the classifier was fitted to (SEEN) do not count. Rows to forget that it was
-    fitted to count as flagged: it knows them. A cross-fitted one is kept after a fit to all rows, none of which is SEEN.
+    fitted to count as flagged: it knows them. After cross-fitting, where none is SEEN, these are all of them.
     """
 
     flags: Mapping[str, np.ndarray]
