@@ -148,10 +148,10 @@ def build(args, output):
         def write(folder):
             in_context.save(made, folder)
 
-    kind, made = method if method in flags.GATED else "in-context", served.using(made)
-    frozen = saved.find(served, frames, settings.evaluation) if made.is_gated else None
+    kind, unlearnt = method if method in flags.GATED else "in-context", served.using(made)
+    frozen = saved.find(served, frames, settings.evaluation) if unlearnt.is_gated else None
     about = {"method": method, "kind": kind, "write": write, "frozen": frozen}
-    finish(output, made, frames, args, settings.evaluation, **about)
+    finish(output, unlearnt, frames, args, settings.evaluation, **about)
 
 
 if __name__ == "__main__":
