@@ -5,7 +5,8 @@
 # there or MINUTES=15 are over; three quarters of an hour, with all evaluation perhaps twice that
 # make audit  attacks the demo's checkpoints, its retain model and other methods, one report, an estimated hour; AUDITS=all for
 # every audit, an estimated hour more; make shadows trains eight shadow models, which make audit then uses
-# make test  every test; make test-latest with the newest packages allowed; make lock moves requirements.lock
+# make test  the tests, in some ten minutes; make test-all every test; make test-latest all of them with the newest packages
+# that are allowed; make lock moves requirements.lock
 # make bench speed and memory against the plain path, an estimated forty minutes; BENCH_ARGS="--parts training" does a part
 # make lint  ruff
 # MODEL=... DATASET=... SEED=... make demo runs the same on another model, data set or seed; the flags of ROW_FLAGS="..."
@@ -82,7 +83,7 @@ SHADOWS := $(addprefix $(TUNED)-shadow,0 1 2 3 4 5 6 7)
 # What each route of make race has until its goal.
 MINUTES ?= 15
 
-.PHONY: demo demo-names race audit shadows compare bench test test-latest lock lint
+.PHONY: demo demo-names race audit shadows compare bench test test-all test-latest lock lint
 .DELETE_ON_ERROR:
 
 # The base model, the fine-tuned one, the gate with a fixed answer, and SPUL behind that gate.
@@ -172,14 +173,19 @@ $(READY): requirements.lock
 	$(PIP) install -r requirements.txt
 	touch $@
 
+TESTS := -m pytest -n 2 --dist=loadfile --no-loadscope-reorder
+
 test: $(READY)
-	$(PY) -m pytest -n 2 --dist=loadfile --no-loadscope-reorder
+	$(PY) $(TESTS) -m "not long"
+
+test-all: $(READY)
+	$(PY) $(TESTS)
 
 # The same tests with the newest releases that requirements.txt allows, in an environment of their own.
 test-latest:
 	$(PYTHON) -m venv --clear $(VENV)-latest
 	$(VENV)-latest/bin/python -m pip --quiet --disable-pip-version-check install -r requirements.txt $(TOOLS)
-	$(VENV)-latest/bin/python -m pytest -n 2 --dist=loadfile --no-loadscope-reorder
+	$(VENV)-latest/bin/python $(TESTS)
 
 # Moves the lock to the newest releases that requirements.txt allows, for every platform and Python since 3.11. What only
 # torch's GPU build needs is left out; the hash of the torch that pip installs here, maybe a CPU build, is added.

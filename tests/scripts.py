@@ -109,8 +109,8 @@ def is_progress_bar(line):
 
 
 def tree(folder):
-    """{relative path: SHA-256, None for a folder} of everything below `folder`."""
-    paths = sorted(Path(folder).rglob("*"))
+    """{relative path: SHA-256, None for a folder} of what lies below `folder`, saved scores left out."""
+    paths = [path for path in sorted(Path(folder).rglob("*")) if "saved_scores" not in path.parts]
     return {
         str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else None
         for path in paths

@@ -8,7 +8,7 @@ import scripts
 
 from utils.unlearning.methods import METHODS
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.long]
 
 SMALL = ("--dtype=float32", "--batch_size=4", "--eval_rows=4", "--rounds=1", "--sweep_rounds=1", "--text_lengths=64")
 

@@ -14,7 +14,7 @@ import scripts
 from utils import compare, runs
 from utils.errors import UserError
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.long]
 
 METHODS = ("spul", "spul-gate", "gradient_ascent", "npo", "prompting", "eco", "refusal")
 FLAGS = {

@@ -165,6 +165,7 @@ def test_a_prompt_longer_than_the_sliding_window(architecture, attention):
     assert torch.allclose(gradient(prompt, logits), wanted, atol=2e-5 * wanted.abs().max().item())
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("architecture", "checkpointed"), [("llama", True)])
 def test_a_compiled_decoder_gives_the_same(architecture, checkpointed):
     """Dynamo's graphs, run as they are (the kernels are inductor's); rows of another length need no new one."""

@@ -704,6 +704,7 @@ def test_the_adapter_config_is_pefts(prompt, fine_tuned):
     assert PeftConfig.from_pretrained(str(prompt)).peft_type == "P_TUNING"
 
 
+@pytest.mark.long
 def test_a_gguf_file_through_all_scripts(small_data, tmp_path):
     """Fine-tuned, unlearnt by a prompt and by a baseline whose own folder is a plain model again."""
     file = tiny.save_gguf(tmp_path / "tiny.gguf")

@@ -14,7 +14,7 @@ from utils import race
 from utils.storage.outputs import state_path
 from utils.training.state import read_state
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.long]
 
 TINY = "--ptuning_num_tokens=4 --ptuning_hidden_size=16 --train_batch_size=8 --lr=1e-2"
 FLAGS = {

@@ -29,6 +29,7 @@ def prepare(*arguments):
     return subprocess.run(command, capture_output=True, text=True, check=False)
 
 
+@pytest.mark.long
 def test_the_script_makes_the_committed_files_again(tmp_path):
     result = prepare(f"--output_path={tmp_path}")
     if "cannot download" in result.stderr:

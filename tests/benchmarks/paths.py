@@ -272,7 +272,7 @@ class SecondModel:
         return number in self.chosen
 
     @torch.no_grad()
-    def of(self, numbers):
+    def of(self, numbers, device=None):
         """Its logits (N, |V|) at the completion tokens of the examples `numbers`; of rmu, activations (tokens, d)."""
         batch = collate([self.examples[i] for i in numbers if self.has(i)], self.pad_id, self.before.device)
         if self.layer is None:
