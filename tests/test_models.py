@@ -11,9 +11,10 @@ import pytest
 import scripts
 import tiny
 import torch
+from transformers import AttentionInterface
 
 from utils.errors import UserError
-from utils.models import base
+from utils.models import attention, base
 from utils.models.adapters import LoraSettings, add_lora
 from utils.models.attention import CAUSAL, GROUPED, GROUPED_UP_TO
 from utils.models.base import ModelSettings, load_base, load_tokenizer, pick_device
@@ -168,6 +169,16 @@ def test_attention_is_chosen_by_the_width_of_a_batch_on_a_cpu(saved):
         return
     assert [attention_of(model, width) for width in (8, limit, limit + 1, 8)] == [GROUPED, GROUPED, CAUSAL, GROUPED]
     assert [attention_of(model, limit - 4, p) for p in (4, 5)] == [GROUPED, CAUSAL]
+
+
+@pytest.mark.parametrize("name", ["grouped_attention", "causal_attention"])
+def test_attention_that_changes_a_models_numbers_is_not_taken(tiny_model, monkeypatch, name):
+    """Each of ours is tried, also the one that no short row of a trial would get."""
+    kind, own = name.removesuffix("_attention"), getattr(attention, name)
+    wrong = lambda *args, **kwargs: (own(*args, **kwargs)[0] * 2, None)  # noqa: E731
+    monkeypatch.setitem(AttentionInterface._global_mapping, kind, wrong)
+    model = load(tiny_model)
+    assert [attention_of(model, width) for width in (8, GROUPED_UP_TO + 1)] == ["sdpa", "sdpa"]
 
 
 @pytest.mark.parametrize("choice", ["eager", "sdpa"])

@@ -12,7 +12,6 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 
 import torch
-from torch.utils.hooks import RemovableHandle
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import eager_mask, sdpa_mask
@@ -110,9 +109,10 @@ def grouped_attention(
     return mixed.view(size, heads, length, -1).transpose(1, 2).contiguous(), None
 
 
-for name, attention, mask in ((GROUPED, grouped_attention, eager_mask), (CAUSAL, causal_attention, causal_mask)):
-    AttentionInterface.register(name, attention)
-    AttentionMaskInterface.register(name, mask)
+AttentionInterface.register(GROUPED, grouped_attention)
+AttentionMaskInterface.register(GROUPED, eager_mask)
+AttentionInterface.register(CAUSAL, causal_attention)
+AttentionMaskInterface.register(CAUSAL, causal_mask)
 
 
 def refuse_attention(choice: str, device: str, dtype: torch.dtype) -> None:
@@ -126,26 +126,29 @@ def refuse_attention(choice: str, device: str, dtype: torch.dtype) -> None:
         )
 
 
-def set_attention(model: PreTrainedModel, choice: str, device: str) -> RemovableHandle | None:
-    """Let `model` compute attention by `choice` (--attn_implementation).
+def own_kinds(model: PreTrainedModel, device: str) -> tuple[str, ...]:
+    """Which of ours `--attn_implementation=auto` takes: none where the architecture has no SDPA, whose place they take,
+    or may make masks outside its decoder. On a CPU both: see GROUPED_UP_TO."""
+    interchangeable = model.config._attn_implementation == "sdpa" and model._supports_attention_backend
+    if not interchangeable or decoder_of(model).config is not model.config:
+        return ()
+    return (GROUPED, CAUSAL) if device == "cpu" else (CAUSAL,)
 
-    auto: `causal_attention` where the architecture has SDPA. On a CPU batches of up to GROUPED_UP_TO tokens a row take
-    the faster `grouped_attention`; then the hook that chooses is returned, else None. Raises UserError where the
-    architecture does not have the implementation asked for.
-    """
+
+def set_attention(model: PreTrainedModel, choice: str, device: str) -> None:
+    """Let `model` compute attention by `choice` (--attn_implementation): auto is `own_kinds`, or the library's choice.
+    Raises UserError where the architecture does not have the implementation asked for."""
     if choice == "auto":
-        decoder = decoder_of(model)
-        interchangeable = model.config._attn_implementation == "sdpa" and model._supports_attention_backend
-        if interchangeable and decoder.config is model.config:  # else masks may be made outside it
-            if device == "cpu":
-                return decoder.register_forward_pre_hook(_attention_by_width, with_kwargs=True)
-            model.set_attn_implementation(CAUSAL)
-        return None
+        kinds = own_kinds(model, device)
+        if len(kinds) > 1:
+            decoder_of(model).register_forward_pre_hook(_attention_by_width, with_kwargs=True)
+        elif kinds:
+            model.set_attn_implementation(kinds[0])
+        return
     try:
         model.set_attn_implementation(choice)
     except (ValueError, ImportError) as error:
         raise UserError(f"{model.config.model_type} has no {choice} attention ({first_line(error)}); use auto")
-    return None
 
 
 def _attention_by_width(decoder: PreTrainedModel, args: tuple, kwargs: dict[str, object]) -> None:

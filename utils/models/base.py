@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
 from utils import distributed
 from utils.errors import UserError, first_line, is_out_of_memory, note_once
-from utils.models.attention import refuse_attention, set_attention
+from utils.models.attention import own_kinds, refuse_attention, set_attention
 from utils.models.chain import load_config, loading_arguments, stored_quantization
 from utils.models.forward import same_as_trial, trial
 from utils.models.layers import checkpoint_layers, compile_decoder, decoder_layers
@@ -192,15 +192,16 @@ def spread(model: torch.nn.Module, settings: ModelSettings) -> torch.nn.Module:
 
 
 def _try(model: torch.nn.Module, name: str, attention: str, device: str) -> None:
-    """Let `model` compute attention by `attention`; where ours changes its numbers, by SDPA alone. Raises UserError as
-    `trial` and `set_attention` do."""
+    """Let `model` compute attention by `attention`; where one of ours changes its numbers, by SDPA alone. Raises
+    UserError as `trial` and `set_attention` do."""
     expected = trial(model, name)
-    hook = set_attention(model, attention, device)
-    if attention != "auto" or same_as_trial(model, expected):
-        return
-    if hook:
-        hook.remove()
-    model.set_attn_implementation("sdpa")
+    for kind in own_kinds(model, device) if attention == "auto" else ():
+        model.set_attn_implementation(kind)
+        exact = same_as_trial(model, expected)
+        model.set_attn_implementation("sdpa")
+        if not exact:
+            return
+    set_attention(model, attention, device)
 
 
 def keep_one_format(model: torch.nn.Module) -> None:

@@ -125,12 +125,12 @@ def _kept(model: torch.nn.Module, prompt: torch.Tensor) -> Prefix:
     """Keys and values of every layer for `prompt` (p, d); `prompt` where the model fills no cache."""
     cache = Cache(layer_class_to_replicate=KeptLayer)
     kept = {cache_argument(model): cache}
-    own = _cast(model, prompt)[None].clone()  # some models (CTRL) scale what they are given in place
-    model(inputs_embeds=own, **kept, use_cache=True, logits_to_keep=1)
+    embedded = _cast(model, prompt)[None].clone()  # some models (CTRL) scale what they are given in place
+    model(inputs_embeds=embedded, **kept, use_cache=True, logits_to_keep=1)
     if not cache.layers:
         return prompt
-    for layer, kept in zip(decoder_layers(model) if is_sharded(model) else (), cache.layers):
-        gather_for_gradients(layer, kept.keys, kept.values)
+    for layer, own in zip(decoder_layers(model) if is_sharded(model) else (), cache.layers):
+        gather_for_gradients(layer, own.keys, own.values)
     return [(layer.keys, layer.values) for layer in cache.layers]
 
 
@@ -265,12 +265,8 @@ class PrefixLayer(DynamicLayer):
         return torch.cat(parts, dim=-2)
 
 
+@padded_behind()
 def _run(model: torch.nn.Module, batch: Batch, prompt: Prefix | None, seen: Seen) -> torch.Tensor:
-    with padded_behind():
-        return _logits(model, batch, prompt, seen)
-
-
-def _logits(model: torch.nn.Module, batch: Batch, prompt: Prefix | None, seen: Seen) -> torch.Tensor:
     if prompt is None:
         return model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False).logits
     size = len(batch.input_ids)
