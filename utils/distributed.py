@@ -214,24 +214,14 @@ def all_reduce_gradients(parameters: Iterable[torch.nn.Parameter]) -> None:
         if parameter.grad is None:
             parameter.grad = torch.zeros_like(parameter)
         kinds.setdefault((parameter.grad.dtype, parameter.grad.device), []).append(parameter.grad)
-    for bucket in itertools.chain.from_iterable(map(_buckets, kinds.values())):
-        sums = torch.cat([gradient.flatten() for gradient in bucket])
-        dist.all_reduce(sums)
-        for gradient, part in zip(bucket, sums.split([gradient.numel() for gradient in bucket])):
-            gradient.copy_(part.view_as(gradient))
-
-
-def _buckets(gradients: Iterable[torch.Tensor]) -> Iterator[list[torch.Tensor]]:
-    """`gradients` in order, in groups of at most BUCKET bytes; one alone may have more."""
-    bucket, size = [], 0
-    for gradient in gradients:
-        if bucket and size + gradient.nbytes > BUCKET:
-            yield bucket
-            bucket, size = [], 0
-        bucket.append(gradient)
-        size += gradient.nbytes
-    if bucket:
-        yield bucket
+    for gradients in kinds.values():
+        ends = itertools.accumulate(gradient.nbytes for gradient in gradients)
+        for _, pairs in itertools.groupby(zip(ends, gradients), key=lambda pair: pair[0] // BUCKET):
+            bucket = [gradient for _, gradient in pairs]
+            sums = torch.cat([gradient.flatten() for gradient in bucket])
+            dist.all_reduce(sums)
+            for gradient, part in zip(bucket, sums.split([gradient.numel() for gradient in bucket])):
+                gradient.copy_(part.view_as(gradient))
 
 
 def draw_apart(seed: int, step: int) -> None:

@@ -1,6 +1,6 @@
 """Rows as token ids, and the batches that training and evaluation make of them."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -75,6 +75,18 @@ def to_device(tensor: torch.Tensor, device: torch.device | str) -> torch.Tensor:
 def index_on(device: torch.device | str, numbers: Sequence) -> torch.Tensor:
     """The whole numbers `numbers`, which may be nested, as an int64 tensor on `device`, sent as `to_device` does."""
     return to_device(torch.tensor(numbers, dtype=torch.long), device)
+
+
+def in_groups(n: int, fits: Callable[[list[int]], bool]) -> Iterator[list[int]]:
+    """The numbers below `n` in order, in groups that grow as long as `fits(group)`; one alone may not fit."""
+    group: list[int] = []
+    for i in range(n):
+        if group and not fits([*group, i]):
+            yield group
+            group = []
+        group.append(i)
+    if group:
+        yield group
 
 
 def epoch_batches(

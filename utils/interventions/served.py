@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from utils.data.batch import Example, collate
+from utils.data.batch import Example, collate, in_groups
 from utils.interventions import eco, gate_files, in_context, prompt_encoders, refusal
 from utils.interventions.base import NOTHING, Intervention, Template
 from utils.interventions.gates import Gate
@@ -192,29 +192,15 @@ class Served:
 def in_parts(examples: Sequence[Example], most: int) -> Iterator[list[int]]:
     """The numbers of `examples` in order, in groups of at most `most` with at most LOGITS completion tokens. An example
     alone may have more."""
-    part, size = [], 0
-    for n, example in enumerate(examples):
-        if part and (len(part) == most or size + len(example.completion) > LOGITS):
-            yield part
-            part, size = [], 0
-        part.append(n)
-        size += len(example.completion)
-    if part:
-        yield part
+    sizes = [len(example.completion) for example in examples]
+    return in_groups(len(sizes), lambda part: len(part) <= most and sum(sizes[i] for i in part) <= LOGITS)
 
 
 def _together(examples: Sequence[Example]) -> Iterator[list[int]]:
     """The numbers of `examples` in order, in groups whose padded prompts have at most KEPT tokens; an example alone
     may have more."""
-    part, longest = [], 0
-    for i, example in enumerate(examples):
-        longest = max(longest, len(example.prompt))
-        if part and (len(part) + 1) * longest > KEPT:
-            yield part
-            part, longest = [], len(example.prompt)
-        part.append(i)
-    if part:
-        yield part
+    sizes = [len(example.prompt) for example in examples]
+    return in_groups(len(sizes), lambda part: len(part) * max(sizes[i] for i in part) <= KEPT)
 
 
 def load_served(name: str, settings: ModelSettings, parent: str | None = None, max_length: int = 1024) -> Served:
