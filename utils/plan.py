@@ -50,10 +50,9 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from utils import distributed
 from utils.data.batch import Batch, Example, collate
 from utils.data.select import sample_rows
-from utils.data.splits import SPLITS
 from utils.distributed import peak_memory
 from utils.evaluation import saved
-from utils.evaluation.run import EvaluationSettings, check_rows
+from utils.evaluation.run import EvaluationSettings, check_rows, chosen
 from utils.evaluation.scores import decide, score_rows
 from utils.interventions.prompt_encoders import VirtualTokens
 from utils.interventions.served import KEPT, LOGITS, Served
@@ -65,6 +64,7 @@ from utils.models.layers import checkpoint_layers, decoder_layers
 from utils.models.lengths import check_tokens
 from utils.storage.checkpoints import Link
 from utils.tasks.answers import known_answers
+from utils.tasks.base import Task
 from utils.tasks.encode import tokenize
 from utils.tasks.rows import Splits
 from utils.training.loop import Objective, Training, TrainingSettings
@@ -290,11 +290,15 @@ def _alive(
 ) -> dict[str, int | None]:
     """{"step", "evaluation"} for the largest micro-batch and a batch of that shape; None for architectures whose shapes
     depend on the numbers (mixtures of experts). sizes: what `_on_meta` gave."""
-    unpacked, kept = sizes["unpacked"], 0
+    unpacked, shards = sizes["unpacked"], []
     forget = sum(prepared.examples[i].forget for i in rows)
 
     def train() -> None:
         prepared.loss(rows, forget, len(rows) - forget)[0].backward()
+
+    def keep_shard(parameter: torch.nn.Parameter) -> None:
+        shards.append(parameter.grad.new_empty(parameter.numel() // sizes["shards"]))
+        parameter.grad = None
 
     @torch.no_grad()
     def evaluate() -> None:
@@ -307,15 +311,10 @@ def _alive(
         with FakeTensorMode():
             _fake(prepared)
             for parameter in (p for layer in sizes["layers"] for p in _cut(layer) if p.requires_grad):
-                parameter.register_post_accumulate_grad_hook(_without_gradient)
-                kept += parameter.nbytes // sizes["shards"]
-            return {"step": unpacked + kept + _alive_at_most(train), "evaluation": unpacked + _alive_at_most(evaluate)}
+                parameter.register_post_accumulate_grad_hook(keep_shard)
+            return {"step": unpacked + _alive_at_most(train), "evaluation": unpacked + _alive_at_most(evaluate)}
     except (RuntimeError, NotImplementedError):  # what fake tensors raise where a shape depends on numbers
         return {"step": None, "evaluation": None}
-
-
-def _without_gradient(parameter: torch.nn.Parameter) -> None:
-    parameter.grad = None
 
 
 def peak(sizes: dict[str, Any]) -> float | None:
@@ -482,20 +481,19 @@ def print_probe(
 
     step(by_size[-1])  # the first step is slow, and the largest has the peak of memory
     seconds = {"training": len(batches) * _mean_seconds(step, by_size)}
-    curve = len(batches) // training.settings.eval_steps if training.settings.eval_steps else 0
-    final = settings.max_eval_samples
-    plans = [(1, final, served, evaluates_before)] * (final != 0)
-    if (
-        evaluates_before
-        and final != 0
-        and not saved.find(served, frames, settings).knows(saved.chosen(frames, settings))
-    ):
-        plans.append((1, final, served.plain, False))
-    plans.append((curve, settings.curve_samples, served, served.is_gated))
+    works, final = [], chosen(frames, settings)  # how often which model scores which rows, and whether some are known
+    if settings.max_eval_samples != 0:
+        works.append((1, served, final, evaluates_before))
+        if evaluates_before and not saved.find(served, frames, settings).knows(final):
+            works.append((1, served.plain, final, False))
+    if every := training.settings.eval_steps:
+        curve = {split: sample_rows(frames[split], settings.curve_samples) for split in settings.curve_splits}
+        works.append((len(batches) // every, served, curve, served.is_gated))
     with prepared.numerics():
         others = {"reference": _reference_seconds(prepared, settings.eval_batch_size)}
         others["evaluation"] = sum(
-            n * _evaluation_seconds(one, frames, settings, rows, known) for n, rows, one, known in plans if n
+            n * _evaluation_seconds(one, pd.concat(parts.values(), ignore_index=True), frames.task, settings, known)
+            for n, one, parts, known in works
         )
     seconds |= {name: value / distributed.world_size() for name, value in others.items()}  # batches are shared out
     total = ", ".join(f"{name} {_duration(value)}" for name, value in seconds.items() if value)
@@ -515,10 +513,9 @@ def _reference_seconds(prepared: Prepared, batch_size: int) -> float:
 
 
 def _evaluation_seconds(
-    served: Served, frames: Splits, settings: EvaluationSettings, n_rows: int | None, known: bool
+    served: Served, rows: pd.DataFrame, task: Task, settings: EvaluationSettings, known: bool
 ) -> float:
-    """Of `n_rows` rows a split. known: what the frozen model says of them is, so that these take no time."""
-    rows = pd.concat([sample_rows(frames[split], n_rows) for split in SPLITS], ignore_index=True)
+    """Of these rows. known: whether what the frozen model says is, so that rows on which nothing acts take no time."""
     if known:
         acting, _ = decide(served, rows)
         rows = rows.iloc[[i for i, number in enumerate(acting) if number is not None]].reset_index(drop=True)
@@ -527,7 +524,7 @@ def _evaluation_seconds(
     order = rows["text"].str.len().sort_values(kind="stable").index
 
     def score(part: pd.Index) -> None:
-        score_rows(served, rows.loc[part], frames.task, settings.max_length, settings.eval_batch_size)
+        score_rows(served, rows.loc[part], task, settings.max_length, settings.eval_batch_size)
 
     return _seconds(score, _parts(order, settings.eval_batch_size))
 
