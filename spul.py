@@ -76,8 +76,8 @@ def learn_prompt(args, output):
 
     gate, start = behind.find_gate(args, frames, settings.model, load_model), None
 
-    def prepare(served, load, scored=None):
-        rows = behind.training_rows(served, frames, settings.evaluation, gate, scored)
+    def prepare(served, load, frozen=None):
+        rows = behind.training_rows(served, frames, settings.evaluation, gate, frozen)
         check_length(served.model.config, max(map(len, rows.examples)), p)
         kept, n_kept = {"train_retain": rows.retain}, len(rows.retain)
         compared = load(served, rows.examples, range(n_kept), kept) if args.beta and n_kept else None
@@ -97,11 +97,11 @@ def learn_prompt(args, output):
     served = load_model()
     if start:
         prompt_encoders.refuse_other_start(start, served.chain[-1])
-    before, scored, frozen = ([], None, None) if args.dry_run else show_merged(served, frames, settings.evaluation)
+    before, frozen = ([], None) if args.dry_run else show_merged(served, frames, settings.evaluation)
     if args.forget_size == 1 and served.manifest and not learnt_by(served.manifest, frames):
         note_once(f"{args.model_checkpoints} was fine-tuned on other rows than the ones selected here")
     load = plan.blank_reference if args.dry_run else reference.loader(cli.take(reference.ReferenceSettings, args))
-    prepared = prepare(served, load, scored)
+    prepared = prepare(served, load, frozen)
     encoder, in_front = prepared.learner, gate.gate(served) if gate else None
     if start:
         prompt_encoders.load_encoder(encoder, start)

@@ -109,8 +109,11 @@ def is_progress_bar(line):
 
 
 def tree(folder):
-    """{relative path: SHA-256, None for a folder} of what lies below `folder`, saved scores left out."""
-    paths = [path for path in sorted(Path(folder).rglob("*")) if "saved_scores" not in path.parts]
+    """{relative path: SHA-256, None for a folder} of what lies below `folder`, but for finished files of scores that a
+    run has saved there for others."""
+    saved = Path(folder) / "saved_scores"
+    finished = {saved, *saved.glob("[!.]*.json")}
+    paths = [path for path in sorted(Path(folder).rglob("*")) if path not in finished]
     return {
         str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else None
         for path in paths

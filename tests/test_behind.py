@@ -72,7 +72,8 @@ def test_a_full_step_is_that_of_the_whole_objective(fine_tuned, small_data, reta
     """Every row computed one by one as it is served, with the frozen model where the gate lets it through."""
     frames, served = load_splits(str(small_data)), load_served(str(fine_tuned), tiny.ON_CPU)
     settings = EvaluationSettings(max_length=96, eval_batch_size=5)
-    _, frozen = evaluate_splits(served, frames, frames.task, settings, "before")
+    frozen = Frozen()
+    evaluate_splits(served, frames, frames.task, settings, "before", frozen)
     unseen = probabilities(16, 8, retain, [])
     unseen["train_forget"][forget] = SEEN  # the others were held out, and it flags none of them
     source = Source(unseen)
@@ -380,6 +381,8 @@ def test_forget_rows_that_the_gate_misses_add_what_the_frozen_model_gives(fine_t
         {"L_f": 0.5 * 2 + 0.5 * 1.0, "L_r": 0.25 * 4 + 0.5 * 0.1, "L_kl": 0.25 * 8}
     )
     assert float(loss) == pytest.approx(1.5 + 3 * 1.05 + 10 * 2.0)
+    hidden, found = losses.behind_gate(parts | {"L_hide": torch.tensor(6.0)}, shares, 0.5, 3.0, 10.0, 7.0)
+    assert float(hidden - loss) == pytest.approx(7 * 0.5 * 6) and float(found["L_hide"]) == pytest.approx(3.0)
 
 
 def test_unseen_scores_come_back_as_they_were(tmp_path, small_data, tiny_model):

@@ -1,6 +1,7 @@
 """The benchmark runs, and its two paths do the same work; how fast they are is not for a test to say."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -28,15 +29,8 @@ def test_both_paths_train_on_the_same_batches_with_the_same_loss(tmp_path, tiny_
     # With retain rows; then with a second model's answers, and with its activations.
     some = {name: every[name] for name in ("GA+KL", "dpo", "rmu")}
     monkeypatch.setattr(bench, "baselines", lambda: some)
-    arguments = (
-        f"--model={tiny_model}",
-        "--parts",
-        "training",
-        "fine_tuning",
-        "baselines",
-        "lengths",
-        "--output_path=out",
-    )
+    parts = "--parts", "training", "fine_tuning", "baselines", "lengths"
+    arguments = f"--model={tiny_model}", *parts, "--output_path=out"
     said = scripts.done(scripts.call(tmp_path, "bench", *SMALL, *arguments)).stdout
     result = json.loads((tmp_path / "out" / "bench.json").read_text())
     records = {(r["name"], r["path"], r["dtype"]): r for r in result["records"]}
@@ -112,6 +106,15 @@ def test_evaluation_and_the_fit(tmp_path, tiny_model):
     assert [r["part"] for r in result["ratios"]] == ["reference"] * 2 + ["inference"] * 2
     assert result["linear_in_rows"].keys() == {"seconds", "seconds_per_row", "r_squared"}
     assert "Inference with the prompt takes" in said
+
+
+@pytest.mark.parametrize("work", ["spul", "lora"])
+def test_where_the_time_of_a_step_goes(tmp_path, tiny_model, work):
+    how = f"--model={tiny_model}", f"--work={work}", "--rows=2", "--tokens=8", "--steps=1", "--shown=3"
+    said = scripts.done(scripts.call(tmp_path, "operators", *how)).stdout.splitlines()
+    assert re.fullmatch(r"\d+\.\d\d CPU seconds a step, (float32|bfloat16), 1 threads", said[0])
+    shares = [float(re.search(r"([\d.]+) % +\d+ calls", line)[1]) for line in said[2:]]
+    assert len(shares) == 3 and shares == sorted(shares, reverse=True) and 0 < sum(shares) <= 100
 
 
 def test_adapters_against_fine_tuning(tmp_path, tiny_model, monkeypatch):

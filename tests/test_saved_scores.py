@@ -229,7 +229,7 @@ def test_a_curve_asks_the_frozen_model_once(kept):
 def test_a_plan_leaves_out_what_is_known(kept):
     served, frames = kept
     nobody = served.using(Prompt(vectors=torch.ones(1, 128), gate=Gate(Word("zzz"), 0.5)))
-    how = nobody, frames, SETTINGS, None
+    how = nobody, pd.concat(frames.values(), ignore_index=True), frames.task, SETTINGS
     assert plan._evaluation_seconds(*how, known=True) == 0 < plan._evaluation_seconds(*how, known=False)
 
 
@@ -250,8 +250,12 @@ def test_the_expected_minutes_are_said_once(monkeypatch, capsys):
         now[0] = 300.0
         meter.update(5)
         said = capsys.readouterr().out
-        assert "this evaluation takes about 20 minutes; --max_eval_samples=10 would take about 2" in said
+        assert "this evaluation takes about 20 minutes; --max_eval_samples=2 would take about 2" in said
         meter.update(10)
+        assert "minutes" not in capsys.readouterr().out
+    with Meter([[10] * 4], "test", generates=False) as meter:
+        now[0] += 70.0  # of 140 seconds
+        meter.update(2)
         assert "minutes" not in capsys.readouterr().out
     with Meter([[10] * 4, [10] * 12], "test", generates=True) as meter:
         now[0] += 100.0

@@ -68,20 +68,9 @@ def runs(tiny_model, small_data, asked, tmp_path_factory):
     folders = {name: tuple(tmp_path_factory.mktemp(f"{name}-{n}") for n in (1, 2)) for name in names}
     words = {case: command(case, tiny_model, small_data) for case in CASES}
     saved = folders["spul"][0] / "out", folders["full"][0] / "out"
-    words["inference"] = (
-        "inference_spul",
-        *scripts.ROWS,
-        f"--dataset={asked}",
-        "--max_new_tokens=6",
-        "--output_path=out",
-    )
-    words["inference"] = (
-        *words["inference"],
-        "--eval_batch_size=2",
-        "--max_eval_samples=3",
-        "--model_checkpoints",
-        *map(str, saved),
-    )
+    few = "--max_new_tokens=6", "--eval_batch_size=2", "--max_eval_samples=3", "--output_path=out"
+    words["inference"] = "inference_spul", *scripts.ROWS, f"--dataset={asked}", *few
+    words["inference"] = *words["inference"], "--model_checkpoints", *map(str, saved)
     gate = "--eco_classifier=features", "--eco_max_fpr=0.3", "--eco_samples=7", "--eco_steps=1", "--eco_target=0.5"
     words["eco"] = "baselines", *scripts.ROWS, f"--model_checkpoints={tiny_model}", f"--dataset={small_data}", *gate
     words["eco"] = *words["eco"], "--unlearn_method=eco", "--output_path=out", "--max_eval_samples=3"
@@ -128,7 +117,6 @@ def assert_same(folder, other):
     return expected
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
 def test_shards_train_and_score_as_the_whole_model(case, runs):
     alone, sharded = runs[case]
@@ -136,13 +124,11 @@ def test_shards_train_and_score_as_the_whole_model(case, runs):
     assert scripts.names(sharded / "out") == scripts.names(alone / "out")
 
 
-@pytest.mark.slow
 def test_a_run_goes_on_with_or_without_shards(runs):
     for folder in runs["stopped"]:
         assert_same(folder, runs["full"][0])
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("case", ["inference", "eco"])
 def test_passes_that_only_some_processes_make(case, runs):
     """Generation, multi-token answers, hidden states for a gate, ECO's search."""
@@ -155,7 +141,6 @@ def test_passes_that_only_some_processes_make(case, runs):
             assert numbers(record["splits"][split]) == pytest.approx(numbers(scores), rel=1e-4, abs=1e-6)
 
 
-@pytest.mark.slow
 def test_what_a_process_holds():
     """A part of each layer, also after a change of dtype; together that is the model, which computes as before."""
     ids = torch.arange(24).view(2, 12)

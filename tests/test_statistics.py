@@ -354,12 +354,12 @@ def test_names_of_exported_files_are_safe_and_differ():
 # By the command line.
 
 
-@pytest.mark.slow
 def table_lines(run):
     """What a run prints from the table on."""
     return "".join(done(run).stdout.partition("| method")[1:]).splitlines()
 
 
+@pytest.mark.slow
 def test_intervals_and_export_by_the_command_line(tiny_model, small_data, tmp_path):
     how = (f"--dataset={small_data}", *scripts.ROWS, "--output_path=out", "--overwrite")
     asked = "--model_checkpoints", tiny_model, tiny.save(tmp_path / "other")

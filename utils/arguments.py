@@ -63,10 +63,6 @@ def add_model_arguments(parser: cli.ArgumentParser) -> None:
     group.add_argument(
         "--max_eval_samples", type=cli.non_negative_int, help="rows a split of the final evaluation, at most (0: none)"
     )
-    group.add_argument(
-        "--fresh_scores", action="store_true",
-        help="score the frozen model anew instead of taking what an earlier run has left in saved_scores/",
-    )  # fmt: skip
     group.add_argument("--max_train_samples", type=cli.positive_int, help="train rows to use, forget share kept")
     group.add_argument("--forget_share", type=cli.fraction, help="share of forget rows among --max_train_samples")
     group.add_argument(
@@ -201,6 +197,7 @@ def add_request_arguments(parser: cli.ArgumentParser) -> None:
 
 def add_report_arguments(parser: cli.ArgumentParser) -> None:
     """What an evaluation prints and writes beside its table."""
+    add_fresh_scores(parser)
     parser.add_argument(
         "--show_examples", type=cli.non_negative_int, default=0, metavar="N",
         help="print the answers to N sentences of train_forget and N of test_retain",
@@ -217,6 +214,14 @@ def add_report_arguments(parser: cli.ArgumentParser) -> None:
     parser.add_argument(
         "--export", choices=["open-unlearning"],
         help="also write <method>_EVAL.json and <method>_SUMMARY.json as open-unlearning does",
+    )  # fmt: skip
+
+
+def add_fresh_scores(group: argparse._ActionsContainer) -> None:
+    """For scripts that read what an earlier run has said of a frozen model."""
+    group.add_argument(
+        "--fresh_scores", action="store_true",
+        help="score the frozen model anew instead of taking what an earlier run has left in saved_scores/",
     )  # fmt: skip
 
 
@@ -241,7 +246,9 @@ def refuse_text_contradictions(parser: cli.ArgumentParser, args: argparse.Namesp
         if args.json:
             parser.error("--json goes with --text or --input_file")
         return
-    of_evaluation = ("max_eval_samples", "show_examples", "probe", "ci", "export", "output_path", "overwrite")
+    of_evaluation = (
+        "max_eval_samples", "show_examples", "probe", "ci", "export", "output_path", "overwrite", "fresh_scores",
+    )  # fmt: skip
     if given := [name for name in of_evaluation if getattr(args, name) != parser.get_default(name)]:
         parser.error(f"--{given[0]} is of the evaluation, which --text and --input_file replace; leave it out")
 
@@ -283,7 +290,7 @@ def refuse_audit_contradictions(parser: cli.ArgumentParser, args: argparse.Names
     own = ("dry_run", "every_measure", "attack_steps", "attack_lr", "attack_share", "samples", "shadows")
     others = (
         "router", "without_gate", "force", "show_examples", "probe", "ci", "export", "text", "input_file", "together",
-        "requests", "logits_path",
+        "requests", "logits_path", "fresh_scores",
     )  # fmt: skip
     named = own if args.audit is None else others
     if given := [name for name in named if getattr(args, name) != parser.get_default(name)]:

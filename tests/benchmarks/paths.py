@@ -146,9 +146,8 @@ def _parsed(module, spec):
 
 def plain_training(spec, clock):
     """Trainer with the published settings; a pass is what lies between its on_step_begin and on_step_end."""
-    kinds = {"qlora": _fine_tuned}
-    make = kinds.get(spec["script"]) or (_published if spec.get("published", True) else _unpublished)
-    model, batches, loss_of = make(spec)
+    make = _published if spec.get("published", True) else _unpublished
+    model, batches, loss_of = (_fine_tuned if spec["script"] == "qlora" else make)(spec)
 
     class PlainTrainer(Trainer):
         def get_train_dataloader(self):

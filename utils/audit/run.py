@@ -13,11 +13,10 @@ from utils.audit.audits import AUDITS
 from utils.audit.base import NO_GATE, NONE, ON, Audit, AuditSettings, Case, Measure, Subject
 from utils.audit.membership import PRIVACY, privacy_leakage
 from utils.audit.shadows import check_shadows
-from utils.data.select import sample_rows
 from utils.errors import UserError
 from utils.evaluation.evaluate import CheckpointSettings, check_model
 from utils.evaluation.record import method_names
-from utils.evaluation.run import note_other_rows
+from utils.evaluation.run import chosen, note_other_rows
 from utils.evaluation.statistics import DRAWS, LEVEL, difference, mean_and_spread
 from utils.evaluation.tables import aligned
 from utils.interventions.served import LOADERS, Served, load_served
@@ -89,9 +88,8 @@ def _refuse_infinite(measures: Sequence[Measure], audit: Audit, subject: Subject
 
 def make_case(whole: Splits, model: ModelSettings, settings: AuditSettings) -> Case:
     """The rows that are looked at, and whom they name."""
-    parts = {s: sample_rows(frame, settings.max_eval_samples, settings.rows_seed) for s, frame in whole.items()}
     return Case(
-        frames=Splits(parts, whole.task), whole=whole, settings=settings, model=model,
+        frames=Splits(chosen(whole, settings), whole.task), whole=whole, settings=settings, model=model,
         people=listed_people(settings.dataset, settings.forget_only),
     )  # fmt: skip
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import numpy as np
 from tqdm import tqdm
 
-PATIENCE, FIRST = 120, 10  # seconds: what needs no word, and after how many the expectation is made
+PATIENCE, FIRST = 2, 10  # minutes that need no word, and seconds after which the expectation is made
 
 
 class Meter:
@@ -46,11 +46,11 @@ class Meter:
         seconds, done = time.perf_counter() - self._start, self._read[min(self._done, len(self._read) - 1)]
         if self._said or seconds < FIRST or not done:
             return
-        expected = seconds * self._read[-1] / done
-        if expected > PATIENCE:
+        minutes = seconds * self._read[-1] / done / 60
+        if round(minutes) > PATIENCE:
             self._said = True
-            few = max(10, int(max(self._sizes) * PATIENCE / expected))
+            few = max(1, int(max(self._sizes) * PATIENCE / minutes))
             self.bar.write(
-                f"this evaluation takes about {expected / 60:.0f} minutes; --max_eval_samples={few} would take about "
-                f"{PATIENCE // 60}"
+                f"this evaluation takes about {minutes:.0f} minutes; "
+                f"--max_eval_samples={few} would take about {PATIENCE}"
             )

@@ -7,8 +7,6 @@ from pathlib import Path
 from time import perf_counter
 from typing import Any
 
-import pandas as pd
-
 from utils import distributed
 from utils.data.select import fingerprint
 from utils.data.splits import TRAIN_SPLITS
@@ -65,17 +63,15 @@ def finish(
     print(f"wrote {output}")
 
 
-def show_merged(
-    served: Served, frames: Splits, settings: EvaluationSettings
-) -> tuple[list[dict], pd.DataFrame | None, Frozen | None]:
+def show_merged(served: Served, frames: Splits, settings: EvaluationSettings) -> tuple[list[dict], Frozen | None]:
     """Print the accuracy before and after LoRA was merged into the unquantised base: ([the merged model's record], its
-    scored rows, its scores for what stands in front of it), or ([], None, None) with settings.max_eval_samples = 0."""
+    scores), or ([], None) with settings.max_eval_samples = 0."""
     if settings.max_eval_samples == 0:
-        return [], None, None
+        return [], None
     start, last, frozen = perf_counter(), served.chain[-1], saved.find(served, frames, settings)
-    splits, rows = evaluate_splits(served, frames, frames.task, settings, "before SPUL", frozen)
+    splits, _ = evaluate_splits(served, frames, frames.task, settings, "before SPUL", frozen)
     saved.keep(frozen, frames, settings)
     method = "merged" if last.kind == "lora" else "base"
     after = make_record(method, last.path, served.base_name, settings, frames.task, splits, perf_counter() - start)
     print(tables.table([*(served.manifest.get("metrics") or []), after]))
-    return [after], rows, frozen
+    return [after], frozen

@@ -13,10 +13,10 @@ from utils.data.batch import Example
 from utils.data.select import learnt_by, sample_rows
 from utils.data.splits import SPLITS
 from utils.errors import UserError, note_once
-from utils.evaluation.answering import Acting, room_for, tokenized
+from utils.evaluation.answering import room_for
 from utils.evaluation.expected import Meter
-from utils.evaluation.frozen import Frozen, RowScores
-from utils.evaluation.scores import decide, joined, probed, score_rows, to_compute
+from utils.evaluation.frozen import Frozen
+from utils.evaluation.scores import joined, prepare, probed, score_rows
 from utils.evaluation.statistics import clopper_pearson
 from utils.interventions.base import Template
 from utils.interventions.served import Served
@@ -83,14 +83,10 @@ def evaluate_splits(
     the progress bar. frozen: `rows` of the model without interventions, so that what these let through is not computed
     again. Raises UserError where a loss is not finite.
     """
-    frames = {s: sample_rows(frame, settings.max_eval_samples, settings.rows_seed) for s, frame in frames.items()}
-    scored, probes = {}, {}
-    decided = {split: decide(served, frame) for split, frame in frames.items()}
-    known = {
-        split: frozen.of(split, len(frame)) if frozen and not settings.probe else None
-        for split, frame in frames.items()
-    }
-    lengths = [_lengths(served, frame, task, settings, decided[s][0], known[s]) for s, frame in frames.items()]
+    frames, scored, probes = chosen(frames, settings), {}, {}
+    known = {s: frozen.of(s, len(frame)) if frozen and not settings.probe else None for s, frame in frames.items()}
+    prepared = {s: prepare(served, frame, task, settings.max_length, known[s]) for s, frame in frames.items()}
+    lengths = [list(map(len, one.examples)) for one in prepared.values()]
     n_rows, n_todo = sum(map(len, frames.values())), sum(map(len, lengths))
     others = f"; {n_rows - n_todo:,} are known" if n_todo < n_rows else ""
     print(f"{description}: {n_todo:,} rows to score, {sum(map(sum, lengths)):,} tokens{others}")
@@ -98,7 +94,7 @@ def evaluate_splits(
         for split, frame in frames.items():
             sizes = settings.max_length, settings.eval_batch_size
             logits = {} if settings.probe else None
-            how = {"frozen": known[split], "logits": logits, "decided": decided[split]}
+            how = {"frozen": known[split], "logits": logits, "prepared": prepared[split]}
             results = score_rows(served, frame, task, *sizes, progress, **how)
             progress.ended()
             if logits:
@@ -118,19 +114,9 @@ def evaluate_splits(
     return splits, pd.concat(scored.values(), ignore_index=True)
 
 
-def _lengths(
-    served: Served,
-    frame: pd.DataFrame,
-    task: Task,
-    settings: RowSettings,
-    acting: Acting,
-    known: Sequence[RowScores | None] | None,
-) -> list[int]:
-    """The tokens of each row of `frame` that is to be computed, behind which its answer stands."""
-    todo = to_compute(acting, known)
-    rows, numbers = frame.iloc[todo], [acting[i] for i in todo]
-    words, answers = list(rows["label_text"]), known_answers(served.tokenizer, task)
-    return list(map(len, tokenized(served, rows, words, answers, settings.max_length, numbers)))
+def chosen(frames: Frames, settings: RowSettings) -> dict[str, pd.DataFrame]:
+    """The rows that are evaluated, {split: rows}."""
+    return {s: sample_rows(frame, settings.max_eval_samples, settings.rows_seed) for s, frame in frames.items()}
 
 
 def _with_interval(scores: Scores) -> Recorded:

@@ -19,10 +19,9 @@ import torch
 
 from utils import distributed
 from utils.data.load import dataset_name
-from utils.data.select import sample_rows
 from utils.errors import UserError, note_once
 from utils.evaluation.frozen import Frozen
-from utils.evaluation.run import EvaluationSettings
+from utils.evaluation.run import EvaluationSettings, chosen
 from utils.evaluation.scores import may_be_fine_tuned
 from utils.interventions.served import LOADERS, Served
 from utils.storage import files, schemas
@@ -80,11 +79,6 @@ def keep(frozen: Frozen, frames: Mapping[str, pd.DataFrame], settings: Evaluatio
             file.write_text(json.dumps(found), encoding="utf-8")
     except (UserError, OSError, ValueError) as error:  # ValueError: a number that is not finite, which JSON has not
         note_once(f"the scores of the frozen model are not kept for other runs ({error})")
-
-
-def chosen(frames: Mapping[str, pd.DataFrame], settings: EvaluationSettings) -> dict[str, pd.DataFrame]:
-    """The rows that are evaluated."""
-    return {s: sample_rows(frame, settings.max_eval_samples, settings.rows_seed) for s, frame in frames.items()}
 
 
 def key_of(

@@ -3,6 +3,7 @@
 import dataclasses
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from typing import Any, Protocol
 
 import numpy as np
@@ -15,7 +16,7 @@ from utils.evaluation.answering import Acting, by_length, generated, greedy, tok
 from utils.evaluation.frozen import RowScores
 from utils.interventions.served import Served
 from utils.tasks import metrics
-from utils.tasks.answers import Answers, FreeAnswers, KnownAnswers, free_answers, known_answers
+from utils.tasks.answers import Answers, KnownAnswers, free_answers, known_answers
 from utils.tasks.base import Asked, Task
 from utils.tasks.encode import Tokens
 
@@ -37,7 +38,7 @@ def score_rows(
     frozen: list[RowScores | None] | None = None,
     score: str | None = None,
     logits: dict[int, np.ndarray] | None = None,
-    decided: tuple[Acting, list[dict[str, Any]]] | None = None,
+    prepared: "Prepared | None" = None,
 ) -> pd.DataFrame:
     """One row of results per row of `frame`, as its task reads it, in the same order.
 
@@ -51,32 +52,69 @@ def score_rows(
     without interventions gives (utils.evaluation.frozen): taken where none acts, and put in where it is missing. score:
     the one score of the split that is wanted, so that nothing else is computed for free answers and whole choices;
     None: all. logits: a dict that is filled with those at the first token of the label words, {row: (|V|,) float32}.
-    decided: what `decide` gave for these rows, if that is known. Several processes each score a part, and every one
+    prepared: what `prepare` gave for these rows, if that is known. Several processes each score a part, and every one
     returns all rows.
     """
-    known = known_answers(served.tokenizer, task)
-    acting, said = decided or decide(served, frame)
-    results: dict[int, dict[str, Any]] = {i: dict(row) for i, row in enumerate(said)}
-    todo = to_compute(acting, frozen)
-    own, numbers = frame.iloc[todo], [acting[i] for i in todo]
-    how = served, own, known, max_length, batch_size, numbers
-    asked = _questions(*how[:4], numbers, task.asks(own, score))
+    prepared = prepared or prepare(served, frame, task, max_length, frozen)
+    acting, numbers, own = prepared.acting, prepared.numbers, prepared.rows
+    asked = _questions(prepared, task.asks(own, score))
     if task.words:
-        found, said_of = _label_results(*how, asked, progress, logits)
+        found, said_of = _label_results(prepared, batch_size, asked, progress, logits)
     else:
-        found, said_of = [{} for _ in todo], _asked(served, asked, batch_size, numbers, progress)
-    answers: list[str | None] = [None] * len(todo)
+        found, said_of = [{} for _ in numbers], _asked(served, asked, batch_size, numbers, progress)
+    answers: list[str | None] = [None] * len(numbers)
     if task.generates and (score is None or score in task.generated):
-        answers, judged = _generated(*how)
+        answers, judged = _generated(prepared, batch_size)
         found = [part | row for part, row in zip(found, judged)]
-    for i, row, part, scored, answer in zip(todo, own.to_dict("records"), found, said_of, answers):
+    results = [dict(row) for row in prepared.said]
+    for i, row, part, scored, answer in zip(prepared.todo, own.to_dict("records"), found, said_of, answers):
         scores = part | task.row_scores(row, scored, answer)
         results[i] |= scores
         if frozen is not None and acting[i] is None:
             frozen[i] = scores
-    for i in set(range(len(frame))) - set(todo):
+    for i in set(range(len(frame))) - set(prepared.todo):
         results[i] |= frozen[i]
-    return pd.DataFrame([results[i] for i in range(len(frame))])
+    return pd.DataFrame(results)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Prepared:
+    """The rows of a table that are to be computed, `rows`, which are the numbers `todo` of it, as `served` reads them.
+
+    acting, said: of every row of the table, see `decide`. known: the answers of its task. max_length: most tokens.
+    """
+
+    served: Served
+    rows: pd.DataFrame
+    todo: list[int]
+    acting: Acting
+    said: list[dict[str, Any]]
+    known: Answers
+    max_length: int
+
+    @property
+    def numbers(self) -> Acting:
+        """The intervention that acts on each of `rows`."""
+        return [self.acting[i] for i in self.todo]
+
+    @cached_property
+    def examples(self) -> list[Example]:
+        """Each of `rows` with its label behind it."""
+        words = list(self.rows["label_text"])
+        return tokenized(self.served, self.rows, words, self.known, self.max_length, self.numbers)
+
+
+def prepare(
+    served: Served,
+    frame: pd.DataFrame,
+    task: Task,
+    max_length: int,
+    frozen: Sequence[RowScores | None] | None = None,
+) -> Prepared:
+    """What of `frame` is to be computed: rows on which something acts, or that `frozen` lacks."""
+    acting, said = decide(served, frame)
+    todo = [i for i, number in enumerate(acting) if number is not None or frozen is None or frozen[i] is None]
+    return Prepared(served, frame.iloc[todo], todo, acting, said, known_answers(served.tokenizer, task), max_length)
 
 
 def decide(served: Served, frame: pd.DataFrame) -> tuple[Acting, list[dict[str, Any]]]:
@@ -84,11 +122,6 @@ def decide(served: Served, frame: pd.DataFrame) -> tuple[Acting, list[dict[str, 
     gates said, as `Served.decide` has it."""
     acting, said = served.decide(list(frame["text"]))
     return [None if number is None or served.acting(number).changes_nothing else number for number in acting], said
-
-
-def to_compute(acting: Acting, frozen: Sequence[RowScores | None] | None) -> list[int]:
-    """The rows that are not known: something acts on them, or `frozen` lacks them."""
-    return [i for i, number in enumerate(acting) if number is not None or frozen is None or frozen[i] is None]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,21 +132,17 @@ class _Question:
     completions: Mapping[str, Tokens]
 
 
-def _questions(
-    served: Served,
-    frame: pd.DataFrame,
-    known: Answers,
-    max_length: int,
-    acting: Acting,
-    asked: Sequence[Mapping[str, str]],
-) -> dict[int, _Question]:
+def _questions(prepared: Prepared, asked: Sequence[Mapping[str, str]]) -> dict[int, _Question]:
     """{row: its question}, of the rows whose completions are `asked` about. All of a row stand behind the same text,
     which is cut for the longest of them."""
     rows = [i for i, completions in enumerate(asked) if completions]
-    free = known if known.task.generates else free_answers(known.tokenizer, known.task) if rows else None
+    if not rows:
+        return {}
+    known, numbers = prepared.known, [prepared.numbers[i] for i in rows]
+    free = known if known.task.generates else free_answers(known.tokenizer, known.task)
     longest = [max(asked[i].values(), key=lambda text: len(free.ids[text])) for i in rows]
-    rooms, numbers = [len(free.ids[text]) for text in longest], [acting[i] for i in rows]
-    examples = tokenized(served, frame.iloc[rows], longest, free, max_length, numbers, rooms) if rows else []
+    rooms, chosen = [len(free.ids[text]) for text in longest], prepared.rows.iloc[rows]
+    examples = tokenized(prepared.served, chosen, longest, free, prepared.max_length, numbers, rooms)
     return {
         i: _Question(example, {name: free.ids[text] for name, text in asked[i].items()})
         for i, example in zip(rows, examples)
@@ -154,18 +183,15 @@ def _said(logits: torch.Tensor, tokens: Tokens) -> Asked:
     return Asked(tuple(log_p.tolist()), tuple((logits.argmax(-1) == targets).tolist()))
 
 
-def _generated(
-    served: Served, frame: pd.DataFrame, known: FreeAnswers, max_length: int, batch_size: int, acting: Acting
-) -> tuple[list[str], list[dict[str, float]]]:
+def _generated(prepared: Prepared, batch_size: int) -> tuple[list[str], list[dict[str, float]]]:
     """The greedy answer to each row, as text; and, where the task wants it, how the frozen model judges it,
     {"generated_perplexity"}: that of a checkpoint that stands in front of it, or that is it."""
-    words = list(frame["label_text"])  # behind which a text is cut
-    examples = tokenized(served, frame, words, known, max_length, acting)
-    found = generated(served, examples, acting, known, batch_size)
+    served, known = prepared.served, prepared.known
+    found = generated(served, prepared.examples, prepared.numbers, known, batch_size)
     texts = [known.spelled(tokens) for tokens, _ in found]
     if not known.task.judged or not may_be_fine_tuned(served):
         return texts, [{} for _ in texts]
-    plain = tokenized(served.plain, frame, words, known, max_length, [None] * len(frame))
+    plain = dataclasses.replace(prepared, served=served.plain, acting=[None] * len(prepared.acting)).examples
     answered = {
         i: _Question(dataclasses.replace(row, completion=tokens), {"": tokens})
         for i, (row, (tokens, _)) in enumerate(zip(plain, found))
@@ -199,12 +225,8 @@ def probed(logits: Mapping[int, np.ndarray], labels: Sequence[str], seed: int) -
 
 
 def _label_results(
-    served: Served,
-    frame: pd.DataFrame,
-    known: KnownAnswers,
-    max_length: int,
+    prepared: Prepared,
     batch_size: int,
-    acting: Acting,
     questions: Mapping[int, _Question],
     progress: Progress | None,
     kept: dict[int, np.ndarray] | None,
@@ -213,8 +235,8 @@ def _label_results(
 
     Label words and the completions of a question stand behind the same prompt, unless that was cut for them.
     """
-    words, labels = known.task.words, list(frame["label_text"])
-    examples = tokenized(served, frame, labels, known, max_length, acting)
+    served, known, acting, examples = prepared.served, prepared.known, prepared.numbers, prepared.examples
+    words, labels = known.task.words, list(prepared.rows["label_text"])
     beside = {i: q for i, q in questions.items() if _same_prompt(q.example, examples[i])}
     scored = [] if all(len(known.ids[word]) == 1 for word in words) else [known.ids[word] for word in words]
     results, answers, said_of = {}, {}, {}
@@ -223,16 +245,16 @@ def _label_results(
             continue
         names = [list(beside[i].completions.items()) if i in beside else [] for i in batch_rows]
         tokens = [[examples[i].completion, *scored, *(ids for _, ids in own)] for i, own in zip(batch_rows, names)]
-        own_logits, of_words = {}, {}
+        by_row, of_words = {}, {}
         for at, j, logits in served.completions([examples[i] for i in batch_rows], tokens, acting[batch_rows[0]]):
             if j == 0:
-                own_logits[at] = logits.clone() if len(tokens[at]) > 1 else logits
+                by_row[at] = logits.clone() if len(tokens[at]) > 1 else logits
             elif j <= len(scored):
                 of_words[at, j - 1] = _word_score(logits, tokens[at][j])
             else:
                 name, ids = names[at][j - 1 - len(scored)]
                 said_of.setdefault(batch_rows[at], {})[name] = _said(logits, ids)
-        own_logits = [own_logits[at] for at in range(len(batch_rows))]
+        own_logits = [by_row[at] for at in range(len(batch_rows))]
         log_p, guesses = _label_scores(words, known, own_logits, of_words)
         for i, own, row_log_p, row_guesses in zip(batch_rows, own_logits, log_p, guesses):
             targets = torch.tensor(examples[i].completion, device=own.device)

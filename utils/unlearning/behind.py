@@ -18,6 +18,7 @@ from utils.data.batch import Example, collate
 from utils.data.splits import TRAIN_SPLITS
 from utils.errors import UserError
 from utils.evaluation import tables
+from utils.evaluation.frozen import Frozen
 from utils.evaluation.run import EvaluationSettings
 from utils.interventions.gate_files import SEEN, GateSource
 from utils.interventions.gates import ClassifierSettings
@@ -111,12 +112,12 @@ def training_rows(
     frames: Splits,
     settings: EvaluationSettings,
     gate: GateSource | None,
-    frozen: pd.DataFrame | None = None,
+    frozen: Frozen | None = None,
 ) -> TrainingRows:
     """What SPUL trains on behind `gate`; all rows without one.
 
-    served: the frozen model. settings: of lengths, batches and seed. frozen: its scored rows (utils.evaluation.run) of
-    all splits, by which the rows that the gate lets through are known; None where it was not evaluated.
+    served: the frozen model. settings: of lengths, batches and seed. frozen: its scores on the rows of all splits, by
+    which the rows that the gate lets through are known; None where it was not evaluated.
     """
     how = served.tokenizer, frames, settings.max_length, settings.seed
     if gate is None:
@@ -126,8 +127,8 @@ def training_rows(
     retain = frames["train_retain"][found.flags["train_retain"]].reset_index(drop=True)
     (kept, forget), shares = prompt_rows(*how, retain), found.shares
     if frozen is not None:
-        scored = frozen.loc[frozen["split"] == "train_retain", "loss"].to_numpy()
-        shares = with_constants(found, served, forget, settings.eval_batch_size, scored)
+        kept_losses = np.array([row["loss"] for row in frozen.rows["train_retain"]])
+        shares = with_constants(found, served, forget, settings.eval_batch_size, kept_losses)
     chosen = [forget[i] for i in np.flatnonzero(found.flags["train_forget"])]
     return TrainingRows([*kept, *chosen], retain, shares)
 

@@ -4,7 +4,7 @@ import argparse
 from collections.abc import Iterable
 
 from utils import cli
-from utils.arguments import add_retain_ratio
+from utils.arguments import add_fresh_scores, add_retain_ratio
 from utils.data.load import SNIPPETS_FOLDER
 from utils.data.names import Person, read_names
 from utils.interventions.corruption import FAMILIES, ORDERS, has_strength
@@ -28,6 +28,7 @@ ECO_SEARCH = (
 
 def add_common_arguments(group: argparse._ArgumentGroup) -> None:
     """What both scripts that unlearn ask for: which rows, in what batches, and where files lie."""
+    add_fresh_scores(group)
     group.add_argument("--forget_size", type=cli.fraction, default=1.0, help="share of train_forget to unlearn")
     group.add_argument(
         "--forget_per_batch", type=cli.non_negative_int, default=0,
@@ -285,7 +286,7 @@ def refuse_contradictions(parser: cli.ArgumentParser, args: argparse.Namespace) 
     of_gate = [*TRAINING, *CLASSIFIER, "eco_names"]
     if name in GATED:
         refuse_gate_contradictions(parser, args)
-    elif flag := given(parser, args, ["gate", *of_gate]):
+    elif flag := given(parser, args, ["gate", "fresh_scores", *of_gate]):
         parser.error(f"--{flag} goes with --unlearn_method={', '.join(GATED)}")
     if name == "eco":
         refuse_eco_contradictions(parser, args)
