@@ -11,7 +11,7 @@
 # make lint  ruff
 # MODEL=... DATASET=... SEED=... make demo runs the same on another model, data set or seed; the flags of ROW_FLAGS="..."
 # (which rows) and SPUL_FLAGS="..." override those of data/settings/demo. demo-names likewise.
-# MODEL=... DATASET=... SEED=... MINUTES=... make race likewise.
+# MODEL=... DATASET=... SEED=... MINUTES=... make race likewise; RACE_FLAGS="..." are flags of utils/race.py.
 # MODEL=... DATASET=... SEEDS="..." METHODS="..." BUDGET=... make compare likewise.
 
 PYTHON ?= python3
@@ -149,11 +149,11 @@ compare: | $(READY) $(if $(filter data/models/smollm2,$(MODEL)),data/models/smol
 		--with_retain='--forget_per_batch=4' --spul='$(SPUL)' --spul_gate='--init_text="$(ELSEWHERE)" --weight_decay=0' --in_context='--max_length=512' \
 		--prompting='$(PROMPTING)' --eco='$(ECO)' --max_eval_samples=150
 
-race: $(FINE_TUNED)/manifest.json
-	$(PY) -m utils.race --model_checkpoints=$(FINE_TUNED) --dataset=$(DATASET) --seed=$(SEED) --budget=$(MINUTES) \
+race: $(TUNED)/manifest.json
+	$(PY) -m utils.race --model_checkpoints=$(TUNED) --dataset=$(DATASET) --seed=$(SEED) --budget=$(MINUTES) \
 		--rows='$(SELECTED)' --published='--settings=$(SETTINGS)/published.txt' \
 		--spul='$(POOLED) $(UNLEARN) --eval_steps=5' --gated='$(POOLED) $(BEHIND) --eval_steps=2' \
-		--max_eval_samples=250 --output_path=results/race-$(notdir $(FINE_TUNED)) $(RACE_FLAGS)
+		--max_eval_samples=250 --output_path=results/race-$(notdir $(TUNED)) $(RACE_FLAGS)
 
 data/models/smollm2/config.json: | $(READY)
 	$(PY) data/models/prepare.py smollm2
