@@ -12,7 +12,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, normalizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-from utils.data.batch import Example, collate, epoch_batches
+from utils.data.batch import Example, collate, epoch_batches, micro_batches
 from utils.data.load import SNIPPETS_FOLDER, dataset_name, read_texts
 from utils.data.select import fingerprint, learnt_by, sample_rows, select_rows
 from utils.data.splits import SPLITS, TRAIN_SPLITS
@@ -227,6 +227,18 @@ def test_batches_depend_on_seed_and_epoch_alone(options):
     assert epoch_batches(examples, 8, 1, 0, **options) == first
     assert epoch_batches(examples, 8, 1, 1, **options) != first
     assert epoch_batches(examples, 8, 2, 0, **options) != first
+
+
+def test_micro_batches_hold_rows_of_similar_length():
+    """By hand: the lengths 300, 200, 200, 100, 50, 40 and 600; 512 tokens a part on a CPU, the padding counted."""
+    rows, lengths = [3, 1, 4, 0, 6, 2, 5], [300, 200, 100, 200, 50, 40, 600]
+    examples = [Example((7,) * n, (1,)) for n in lengths]
+    assert [len(example) for example in examples] == lengths
+    assert micro_batches(rows, examples, None, "cpu") == [[6], [0], [3, 1], [2, 4, 5]]
+    assert micro_batches(rows, examples, 3, "cpu") == [[6, 0, 3], [1, 2, 4], [5]]
+    assert micro_batches(rows, examples, 3, "cuda") == [[6, 0, 3], [1, 2, 4], [5]]
+    assert micro_batches(rows, examples, None, "cuda") == [[6, 0, 3, 1, 2, 4, 5]]
+    assert micro_batches([], examples, None, "cpu") == []
 
 
 @pytest.mark.parametrize("ratio, kept", [(0.05, 1), (1, 10), (1.25, 12), (2.9, 29), (7, 40)])

@@ -19,6 +19,7 @@ from safetensors.torch import load_file, safe_open, save_file
 from scripts import call, done, manifest_of, metrics_of, names, numbers, refused, start, tree
 
 from utils import job
+from utils.data import batch
 from utils.data.select import fingerprint, select_rows
 from utils.data.splits import SPLITS, TRAIN_SPLITS
 from utils.errors import note_once
@@ -389,11 +390,15 @@ def log_probabilities(loaded, text, word, prompt=None):
     return loaded.model(inputs_embeds=embedded).logits[0, -n - 1 : -1].log_softmax(-1)
 
 
-@pytest.mark.parametrize("size", [1, 3])
-def test_accumulated_micro_batches_give_the_same_prompt(fine_tuned, small_data, tmp_path, size):
+@pytest.mark.parametrize("size", [1, 3, None])
+def test_accumulated_micro_batches_give_the_same_prompt(fine_tuned, small_data, tmp_path, monkeypatch, size):
+    """size None: what a CPU does by itself, here with pieces of 60 tokens."""
     arguments = "--lr=1e-3", "--alpha=1"
-    whole = prompt_after(tmp_path, fine_tuned, small_data, "whole", *arguments)
-    parts = prompt_after(tmp_path, fine_tuned, small_data, "parts", *arguments, f"--micro_batch_size={size}")
+    whole = prompt_after(tmp_path, fine_tuned, small_data, "whole", *arguments, "--micro_batch_size=8")
+    monkeypatch.setattr(batch, "CPU_TOKENS", 60)
+    sizes = [f"--micro_batch_size={size}"] if size else []
+    parts = prompt_after(tmp_path, fine_tuned, small_data, "parts", *arguments, *sizes)
+    assert not torch.equal(parts, whole)  # otherwise nothing was cut
     start_of_it = prompt_after(tmp_path, fine_tuned, small_data, "start", *arguments, "--max_steps=1")  # its rate is 0
     assert (whole - start_of_it).abs().max() > 1e-4
     assert torch.allclose(parts, whole, rtol=0, atol=1e-6)

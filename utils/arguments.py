@@ -92,7 +92,7 @@ def add_training_arguments(parser: cli.ArgumentParser, num_epochs: int) -> None:
     group.add_argument(
         "--micro_batch_size",
         type=cli.positive_int,
-        help="rows per forward pass, to save memory (default: the whole batch)",
+        help="rows per forward pass, to save memory (default: the whole batch; on a CPU 512 tokens, in as little time)",
     )
     group.add_argument(
         "--logit_chunk", type=cli.non_negative_int, default=1024, metavar="N",

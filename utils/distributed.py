@@ -168,15 +168,12 @@ def shares(rows: list[T], size: Callable[[T], int]) -> list[list[T]]:
     return [ordered[i :: world_size()] for i in range(world_size())]
 
 
-def share(rows: list[T], size: Callable[[T], int]) -> list[T]:
-    """This process's part of `rows`."""
-    return shares(rows, size)[PartialState().process_index]
-
-
-def most_rows(own: Sequence, rows: Sequence) -> int:
-    """For how many rows of a step this process makes passes: for its `own` share of the `rows`; where a model is in
-    shards for as many as the process that has most."""
-    return -(-len(rows) // world_size()) if HELPERS else len(own)
+def turns(rows: list[T], size: Callable[[T], int], cut: Callable[[list[T]], list[list[T]]]) -> list[list[T]]:
+    """This process's share of `rows`, in the parts into which `cut` puts it; where a model is in shards, behind them as
+    many empty ones as it takes to have as many parts as any other process."""
+    every = [cut(share) for share in shares(rows, size)]
+    own = every[PartialState().process_index]
+    return own + [[]] * (max(map(len, every)) - len(own)) if HELPERS else own
 
 
 def deal(batches: Sequence[list[T]]) -> Iterator[tuple[list[T], int]]:

@@ -48,7 +48,7 @@ from torch.utils._pytree import tree_leaves
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from utils import distributed
-from utils.data.batch import Batch, Example, collate
+from utils.data.batch import Batch, Example, collate, micro_batches
 from utils.data.select import sample_rows
 from utils.distributed import peak_memory
 from utils.evaluation import saved
@@ -153,7 +153,8 @@ def print_plan(run: Run, frames: Splits) -> None:
     examples = prepared.examples
     batches = [rows for _, rows in schedule(run.training, examples).steps_from(0)]
     shares = [share for rows in batches for share in distributed.shares(rows, lambda i: len(examples[i]))]
-    micro = [part for rows in shares for part in _parts(rows, run.training.micro_batch_size) if part]
+    device, size = pick_device(run.model.device), run.training.micro_batch_size
+    micro = [part for rows in shares for part in micro_batches(rows, examples, size, device)]
     longest = max(map(len, examples))
     check_tokens(config, tokenizer, examples)
     check_rows(config, tokenizer, frames, run.evaluation.max_length, run.p)
@@ -176,7 +177,7 @@ def print_plan(run: Run, frames: Splits) -> None:
         positions = max(tokens, min(KEPT, rows * tokens))
         sizes["evaluation"] += positions * position_bytes(config, prepared.served.model.dtype)
     print(disk_line(sizes))
-    print(memory_line(pick_device(run.model.device), sizes))
+    print(memory_line(device, sizes))
 
 
 def schedule(settings: TrainingSettings, examples: list[Example]) -> Training:
@@ -438,8 +439,7 @@ def _size(n_bytes: float) -> str:
     return f"{n_bytes / 2**30:.2f} GiB" if n_bytes >= 2**29 else f"{n_bytes / 2**20:.1f} MiB"
 
 
-def _parts(rows: Sequence, size: int | None) -> list[Sequence]:
-    size = size or max(1, len(rows))  # the share of a process may be empty
+def _parts(rows: Sequence, size: int) -> list[Sequence]:
     return [rows[i : i + size] for i in range(0, len(rows), size)]
 
 

@@ -19,7 +19,7 @@ from tqdm import tqdm
 from transformers import get_cosine_schedule_with_warmup
 
 from utils import distributed, sharding
-from utils.data.batch import Example, epoch_batches
+from utils.data.batch import Example, epoch_batches, micro_batches
 from utils.distributed import peak_memory
 from utils.errors import UserError, first_line, note_once
 from utils.storage.checkpoints import Link
@@ -197,8 +197,10 @@ class Training:
         bar.close()
         if rows:
             with torch.no_grad():  # no logged loss has seen the last update
-                some = self._share(rows)[: settings.micro_batch_size or len(rows)]
-                last = float(self.loss(some, 1, 1)[0]) if some else 0.0
+                last = 0.0
+                for part in self.micro_batches(rows)[:1]:
+                    value = self.loss(part or rows[:1], 1, 1)[0]  # see accumulate
+                    last = float(value) if part else last
             self._refuse_non_finite({"step": step, **distributed.all_reduce({"loss": last})})
             self._save(optimizer, schedule, log)  # evaluation is still to come
         self.cost = {
@@ -247,11 +249,8 @@ class Training:
         """Accumulate the gradient of one step over its micro-batches, those of all processes; returns the summed loss
         and parts as floats."""
         n_forget = sum(self.examples[i].forget for i in rows)
-        own = self._share(rows)
-        size = self.settings.micro_batch_size or len(rows)
         logged: list[tuple[str, torch.Tensor]] = []
-        for start in range(0, distributed.most_rows(own, rows), size):
-            part = own[start : start + size]
+        for part in self.micro_batches(rows):
             loss, parts = self.loss(part or rows[:1], n_forget, len(rows) - n_forget, rows)
             if part:
                 loss.backward()
@@ -262,8 +261,14 @@ class Training:
         distributed.all_reduce_gradients(p for p in self.parameters.values() if not isinstance(p, DTensor))
         return distributed.all_reduce(sums)
 
-    def _share(self, rows: list[int]) -> list[int]:
-        return distributed.share(rows, lambda i: len(self.examples[i]))
+    def micro_batches(self, rows: list[int]) -> list[list[int]]:
+        """This process's share of the rows of a step, in the parts that are computed at once; some may be empty."""
+        device = next(iter(self.parameters.values())).device.type
+
+        def cut(share: list[int]) -> list[list[int]]:
+            return micro_batches(share, self.examples, self.settings.micro_batch_size, device)
+
+        return distributed.turns(rows, lambda i: len(self.examples[i]), cut)
 
     def _refuse_non_finite(self, line: dict[str, float]) -> None:
         bad = [key for key, value in line.items() if not math.isfinite(value)]
