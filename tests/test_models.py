@@ -14,7 +14,7 @@ import torch
 from transformers import AttentionInterface
 
 from utils.errors import UserError
-from utils.models import attention, base
+from utils.models import attention, base, quiet
 from utils.models.adapters import LoraSettings, add_lora
 from utils.models.attention import CAUSAL, GROUPED, GROUPED_UP_TO
 from utils.models.base import ModelSettings, load_base, load_tokenizer, pick_device
@@ -229,3 +229,29 @@ def test_importing_bitsandbytes_asks_no_hub_and_says_nothing(tmp_path, installed
     environment = {**os.environ, "PYTHONPATH": f"{tmp_path}{os.pathsep}{scripts.ROOT}"}
     ended = subprocess.run(command, env=environment, capture_output=True, text=True, encoding="utf-8", check=True)
     assert (ended.stdout, ended.stderr) == ("", "")
+
+
+def test_importing_bitsandbytes_leaves_the_compiler_for_later():
+    """Of the libraries that import PyTorch's compiler by themselves when a model is loaded, none is imported here."""
+    check = "import sys, torch; own = torch.compile; import utils.models; print(torch.compile is own)\n"
+    check += "print([name for name in ('torch._dynamo', 'torch._inductor.compile_fx') if name in sys.modules])"
+    ended = subprocess.run([sys.executable, "-c", check], cwd=scripts.ROOT, capture_output=True, text=True, check=True)
+    assert ended.stdout.split("\n")[:2] == ["True", "[]"]
+
+
+def test_what_is_to_be_compiled_is_compiled_when_it_is_called(monkeypatch):
+    made = []
+
+    def compile_now(function, **options):
+        made.append((function.__name__, options))
+        return function
+
+    monkeypatch.setattr(quiet, "_compile", compile_now)
+    with_options, plain = quiet._compile_when_called(dynamic=False)(add), quiet._compile_when_called(add)
+    assert made == [] and plain.__name__ == "add"
+    assert [with_options(2, b=3), with_options(4), plain(1, 1)] == [5, 5, 2]
+    assert made == [("add", {"dynamic": False}), ("add", {})]
+
+
+def add(a, b=1):
+    return a + b
