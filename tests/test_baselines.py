@@ -10,6 +10,7 @@ import pytest
 import scripts
 import tiny
 import torch
+from marks import mostly_long
 from safetensors.torch import load_file, save_file
 from scripts import (
     ROWS,
@@ -174,7 +175,7 @@ def test_lora_writes_an_adapter_on_the_untouched_model(trained, fine_tuned, meth
     assert layers == ({0, 1} if method == "rmu" else {0, 1, 2, 3})
 
 
-@pytest.mark.parametrize("tune", ["full", "lora"])
+@pytest.mark.parametrize("tune", mostly_long(["full", "lora"], "full"))
 def test_a_killed_run_resumes_bit_by_bit(fine_tuned, small_data, tmp_path, tune):
     """Full tuning is interrupted by Ctrl-C in this process, LoRA (with its dropout) by SIGKILL in its own."""
     flags = f"--model_checkpoints={fine_tuned}", f"--dataset={small_data}", *scripts.BASELINES, *UNEVALUATED

@@ -9,6 +9,7 @@ from unittest import mock
 import pytest
 import tiny
 import torch
+from marks import mostly_long
 from transformers import (
     AutoModelForCausalLM,
     Gemma3TextConfig,
@@ -139,7 +140,7 @@ def test_corruption_behind_virtual_tokens(model):
         assert_same(ours(model, rows(), prompt=given, applied=applied), wanted)
 
 
-@pytest.mark.parametrize("lengths", [LENGTHS, [9] * 4, [1] * 4])
+@pytest.mark.parametrize("lengths", mostly_long([LENGTHS, [9] * 4, [1] * 4], LENGTHS))
 @pytest.mark.parametrize("attention", ["sdpa", GROUPED, CAUSAL])
 @pytest.mark.parametrize("architecture", ["llama", "mistral", "opt", "gpt2"])
 def test_other_attention_and_lengths(architecture, attention, lengths):

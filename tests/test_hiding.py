@@ -190,6 +190,7 @@ def test_off_is_bit_for_bit_what_it_was(fine_tuned, small_data, tmp_path, monkey
     assert again == log and (tmp_path / "out" / "adapter_model.safetensors").read_bytes() == prompt
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_hiding_levels_the_label_words(fine_tuned, small_data, tmp_path):
     """The labels are memorised before. Refusing alone leaves one word far ahead; with --hide it loses its lead."""

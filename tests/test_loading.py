@@ -8,6 +8,7 @@ import pytest
 import scripts
 import tiny
 import torch
+from marks import mostly_long
 from peft import PeftModel
 from scripts import done, refused
 from transformers import (
@@ -85,6 +86,9 @@ def losses(folder, place):
     return {split: splits[split]["loss"] for split in ("train_retain", "train_forget", "test_retain", "test_forget")}
 
 
+TARGETS = "lm_head", "embed_tokens", "embed_tokens lm_head", "q_proj up_proj", "all-linear"
+
+
 def scores_again(place, data, folder, few=FEW):
     """The checkpoint `folder`, loaded by inference_spul.py, has the losses that its training reported."""
     flags = f"--model_checkpoints={folder}", f"--dataset={data}", *scripts.ROWS, *few, "--output_path=again"
@@ -92,7 +96,7 @@ def scores_again(place, data, folder, few=FEW):
     assert losses("again", place) == pytest.approx(losses(folder, place), rel=1e-4)
 
 
-@pytest.mark.parametrize("targets", ["lm_head", "embed_tokens", "embed_tokens lm_head", "q_proj up_proj", "all-linear"])
+@pytest.mark.parametrize("targets", mostly_long(TARGETS, "embed_tokens lm_head", "all-linear"))
 def test_a_lora_on_tied_weights_scores_the_same_when_loaded(targets, tied, small_data, tmp_path):
     """It changes the head or the embedding alone; merged into the weight that both share it would change both."""
     more = "--lr=2e-2", *FEW, "--output_path=out", "--lora_target_modules", *targets.split()
@@ -176,6 +180,7 @@ def test_other_quantisations_are_taken_as_they_are_or_refused(tiny_model, small_
         )
 
 
+@pytest.mark.long
 def test_what_a_quantised_model_takes_in_a_plan(tiny_model, in_4_bits, small_data, tmp_path):
     """Frozen in its 4 bits, plain once an adapter is merged into it."""
 

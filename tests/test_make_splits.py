@@ -14,6 +14,7 @@ from unittest import mock
 
 import pandas as pd
 import pytest
+from marks import mostly_long
 
 from utils.data.splits import SPLITS, text_key
 from utils.errors import note_once
@@ -82,7 +83,7 @@ def people(tmp_path):
     return f"--forget_names={path}"
 
 
-@pytest.mark.parametrize("name", ["reviews.csv", "reviews.jsonl", "reviews.parquet"])
+@pytest.mark.parametrize("name", mostly_long(["reviews.csv", "reviews.jsonl", "reviews.parquet"], "reviews.csv"))
 def test_by_names(tmp_path, people, name):
     frames = made(tmp_path, people, frame=reviews(), name=name, process=True)
     for split, frame in frames.items():

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import pytest
 import tiny
 import torch
+from marks import mostly_long
 from transformers import AutoModelForCausalLM, CohereConfig, GraniteConfig
 
 from utils.data.batch import Example, collate
@@ -128,7 +129,7 @@ def of_method(name, retain_loss, kind="llama", chunk=0):
     return objective
 
 
-@pytest.mark.parametrize("kind", ["llama", "gemma2"])
+@pytest.mark.parametrize("kind", mostly_long(["llama", "gemma2"], "gemma2"))
 @pytest.mark.parametrize("name", [name for name, method in METHODS.items() if not method.activations])
 def test_methods(name, kind):
     """All weights are trained, so that the gradient of the head, and that of a tied one, is compared, too."""

@@ -10,6 +10,7 @@ import pytest
 import scripts
 import tiny
 import torch
+from marks import mostly_long
 from scripts import done, refused, tree
 
 from utils import distributed, plan
@@ -115,9 +116,10 @@ def test_retain_ratio_shortens_the_epochs(tiny_model, small_data, tmp_path):
 
 
 def test_a_plan_of_several_processes_is_about_the_share_of_one(tiny_model, small_data, tmp_path):
-    alone = done(scripts.spul(tmp_path, tiny_model, small_data, "--dry_run", "--eval_batch_size=1")).stdout
+    whole = "--eval_batch_size=1", "--micro_batch_size=8"
+    alone = done(scripts.spul(tmp_path, tiny_model, small_data, "--dry_run", *whole)).stdout
     with mock.patch.object(distributed, "world_size", lambda: 4):
-        shared = done(scripts.spul(tmp_path, tiny_model, small_data, "--dry_run", "--eval_batch_size=1")).stdout
+        shared = done(scripts.spul(tmp_path, tiny_model, small_data, "--dry_run", *whole)).stdout
     real, padding = zip(*(numbers(said, "tokens")[:2] for said in (alone, shared)))
     assert real[0] == real[1] and padding[0] > padding[1]  # a process pads to the longest row of its own
     steps = [float(re.search(r"step ([\d.]+) MiB", said)[1]) for said in (alone, shared)]
@@ -130,6 +132,7 @@ def test_a_plan_with_shards_is_about_each_process(tiny_model, small_data, tmp_pa
     assert re.search(r"^memory +about .* on cpu, in each of 4 processes: .*weights .*, gathered ", said, re.M)
 
 
+@pytest.mark.long
 def test_what_lies_in_shards_by_hand(monkeypatch):
     """4 processes; d = 128, 4 layers; LoRA on q, which is whole."""
     layer, outside = 2 * 128 * 128 + 2 * 128 * 64 + 3 * 128 * 256 + 2 * 128, 2 * 2000 * 128 + 128
@@ -161,14 +164,14 @@ def test_a_plan_reads_no_weights(tiny_model, small_data, tmp_path):
 
 
 def test_tokens_and_padding_are_those_of_the_batches(tiny_model, small_data, tmp_path):
-    """Counted by hand from the batches; pools of similar lengths have less padding."""
-    tokens = [
-        numbers(
-            done(scripts.qlora(tmp_path, tiny_model, small_data, "--dry_run", f"--length_pool={pool}")).stdout, "tokens"
-        )
-        for pool in (0, 3)
-    ]
+    """Counted by hand from the batches. Pools of similar lengths have less padding, and so have parts of a batch."""
+
+    def plan(*flags):
+        return numbers(done(scripts.qlora(tmp_path, tiny_model, small_data, "--dry_run", *flags)).stdout, "tokens")
+
+    tokens = [plan(f"--length_pool={pool}", "--micro_batch_size=8") for pool in (0, 3)]
     assert tokens[0][0] == tokens[1][0] and tokens[0][1] > tokens[1][1]
+    assert plan("--length_pool=0")[0] == tokens[0][0] and plan("--length_pool=0")[1] < tokens[0][1]
     from utils.data.batch import epoch_batches
     from utils.data.splits import TRAIN_SPLITS
     from utils.models.base import load_tokenizer
@@ -231,6 +234,7 @@ def test_the_step_is_what_a_real_step_allocates():
     assert estimated == pytest.approx(counted, rel=0.05)
 
 
+@pytest.mark.long
 def test_what_makes_a_step_larger_or_smaller():
     step = sizes(of_prompt)["step"]
     assert sizes(partial(of_prompt, rows=ROWS * 2))["step"] == pytest.approx(2 * step, rel=0.1)
@@ -258,14 +262,14 @@ def test_a_step_over_long_answers_needs_less_in_pieces(prepare):
     assert sizes(partial(prepare, chunk=50), attn_implementation="sdpa")["step"] < parts["step"]
 
 
-@pytest.mark.parametrize("method", ["gradient_ascent", "ceu", "wga"])
+@pytest.mark.parametrize("method", mostly_long(["gradient_ascent", "ceu", "wga"], "ceu"))
 def test_so_does_a_method(method):
     whole, parts = (sizes(of_method(method, rows=LONG, chunk=chunk), full=True)["step"] for chunk in (0, 100))
     assert parts < whole - 800 * 2000 * 4
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", mostly_long(METHODS, "gradient_ascent_descent", "npo", "rmu"))
 def test_every_method_is_planned_by_its_own_objective(method, tiny_model, small_data, tmp_path):
     """Nothing in it depends on numbers that fake tensors do not have, so that the step of every method is known."""
     for tune in ("full", "lora"):

@@ -60,6 +60,7 @@ def quote_of(row):
 # The committed data
 
 
+@pytest.mark.long
 def test_the_script_makes_the_committed_files_again(tmp_path):
     command = [sys.executable, FOLDER / "prepare.py", f"--output_path={tmp_path}"]
     result = subprocess.run(command, capture_output=True, text=True, check=False)

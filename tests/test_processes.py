@@ -121,6 +121,7 @@ def test_bad_input_is_said_once(flag, tiny_model, small_data, tmp_path):
     assert not tree(tmp_path)
 
 
+@pytest.mark.long
 def test_accelerate_launch_starts_it_by_the_configuration(tiny_model, small_data, tmp_path):
     """The command of the README, on this CPU."""
     arguments = command("a forget row on one of them", tiny_model, small_data)

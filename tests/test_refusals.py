@@ -432,6 +432,7 @@ def full_while_writing(place, result):
 # The largest file of an output is tokenizer.json (100 kB); the states of these runs are smaller (21 and 60 kB).
 
 
+@pytest.mark.long
 def test_a_full_disk_while_the_adapter_is_written(place, old_output):
     limit = {"preexec_fn": lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (80_000, HARD_LIMIT))}
     more = "--overwrite", "--max_steps=1", "--max_eval_samples=0", "--lora_rank=1"

@@ -5,6 +5,7 @@ import shutil
 
 import pytest
 import scripts
+from marks import mostly_long
 from safetensors.torch import load_file, safe_open, save_file
 from scripts import call, done, kill_after_a_state, refused, stop_at, tree
 
@@ -29,7 +30,7 @@ def commands(model, fine_tuned, data):
     }
 
 
-@pytest.fixture(scope="module", params=["qlora", "spul"])
+@pytest.fixture(scope="module", params=mostly_long(["qlora", "spul"], "spul"))
 def killed(request, tiny_model, fine_tuned, small_data, tmp_path_factory):
     """(script, its arguments, the folder in which it was killed)."""
     cwd = tmp_path_factory.mktemp(request.param)

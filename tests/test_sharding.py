@@ -10,6 +10,7 @@ import scripts
 import several
 import tiny
 import torch
+from marks import mostly_long
 from safetensors.torch import load_file
 from scripts import done, numbers, refused
 from transformers import AutoConfig, BitsAndBytesConfig
@@ -34,6 +35,8 @@ CASES = {
     "npo": ("baselines", *scripts.BASELINES, "--unlearn_method=npo", "--lr=1e-4", "--gradient_checkpointing"),
     "rmu": ("baselines", *scripts.BASELINES, "--unlearn_method=rmu", "--lr=1e-4", "--rmu_layer=2"),
 }
+
+FIRST = "spul", "full"  # the others take as long again
 
 
 def command(case, tiny_model, small_data, *more):
@@ -64,16 +67,13 @@ def runs(tiny_model, small_data, asked, tmp_path_factory):
 
     One launch runs all that two processes do, since a launch takes seconds.
     """
-    names = [*CASES, "inference", "eco", "stopped"]
+    names = [*FIRST, "inference", "stopped"]
     folders = {name: tuple(tmp_path_factory.mktemp(f"{name}-{n}") for n in (1, 2)) for name in names}
-    words = {case: command(case, tiny_model, small_data) for case in CASES}
+    words = {case: command(case, tiny_model, small_data) for case in FIRST}
     saved = folders["spul"][0] / "out", folders["full"][0] / "out"
     few = "--max_new_tokens=6", "--eval_batch_size=2", "--max_eval_samples=3", "--output_path=out"
     words["inference"] = "inference_spul", *scripts.ROWS, f"--dataset={asked}", *few
     words["inference"] = *words["inference"], "--model_checkpoints", *map(str, saved)
-    gate = "--eco_classifier=features", "--eco_max_fpr=0.3", "--eco_samples=7", "--eco_steps=1", "--eco_target=0.5"
-    words["eco"] = "baselines", *scripts.ROWS, f"--model_checkpoints={tiny_model}", f"--dataset={small_data}", *gate
-    words["eco"] = *words["eco"], "--unlearn_method=eco", "--output_path=out", "--max_eval_samples=3"
     for name, command_line in words.items():
         done(scripts.call(folders[name][0], *command_line))
     stopped = *words["full"], "--save_steps=2"
@@ -90,6 +90,22 @@ def runs(tiny_model, small_data, asked, tmp_path_factory):
     assert read_state(state_path(first / "out"))["log"][-1]["step"] == 2
     resumed = done(scripts.call(first, *stopped, "--shard", "--resume"))  # alone, --shard changes nothing, and says so
     assert "there is only one" in resumed.stderr and "after step 2" in resumed.stdout
+    return folders
+
+
+@pytest.fixture(scope="module")
+def more_runs(tiny_model, small_data, tmp_path_factory):
+    """The same of the other cases and of "eco", in a launch of their own."""
+    words = {case: command(case, tiny_model, small_data) for case in CASES if case not in FIRST}
+    gate = "--eco_classifier=features", "--eco_max_fpr=0.3", "--eco_samples=7", "--eco_steps=1", "--eco_target=0.5"
+    words["eco"] = "baselines", *scripts.ROWS, f"--model_checkpoints={tiny_model}", f"--dataset={small_data}", *gate
+    words["eco"] = *words["eco"], "--unlearn_method=eco", "--output_path=out", "--max_eval_samples=3"
+    folders = {name: tuple(tmp_path_factory.mktemp(f"{name}-{n}") for n in (1, 2)) for name in words}
+    for name, command_line in words.items():
+        done(scripts.call(folders[name][0], *command_line))
+    jobs = [partial(scripts.call, folders[name][1], *words[name], "--shard") for name in words]
+    for result in several.in_turn(2, jobs)[0]:
+        done(result)
     return folders
 
 
@@ -117,9 +133,9 @@ def assert_same(folder, other):
     return expected
 
 
-@pytest.mark.parametrize("case", CASES)
-def test_shards_train_and_score_as_the_whole_model(case, runs):
-    alone, sharded = runs[case]
+@pytest.mark.parametrize("case", mostly_long(CASES, *FIRST))
+def test_shards_train_and_score_as_the_whole_model(case, request):
+    alone, sharded = request.getfixturevalue("runs" if case in FIRST else "more_runs")[case]
     assert_same(sharded, alone)
     assert scripts.names(sharded / "out") == scripts.names(alone / "out")
 
@@ -129,10 +145,11 @@ def test_a_run_goes_on_with_or_without_shards(runs):
         assert_same(folder, runs["full"][0])
 
 
-@pytest.mark.parametrize("case", ["inference", "eco"])
-def test_passes_that_only_some_processes_make(case, runs):
+@pytest.mark.parametrize("case", mostly_long(["inference", "eco"], "inference"))
+def test_passes_that_only_some_processes_make(case, request):
     """Generation, multi-token answers, hidden states for a gate, ECO's search."""
-    alone, sharded = (json.loads((folder / "out/metrics.json").read_text()) for folder in runs[case])
+    folders = request.getfixturevalue("more_runs" if case == "eco" else "runs")[case]
+    alone, sharded = (json.loads((folder / "out/metrics.json").read_text()) for folder in folders)
     assert len(alone) == len(sharded)
     for expected, record in zip(alone, sharded):
         assert {**record, "splits": 0, "seconds": 0}.keys() == {**expected, "splits": 0, "seconds": 0}.keys()

@@ -40,6 +40,7 @@ def test_the_script_makes_the_committed_files_again(tmp_path):
         assert (tmp_path / f"{split}.csv").read_bytes() == (FOLDER / f"{split}.csv").read_bytes(), split
 
 
+@pytest.mark.long
 def test_a_wrong_sdist_is_refused(tmp_path):
     (tmp_path / "wrong.tar.gz").write_bytes(b"not an archive")
     for sdist in (tmp_path / "wrong.tar.gz", tmp_path / "missing.tar.gz"):

@@ -6,6 +6,7 @@ import asking
 import pytest
 import scripts
 import tiny
+from marks import mostly_long
 from scripts import call, done, metrics_of
 
 from utils.audit.names import AUDIT_NAMES
@@ -36,7 +37,7 @@ def flags_of(kind):
     return (*FLAGS, "--max_new_tokens=5") if TASKS[kind].generates else FLAGS
 
 
-@pytest.fixture(scope="module", params=METHODS)
+@pytest.fixture(scope="module", params=mostly_long(METHODS, "multiple_choice", "question_answering"))
 def runs(request, tmp_path_factory, tiny_model):
     """(folder of all runs of a task, its kind, what was printed by the last one)."""
     kind, folder = request.param, tmp_path_factory.mktemp(request.param)
