@@ -110,7 +110,7 @@ def test_evaluation_and_the_fit(tmp_path, tiny_model):
 
 @pytest.mark.parametrize("work", ["spul", "lora"])
 def test_where_the_time_of_a_step_goes(tmp_path, tiny_model, work):
-    how = f"--model={tiny_model}", f"--work={work}", "--rows=2", "--tokens=8", "--steps=1", "--shown=3"
+    how = f"--model={tiny_model}", f"--work={work}", "--rows=2", "--tokens=8", "--shortest=5", "--steps=1", "--shown=3"
     said = scripts.done(scripts.call(tmp_path, "operators", *how)).stdout.splitlines()
     assert re.fullmatch(r"\d+\.\d\d CPU seconds a step, (float32|bfloat16), 1 threads", said[0])
     shares = [float(re.search(r"([\d.]+) % +\d+ calls", line)[1]) for line in said[2:]]

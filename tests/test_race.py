@@ -11,6 +11,7 @@ import scripts
 from scripts import done, stop_at
 
 from utils import race
+from utils.errors import note_once
 from utils.storage.outputs import state_path
 from utils.training.state import read_state
 
@@ -164,3 +165,11 @@ def test_a_run_stops_only_while_it_keeps_the_others(fine_tuned, small_data, tmp_
 )
 def test_a_run_that_could_not_stop_is_refused(flags, sentence, tmp_path):
     scripts.refused(tmp_path, sentence, "spul", "--model_checkpoints=m", *flags)
+
+
+def test_a_goal_finer_than_a_row_is_noted(capsys):
+    note_once.cache_clear()
+    race.note_if_coarse(100, 0.01, "--curve_samples")
+    assert capsys.readouterr().err == ""
+    race.note_if_coarse(48, 0.01, "--curve_samples")
+    assert "one of 48 rows of test_retain is 2.1 points, more than --retain_drop (1)" in capsys.readouterr().err

@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from utils import cli, runs
+from utils.errors import note_once
 
 WRITTEN = ("race.json", "metrics.json", "table.md", "race.png")
 ROUTES = {"published": "SPUL as published", "spul": "SPUL", "gated": "SPUL behind a gate"}
@@ -99,6 +100,8 @@ def run(work: "Workplace", args: Namespace) -> tuple[dict[str, Any], list[dict]]
     start, before = work.evaluate("fine-tuned", args.model_checkpoints, args.curve_samples)
     full, record = work.evaluate("fine-tuned", args.model_checkpoints, args.max_eval_samples)
     kept = least_kept(start, args)
+    note_if_coarse(rows_of(before)["test_retain"], args.retain_drop, "--curve_samples")
+    note_if_coarse(rows_of(record)["test_retain"], args.retain_drop, "--max_eval_samples")
     routes, records = {}, [record]
     for name in args.routes:
         path = work.route(name, kept)
@@ -148,6 +151,13 @@ def reached(found: dict[str, float], tuned: dict[str, float], args: Namespace) -
 def least_kept(tuned: dict[str, float], args: Namespace) -> float:
     """The lowest accuracy on test_retain that is at the goal; a hair lower, since floats round."""
     return max(0.0, tuned["test_retain"] - args.retain_drop - 1e-9)
+
+
+def note_if_coarse(n: int, drop: float, flag: str) -> None:
+    """Say so where one of `n` rows of test_retain is more than the `drop` that is allowed: then none may be lost."""
+    if n * drop < 1:
+        lost = f"one of {n} rows of test_retain is {100 / n:.1f} points, more than --retain_drop ({100 * drop:g})"
+        note_once(f"{lost}, so that not one may be lost; raise {flag}")
 
 
 def rows_of(record: dict) -> dict[str, int]:

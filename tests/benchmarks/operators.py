@@ -19,7 +19,9 @@ def parse_args():
     parser.add_argument("--model", type=cli.path, default="data/models/smollm2", help="a plain model: folder or hub id")
     parser.add_argument("--work", choices=["spul", "lora"], default="spul", help="a prompt, or qlora.py's adapter")
     parser.add_argument("--rows", type=cli.positive_int, default=4, help="of a step")
-    parser.add_argument("--tokens", type=cli.positive_int, default=96, help="of a row; the last one is predicted")
+    parser.add_argument("--tokens", type=cli.positive_int, default=96, help="of the longest row")
+    parser.add_argument("--shortest", type=cli.positive_int, help="tokens of the shortest row (default: all alike)")
+    parser.add_argument("--micro_batch_size", type=cli.positive_int, help="as in scripts")
     parser.add_argument("--quantization", choices=["none", "nf4"], default="none", help="of the frozen base")
     parser.add_argument(
         "--attn_implementation", choices=["auto", "eager", "sdpa"], default="auto", help="as in scripts"
@@ -65,22 +67,32 @@ def main(args):
 
 
 def make_step(args, model):
-    """Forward and backward pass of SPUL's L_r behind 30 virtual tokens, or of qlora.py's loss, on random tokens."""
+    """Forward and backward pass of SPUL's L_r behind 30 virtual tokens, or of qlora.py's loss.
+
+    The rows are random tokens, after which one more is predicted; their lengths lie evenly between the two given.
+    """
     import torch
 
-    from utils.data.batch import Example
+    from utils.data.batch import Example, micro_batches
     from utils.models.adapters import LoraSettings, add_lora
     from utils.unlearning.objectives import FineTuning, PromptTuning
 
     torch.manual_seed(42)
+    lengths = torch.linspace(args.shortest or args.tokens, args.tokens, args.rows).int().tolist()
     tokens = torch.randint(5, model.config.vocab_size, (args.rows, args.tokens + 1)).tolist()
-    rows, numbers = [Example(tuple(row[:-1]), (row[-1],)) for row in tokens], list(range(args.rows))
+    rows = [Example(tuple(row[:n]), (row[-1],)) for row, n in zip(tokens, lengths)]
+    parts = micro_batches(range(args.rows), rows, args.micro_batch_size, model.device.type)
     if args.work == "lora":
         objective = FineTuning(add_lora(model, LoraSettings()).train(), rows, 0)
     else:
         encoder = torch.nn.Embedding(30, model.config.hidden_size)
         objective = PromptTuning(model, lambda: encoder.weight, rows, 0, None, 1.0, 0.0)
-    return lambda: objective(numbers, 0, args.rows)[0].backward()
+
+    def step():
+        for part in parts:
+            objective(part, 0, args.rows)[0].backward()
+
+    return step
 
 
 def seconds_of(step, n):
