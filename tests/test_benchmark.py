@@ -2,6 +2,7 @@
 
 import json
 import re
+import sys
 from pathlib import Path
 
 import pytest
@@ -93,11 +94,25 @@ def test_the_tables_of_models_that_nobody_holds(tmp_path, monkeypatch):
     assert scripts.tree(tmp_path) == {}
 
 
+def test_bfloat16_is_timed_where_a_device_computes_in_it(monkeypatch):
+    import bench
+
+    monkeypatch.setattr(sys, "argv", ["bench.py"])
+    args, parts = bench.parse_args(), {}
+    for fast in (False, True):
+        monkeypatch.setattr(bench, "computes_in_bfloat16", lambda _: fast)
+        parts[fast] = {cell.part for cell in bench.cells(args) if any(v.dtype == "bfloat16" for v in cell.variants)}
+    assert parts == {False: set(), True: {"training", "reference", "inference"}}
+
+
 def ours_seconds(records):
     return records["SPUL, p = 30", "ours", "float32"]["seconds"][0]
 
 
-def test_evaluation_and_the_fit(tmp_path, tiny_model):
+def test_evaluation_and_the_fit(tmp_path, tiny_model, monkeypatch):
+    import bench
+
+    monkeypatch.setattr(bench, "computes_in_bfloat16", lambda _: True)
     arguments = f"--model={tiny_model}", "--parts", "rows", "reference", "inference", "--output_path=out"
     said = scripts.done(scripts.call(tmp_path, "bench", *SMALL, *arguments)).stdout
     result = json.loads((tmp_path / "out" / "bench.json").read_text())
