@@ -252,10 +252,11 @@ def _continued(texts, row, n_words):
 
 
 def matmul_rate(dtype: str, device: str) -> float:
-    """Floating-point operations a second of a large square matrix product: the best of a few. The size grows while a
-    product takes next to no time: a processor that only emulates bfloat16 needs minutes for a large one."""
+    """Floating-point operations a second of a large square matrix product: the median of two seconds of them, since a
+    processor may be faster for a moment than it can stay. The size grows while a product takes next to no time: a
+    processor that only emulates bfloat16 needs minutes for a large one."""
     n, largest, times = 256, 2048 if device == "cpu" else 8192, []
-    while len(times) < 6:
+    while len(times) < 6 or sum(times) < 2:
         a, b = (torch.randn(n, n, device=device).to(getattr(torch, dtype)) for _ in range(2))
         start = time.perf_counter()
         (a @ b)[0, 0].item()  # waits for the device
@@ -264,7 +265,7 @@ def matmul_rate(dtype: str, device: str) -> float:
             n *= 2
         else:
             times.append(seconds)
-    return 2 * n**3 / min(times)
+    return 2 * n**3 / median(times)
 
 
 def _count_weights(link):
