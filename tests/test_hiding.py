@@ -221,7 +221,7 @@ def test_words_of_several_tokens_through_the_command(fine_tuned, small_data, tmp
 
 @pytest.mark.slow
 def test_hide_like_follows_the_other_model(tiny_model, retain_model, small_data, tmp_path):
-    flags = *ALONE, "--lr=1e-2", "--num_epochs=8", "--hide=20"
+    flags = *ALONE, "--lr=1e-2", "--num_epochs=14", "--hide=20"
     log, said = spul(tmp_path, tiny_model, small_data, *flags, f"--hide_like={retain_model}")
     r, q = (scored(checkpoint, small_data) for checkpoint in (retain_model, tmp_path / "out"))
     assert word_kl(r, q.log()).mean() < log[0]["L_hide"] / 3

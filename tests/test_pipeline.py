@@ -670,7 +670,8 @@ def test_new_text_is_answered_with_and_without_the_prompt(prompt, fine_tuned, sm
     assert [line["with prompt"] for line in answers] != [line["without prompt"] for line in answers]
     for line in answers:
         assert list(line) == ["text", "without prompt", "with prompt"]
-        assert all(0 < line[key]["probability"] <= 1 for key in ("without prompt", "with prompt"))
+        found = [line[key]["probability"] for key in ("without prompt", "with prompt")]
+        assert all(0 < probability <= 1 for probability in found), found
     assert names(tmp_path) == set()
 
 

@@ -30,7 +30,7 @@ CASES = {
         "spul", *scripts.SPUL, "--train_batch_size=23", "--num_epochs=2", "--micro_batch_size=6"
     ),
     "all weights": ("baselines", *scripts.ROWS, "--unlearn_method=gradient_ascent_kl", "--train_batch_size=8"),
-    "LoRA without dropout": ("qlora", *scripts.QLORA, "--lora_dropout=0", "--length_pool=1"),
+    "LoRA without dropout": ("qlora", *scripts.QLORA, "--lora_dropout=0", "--length_pool=1", "--micro_batch_size=8"),
 }  # fmt: skip
 
 

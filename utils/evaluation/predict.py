@@ -146,9 +146,14 @@ def _answer(
         answers = answer_texts(model, texts, task, max_length, batch_size)
         _, said = model.decide(texts)
         for row, (word, probability), gate in zip(rows, answers, said):
-            row[variant] = {"answer": word, "probability": round(probability, 4)} | gate
+            row[variant] = {"answer": word, "probability": _four_digits(probability)} | gate
             if gate:
-                row[variant]["gate_probability"] = round(gate["gate_probability"], 4)
+                row[variant]["gate_probability"] = _four_digits(gate["gate_probability"])
+
+
+def _four_digits(probability: float) -> float:
+    """Rounded to four significant digits, so that what is small is not 0."""
+    return float(f"{probability:.4g}")
 
 
 def shown(row: dict[str, Any], as_json: bool) -> str:
