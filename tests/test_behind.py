@@ -276,6 +276,7 @@ def test_a_gate_without_a_mistake_leaves_rows_to_forget_alone(fine_tuned, small_
     assert metrics_of(tmp_path / "out")[1]["splits"]["train_retain"]["loss"] == before["loss"]
 
 
+@pytest.mark.long
 def test_dry_run_says_how_many_rows_are_left(fine_tuned, small_data, tmp_path):
     for kind in ("plan", "probe"):
         result = done(spul(tmp_path, fine_tuned, small_data, *GATE, f"--dry_run={kind}"))

@@ -645,6 +645,7 @@ def test_new_text_shows_flag_probability_and_both_answers(checkpoint, prompt, sm
     assert ": flagged)" in said and ": let through)" in said
 
 
+@pytest.mark.long
 def test_two_processes_learn_the_same_gate(tiny_model, small_data, checkpoint, fine_tuned, tmp_path):
     """Where the classifiers of two processes disagree, the main one's word counts."""
 

@@ -133,6 +133,7 @@ def test_corruption(model):
     assert_same(ours(model, rows(), applied=applied), wanted)
 
 
+@pytest.mark.long
 def test_corruption_behind_virtual_tokens(model):
     prompt, applied = virtual_tokens(model), corruption(model)
     wanted = one_by_one(model, rows(), prompt, applied)

@@ -194,9 +194,10 @@ def test_off_is_bit_for_bit_what_it_was(fine_tuned, small_data, tmp_path, monkey
 @pytest.mark.slow
 def test_hiding_levels_the_label_words(fine_tuned, small_data, tmp_path):
     """The labels are memorised before. Refusing alone leaves one word far ahead; with --hide it loses its lead."""
-    without, _ = spul(tmp_path, fine_tuned, small_data, *ALONE)
+    flags = *ALONE, "--lr=3e-3", "--num_epochs=16"
+    without, _ = spul(tmp_path, fine_tuned, small_data, *flags)
     left = uneven(scored(tmp_path / "out", small_data))
-    log, _ = spul(tmp_path, fine_tuned, small_data, *ALONE, "--hide=20")
+    log, _ = spul(tmp_path, fine_tuned, small_data, *flags, "--hide=20")
     assert uneven(scored(tmp_path / "out", small_data)) < left / 2
     assert log[-1]["L_hide"] < log[0]["L_hide"] / 2
     for line in log:
@@ -219,6 +220,7 @@ def test_words_of_several_tokens_through_the_command(fine_tuned, small_data, tmp
     assert line["loss"] == pytest.approx(parts, rel=1e-5)
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_hide_like_follows_the_other_model(tiny_model, retain_model, small_data, tmp_path):
     flags = *ALONE, "--lr=1e-2", "--num_epochs=14", "--hide=20"

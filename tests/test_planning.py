@@ -250,6 +250,7 @@ def test_what_makes_a_step_larger_or_smaller():
 LONG = tuple(Example((5 + i,) * 10, tuple(range(7 + i, 107 + i)), forget=i > 3) for i in range(8))  # 800 to predict
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "prepare", [partial(of_prompt, rows=LONG), partial(of_lora, rows=LONG)], ids=["prompt", "adapter"]
 )

@@ -222,6 +222,7 @@ def test_rows_that_are_gone_are_left_out_with_a_note(copy):
     assert list(metrics_of(copy / "out")[0]["requests"]["interference"]) == ["niro"]
 
 
+@pytest.mark.long
 def test_two_processes_serve_what_one_does(copy):
     main, second = several.call(copy, 2, "inference_spul", "--requests=requests.json", "--add=niro=niro")
     assert "niro" in done(main).stdout and (second.code, second.stdout) == (0, "")

@@ -185,6 +185,7 @@ def test_off_is_what_it_was(frames, monkeypatch):
     assert not plain.description["augmented"] and "rewritings_plain" not in plain.description
 
 
+@pytest.mark.long
 def test_augmentation_finds_more_rewritten_rows_at_the_same_rate(frames, monkeypatch):
     found = trained(frames, monkeypatch, gate_augment=True).description
     GateFile.model_validate(json.loads(json.dumps(found)))
