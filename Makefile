@@ -80,7 +80,7 @@ EDITS := npo gradient_ascent_descent
 OTHERS := $(addprefix $(GATED)-others/,names no-names eco $(EDITS))
 SHADOWS := $(addprefix $(TUNED)-shadow,0 1 2 3 4 5 6 7)
 
-# What each route of make race has until its goal, of which a point may be lost: half of it to what the gate flags wrongly.
+# What each route of make race has until its goal. The goal lets one point of test_retain go; the gate may take half of it.
 MINUTES ?= 15
 
 .PHONY: demo demo-names race audit shadows compare bench test test-all test-latest lock lint

@@ -232,7 +232,7 @@ def test_importing_bitsandbytes_asks_no_hub_and_says_nothing(tmp_path, installed
 
 
 def test_importing_bitsandbytes_leaves_the_compiler_for_later():
-    """Of the libraries that import PyTorch's compiler by themselves when a model is loaded, none is imported here."""
+    """Dynamo and Inductor are not imported, and torch.compile is afterwards what it was."""
     check = "import sys, torch; own = torch.compile; import utils.models; print(torch.compile is own)\n"
     check += "print([name for name in ('torch._dynamo', 'torch._inductor.compile_fx') if name in sys.modules])"
     ended = subprocess.run([sys.executable, "-c", check], cwd=scripts.ROOT, capture_output=True, text=True, check=True)

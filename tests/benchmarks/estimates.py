@@ -252,14 +252,8 @@ def planned_sizes(kind, model, rows, processes=1):
     script, more = kind
     command = [script, f"--{'model_name' if script == 'qlora' else 'model_checkpoints'}={model}", f"--dataset={rows}"]
     command += [f"--max_length={TOKENS + 1}"]  # the label, which is not read
-    at_once = f"--micro_batch_size={ROWS}"  # as on a GPU; a CPU, which plans here, would cut the step
-    command += [
-        f"--train_batch_size={ROWS}",
-        at_once,
-        f"--eval_batch_size={ROWS}",
-        "--dry_run",
-        "--attn_implementation=sdpa",
-    ]
+    command += [f"--train_batch_size={ROWS}", f"--eval_batch_size={ROWS}", "--dry_run", "--attn_implementation=sdpa"]
+    command += [f"--micro_batch_size={ROWS}"]  # as on a GPU; a CPU, which plans here, would cut the step
     command += ["--dtype=bfloat16", "--device=cpu", *more, f"--output_path={model}-out"]
     module = importlib.import_module(script)
     with mock.patch.object(sys, "argv", command):

@@ -196,11 +196,8 @@ class Training:
                 self._save(optimizer, schedule, log)
         bar.close()
         if rows:
-            with torch.no_grad():  # no logged loss has seen the last update
-                last = 0.0
-                for part in self.micro_batches(rows)[:1]:
-                    value = self.loss(part or rows[:1], 1, 1)[0]  # see accumulate
-                    last = float(value) if part else last
+            with torch.no_grad():  # no logged loss has seen the last update; of an empty part see accumulate
+                last = sum(float(self.loss(part or rows[:1], 1, 1)[0]) for part in self.micro_batches(rows)[:1])
             self._refuse_non_finite({"step": step, **distributed.all_reduce({"loss": last})})
             self._save(optimizer, schedule, log)  # evaluation is still to come
         self.cost = {
