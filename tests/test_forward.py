@@ -18,8 +18,15 @@ from utils.interventions.prompt_encoders import Prompt, VirtualTokens
 from utils.interventions.served import Served
 from utils.models import attention as attentions
 from utils.models import forward
-from utils.models.attention import CAUSAL, GROUPED, GROUPED_UP_TO, set_attention
-from utils.models.forward import _run, completion_hidden, completion_logits, gather_before_head, prompt_prefix
+from utils.models.attention import CAUSAL, GROUPED, KEPT_UP_TO, QUERIES, grouped_attention
+from utils.models.forward import (
+    _run,
+    completion_hidden,
+    completion_logits,
+    gather_before_head,
+    prompt_prefix,
+    shared_prefix,
+)
 from utils.models.layers import checkpoint_layers, compile_decoder
 from utils.tasks.rows import load_splits
 from utils.unlearning import losses, reference
@@ -109,12 +116,11 @@ def test_other_attention_gives_the_same(architecture, attention):
     assert torch.allclose(gradient(prompt, logits), wanted, atol=2e-5 * wanted.abs().max().item())
 
 
-def test_grouped_attention_drops_out_like_eager_attention():
-    """Only in training mode, and the same shares for the same random state."""
-    eager, model = with_attention("llama", GROUPED)
-    ids = torch.arange(2, 34)[None]  # as many as need no spare keys, which would draw random numbers of their own
-    answers = []
-    for each in (eager, model):
+def test_grouped_attention_drops_out_in_training_mode():
+    """By SDPA: the same shares for the same random state, and none in evaluation."""
+    model, sdpa = (with_attention("llama", attention)[1] for attention in (GROUPED, "sdpa"))
+    ids, answers = torch.arange(2, 34)[None], []
+    for each in (sdpa, model):
         for layer in each.model.layers:
             layer.self_attn.attention_dropout = 0.5
         torch.manual_seed(3)
@@ -122,6 +128,53 @@ def test_grouped_attention_drops_out_like_eager_attention():
     (still, dropped), (grouped_still, grouped_dropped) = answers
     assert torch.allclose(still, grouped_still, atol=2e-5) and torch.allclose(dropped, grouped_dropped, atol=2e-5)
     assert not torch.allclose(still, dropped, atol=1e-2)
+
+
+def by_hand(query, key, value, scale, mask=None):
+    """softmax(Q K^T scale + mask) V in float64, keys copied for each query head. No mask: what is later is hidden."""
+    query, key, value = (t.double().repeat_interleave(query.shape[1] // t.shape[1], 1) for t in (query, key, value))
+    if mask is None:
+        hidden = torch.ones(query.shape[2], key.shape[2], dtype=torch.bool).triu(1 + key.shape[2] - query.shape[2])
+        mask = torch.zeros(hidden.shape).masked_fill(hidden, -torch.inf)
+    return ((query @ key.mT * scale + mask).softmax(-1) @ value).transpose(1, 2)
+
+
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("in_front", [0, 7])
+@pytest.mark.parametrize("length", [1, 5, QUERIES, QUERIES + 1, KEPT_UP_TO + 3, 3 * QUERIES])
+def test_attention_in_blocks(length, in_front, masked, dtype, tolerance):
+    """One block or several, shares kept or computed again: outputs and gradients are those of the formula."""
+    torch.manual_seed(0)
+    query, key, value = (
+        torch.randn(2, heads, n, width).to(dtype).requires_grad_()
+        for heads, n, width in ((6, length, 8), (3, length + in_front, 8), (3, length + in_front, 5))
+    )
+    mask = None
+    if masked:  # what comes later, and some keys in front of the second row
+        mask = torch.zeros(2, 1, length, length + in_front)
+        mask.masked_fill_(torch.ones(mask.shape[2:], dtype=torch.bool).triu(1 + in_front), -torch.inf)
+        mask[1, :, :, 1 : 1 + in_front // 2] = -torch.inf
+    found, _ = grouped_attention(torch.nn.Module(), query, key, value, mask, scaling=0.3)
+    expected = by_hand(query, key, value, 0.3, mask)
+    assert found.shape == expected.shape == (2, length, 6, 5)
+    assert (found - expected).norm() < tolerance * expected.norm()
+    weights = torch.randn(found.shape)
+    both = (torch.autograd.grad((out * weights).sum(), (query, key, value)) for out in (found, expected))
+    for got, wanted in zip(*both):
+        assert (got - wanted).norm() <= tolerance * (wanted.norm() + 1e-6)
+
+
+def test_attention_in_blocks_keeps_only_short_shares():
+    """What the backward pass needs of a long row grows with its length, not with its square."""
+    kept = []
+    for length in (KEPT_UP_TO, KEPT_UP_TO + 1):
+        tensors = [torch.randn(1, 1, length, 4, requires_grad=True) for _ in range(3)]
+        sizes = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: sizes.append(t.numel()) or t, lambda t: t):
+            grouped_attention(torch.nn.Module(), *tensors, None)
+        kept.append(sum(sizes))
+    assert kept[1] < kept[0] / 4
 
 
 @pytest.mark.parametrize("architecture, masks", [("llama", 0), ("mistral", 1)])
@@ -280,15 +333,20 @@ def test_checkpointing_keeps_less_for_the_backward_pass(architecture):
     assert kept[1] == kept[2]  # results that are kept lie elsewhere: see test_planning.py
 
 
-def test_checkpointing_where_prompt_and_rows_choose_other_attention():
-    """Rows too long for grouped attention behind a prompt that is not: the second time each computes as the first."""
-    eager, model = with_attention("llama", "sdpa")
-    set_attention(model, "auto", "cpu")
-    checkpoint_layers(model)
-    examples, prompt = rows(lengths=[(GROUPED_UP_TO, 1), (5, 2)]), virtual_tokens(model)
-    wanted = gradient(prompt, plain_logits(eager, examples, prompt))
-    found = gradient(prompt, completion_logits(model, collate(examples, 1, "cpu"), prompt_prefix(model, prompt)))
-    assert torch.allclose(found, wanted, atol=2e-5 * wanted.abs().max().item())
+def test_parts_of_a_step_share_the_pass_over_the_prompt(monkeypatch, model):
+    """Gradients are those of parts that compute it each for itself, and it is computed once."""
+    batches, prompt, passes = [collate(rows(seed), 1, "cpu") for seed in (3, 4)], virtual_tokens(model), []
+    wanted = sum(gradient(prompt, completion_logits(model, b, prompt_prefix(model, prompt))) for b in batches)
+    prompt.grad, kept = None, forward._kept
+    monkeypatch.setattr(forward, "_kept", lambda *given: passes.append(given) or kept(*given))
+    prefix = prompt_prefix(model, prompt)
+    with shared_prefix(prefix) as copied:
+        for batch in batches:
+            logits = completion_logits(model, batch, copied())
+            (logits * torch.sin(torch.arange(logits.numel(), dtype=torch.float32)).view_as(logits)).sum().backward()
+        assert prompt.grad is None
+    assert len(passes) == (not isinstance(prefix, torch.Tensor))
+    assert torch.allclose(prompt.grad, wanted, atol=2e-5 * wanted.abs().max().item())
 
 
 def test_a_prefix_serves_several_batches(llama):

@@ -22,7 +22,7 @@ from transformers import (
 from utils.data.batch import Example, collate
 from utils.errors import UserError
 from utils.interventions.corruption import Corruption
-from utils.models.attention import CAUSAL, GROUPED, set_attention
+from utils.models.attention import CAUSAL, GROUPED, QUERIES
 from utils.models.forward import completion_logits, prompt_prefix
 from utils.models.generate import generate
 
@@ -153,11 +153,10 @@ def test_other_attention_and_lengths(architecture, attention, lengths):
         assert_same(ours(model, rows(lengths=lengths), prompt=given, applied=applied), wanted)
 
 
-def test_attention_that_changes_on_the_way():
-    """--attn_implementation=auto goes over to SDPA where the rows have become too long."""
-    eager, model = build("llama"), build("llama", "sdpa")
-    set_attention(model, "auto", "cpu")
-    examples, prompt = rows(lengths=[248, 40]), virtual_tokens(eager)
+def test_rows_of_several_blocks():
+    """Prompts of more queries than attention takes at once, and of fewer."""
+    eager, model = build("llama"), build("llama", GROUPED)
+    examples, prompt = rows(lengths=[2 * QUERIES - 8, 40]), virtual_tokens(eager)
     assert_same(ours(model, examples, prompt=prompt_prefix(model, prompt)), one_by_one(eager, examples, prompt))
 
 

@@ -1,5 +1,6 @@
 """Loading any causal language model from a folder, its tokenizer, and LoRA on it."""
 
+import copy
 import json
 import os
 import shutil
@@ -11,12 +12,12 @@ import pytest
 import scripts
 import tiny
 import torch
-from transformers import AttentionInterface
+from transformers import AttentionInterface, AttentionMaskInterface, LlamaForCausalLM, masking_utils
 
 from utils.errors import UserError
-from utils.models import attention, base, quiet
+from utils.models import attention, base, forward, quiet
 from utils.models.adapters import LoraSettings, add_lora
-from utils.models.attention import CAUSAL, GROUPED, GROUPED_UP_TO
+from utils.models.attention import GROUPED
 from utils.models.base import ModelSettings, load_base, load_tokenizer, pick_device
 from utils.models.chain import resolve_chain, short_name
 from utils.models.lengths import check_length
@@ -151,41 +152,58 @@ def test_folders_carry_the_base_model_s_name_in_lower_case(tiny_model, fine_tune
     assert {name: short_name(name) for name in names} == names
 
 
-def attention_of(model, width, p=0):
-    """What the model computes a batch of that width with."""
-    from utils.data.batch import Example, collate
-    from utils.models.forward import completion_logits, prompt_prefix
-
-    prefix = prompt_prefix(model, torch.zeros(p, 128)) if p else None
-    completion_logits(model, collate([Example(tuple(range(2, 2 + width)), (3,))], 1, "cpu"), prefix)
-    return model.config._attn_implementation
+def test_attention_on_a_cpu(saved):
+    """Ours takes the place of SDPA. Gemma-2 caps its scores, which only eager attention does."""
+    model = load(saved)
+    expected = "eager" if model.config.model_type == "gemma2" else GROUPED
+    assert model.config._attn_implementation == expected
 
 
-def test_attention_is_chosen_by_the_width_of_a_batch_on_a_cpu(saved):
-    """Virtual tokens count. Gemma-2 caps its scores, which only eager attention does."""
-    model, limit = load(saved), GROUPED_UP_TO
-    if model.config.model_type == "gemma2":
-        assert [attention_of(model, width) for width in (8, limit + 1)] == ["eager", "eager"]
-        return
-    assert [attention_of(model, width) for width in (8, limit, limit + 1, 8)] == [GROUPED, GROUPED, CAUSAL, GROUPED]
-    assert [attention_of(model, limit - 4, p) for p in (4, 5)] == [GROUPED, CAUSAL]
+@pytest.fixture(scope="module")
+def deep_model(tmp_path_factory):
+    """In half precision its layers make two answers of two roundings."""
+    folder, config = tmp_path_factory.mktemp("deep") / "model", copy.deepcopy(tiny.CONFIGS["llama"])
+    config.num_hidden_layers = 24
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(config)
+    for layer in model.model.layers:
+        layer.self_attn.q_proj.weight.data *= 3000
+        layer.self_attn.v_proj.weight.data *= 30
+        layer.self_attn.o_proj.weight.data *= 10
+    model.save_pretrained(folder)
+    tiny.build_tokenizer().save_pretrained(folder)
+    return folder
 
 
-@pytest.mark.parametrize("name", ["grouped_attention", "causal_attention"])
-def test_attention_that_changes_a_models_numbers_is_not_taken(tiny_model, monkeypatch, name):
-    """Each of ours is tried, also the one that no short row of a trial would get."""
-    kind, own = name.removesuffix("_attention"), getattr(attention, name)
-    wrong = lambda *args, **kwargs: (own(*args, **kwargs)[0] * 2, None)  # noqa: E731
-    monkeypatch.setitem(AttentionInterface._global_mapping, kind, wrong)
-    model = load(tiny_model)
-    assert [attention_of(model, width) for width in (8, GROUPED_UP_TO + 1)] == ["sdpa", "sdpa"]
+def test_a_deep_model_in_half_precision_keeps_its_attention(deep_model):
+    model = load(deep_model, dtype="bfloat16")
+    assert model.config._attn_implementation == GROUPED
+    batch = forward.trial_batch(model)
+    with torch.no_grad():
+        own = forward.completion_logits(model, batch)
+        model.set_attn_implementation("sdpa")
+        theirs = forward.completion_logits(model, batch)
+    assert not forward.same_numbers(model, own, theirs)  # though neither is wrong
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("wrong", ["numbers", "mask"])
+def test_attention_that_changes_a_models_numbers_is_not_taken(deep_model, monkeypatch, wrong, dtype):
+    own = attention.grouped_attention
+    if wrong == "numbers":
+        larger = lambda *args, **kwargs: (own(*args, **kwargs)[0] * 1.01, None)  # noqa: E731
+        monkeypatch.setitem(AttentionInterface._global_mapping, GROUPED, larger)
+    else:
+        nothing = lambda **sizes: masking_utils.eager_mask(**sizes) * 0  # noqa: E731
+        monkeypatch.setitem(AttentionMaskInterface._global_mapping, GROUPED, nothing)
+    assert load(deep_model, dtype=dtype).config._attn_implementation == "sdpa"
 
 
 @pytest.mark.parametrize("choice", ["eager", "sdpa"])
 def test_attention_as_asked_for(tiny_model, choice):
     link = resolve_chain(str(tiny_model))[0]
     model = load_base(link, ModelSettings(**vars(tiny.ON_CPU) | {"attn_implementation": choice}))
-    assert [attention_of(model, width) for width in (8, GROUPED_UP_TO + 1)] == [choice, choice]
+    assert model.config._attn_implementation == choice
 
 
 def test_attention_that_is_not_there_is_refused(tiny_model, tmp_path):

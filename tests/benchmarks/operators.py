@@ -75,6 +75,7 @@ def make_step(args, model):
 
     from utils.data.batch import Example, micro_batches
     from utils.models.adapters import LoraSettings, add_lora
+    from utils.training.loop import whole_step
     from utils.unlearning.objectives import FineTuning, PromptTuning
 
     torch.manual_seed(42)
@@ -89,8 +90,9 @@ def make_step(args, model):
         objective = PromptTuning(model, lambda: encoder.weight, rows, 0, None, 1.0, 0.0)
 
     def step():
-        for part in parts:
-            objective(part, 0, args.rows)[0].backward()
+        with whole_step(objective):
+            for part in parts:
+                objective(part, 0, args.rows)[0].backward()
 
     return step
 

@@ -1,10 +1,12 @@
-"""How attention is computed: without a mask where padding is behind rows, and for short rows on a CPU without copies.
+"""How attention is computed: without a mask where padding is behind rows, and on a CPU as products of matrices.
 
 A token sees only what stands before it. Padding behind a row's last token is before none of them, so causality alone
 hides it, and no mask is needed. Without one, SDPA takes its fastest kernel, which skips what nobody sees.
 
-Several query heads may share one key head. `grouped_attention` makes them rows of one matrix product, q_1 K^T above
-q_2 K^T. So it needs no copy of K and V for each of them.
+On a CPU `grouped_attention` takes the place of SDPA. Several query heads may share one key head. It makes them rows of
+one matrix product, q_1 K^T above q_2 K^T, and so needs no copy of K and V for each of them. It goes through the queries
+in blocks, each with the keys that its last query sees. The backward pass computes the shares of long rows again, block
+by block, instead of keeping them (Dao et al. 2022, FlashAttention; here a block has all its keys at once).
 """
 
 from collections.abc import Iterator
@@ -12,17 +14,22 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 
 import torch
+from torch.autograd.function import FunctionCtx
+from torch.nn.functional import pad
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import eager_mask, sdpa_mask
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, eager_mask, sdpa_mask
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils import is_flash_attn_2_available
 
 from utils.errors import UserError, first_line
-from utils.models.layers import decoder_of, kept_positions
+from utils.models.layers import decoder_of
 
 SOFTMAX_LANES = 32  # torch's bfloat16 softmax on a CPU takes up to 5 times as long for rows of any other length
+QUERIES = 128  # of a block: fewer take more calls, more compute more of what nobody sees
+KEPT_UP_TO = 256  # queries: the shares of shorter rows are kept for the backward pass
 GROUPED, CAUSAL = "grouped", "causal"  # names of the two below among transformers' attention implementations
-GROUPED_UP_TO = 256  # tokens, virtual ones included: wider batches on a CPU go to CAUSAL
+_BESIDE_SDPA = "beside_sdpa"  # and the one of `compared_with_sdpa`
 _PADDED_BEHIND = ContextVar("padded_behind", default=False)
 
 
@@ -36,20 +43,27 @@ def padded_behind() -> Iterator[None]:
         _PADDED_BEHIND.reset(token)
 
 
-def causal_mask(
-    *, q_length: int, kv_length: int, q_offset: int = 0, kv_offset: int = 0, local_size: int | None = None,
-    allow_is_causal_skip: bool = True, **kwargs: object,
-) -> torch.Tensor | None:  # fmt: skip
-    """The mask for `causal_attention`: none within `padded_behind`, else as transformers makes it for SDPA.
+def _needs_no_mask(
+    q_length: int, kv_length: int, q_offset: int = 0, kv_offset: int = 0, local_size: int | None = None,
+    allow_is_causal_skip: bool = True, **_: object,
+) -> bool:  # fmt: skip
+    """Whether causality hides all that a mask would. The arguments are those of transformers' sdpa_mask.
 
-    The arguments are those of transformers' sdpa_mask. local_size: how many tokens a window shows, None for all.
-    allow_is_causal_skip: False where the architecture hides more than what comes later.
+    local_size: how many tokens a window shows, None for all. allow_is_causal_skip: False where the architecture hides
+    more than what comes later.
     """
     whole = q_offset + q_length == kv_length and not kv_offset and (local_size is None or kv_length <= local_size)
-    if _PADDED_BEHIND.get() and allow_is_causal_skip and whole:
-        return None
-    sizes = {"q_length": q_length, "kv_length": kv_length, "q_offset": q_offset, "kv_offset": kv_offset}
-    return sdpa_mask(**sizes, local_size=local_size, allow_is_causal_skip=allow_is_causal_skip, **kwargs)
+    return _PADDED_BEHIND.get() and allow_is_causal_skip and whole
+
+
+def causal_mask(**sizes: object) -> torch.Tensor | None:
+    """The mask for `causal_attention`: none where `_needs_no_mask`, else as transformers makes it for SDPA."""
+    return None if _needs_no_mask(**sizes) else sdpa_mask(**sizes)
+
+
+def grouped_mask(**sizes: object) -> torch.Tensor | None:
+    """The mask for `grouped_attention`: none where `_needs_no_mask`, else as transformers adds it to scores."""
+    return None if _needs_no_mask(**sizes) else eager_mask(**sizes)
 
 
 def causal_attention(
@@ -69,7 +83,7 @@ def causal_attention(
     if attention_mask is not None or query.shape[2] == 1:
         in_front = 0
     if in_front:
-        query = torch.nn.functional.pad(query, (0, 0, in_front, 0))
+        query = pad(query, (0, 0, in_front, 0))
     mixed, _ = sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
     return mixed[:, in_front:], None
 
@@ -84,33 +98,121 @@ def grouped_attention(
     scaling: float | None = None,
     **kwargs: object,
 ) -> tuple[torch.Tensor, None]:
-    """Attention for short rows on a CPU: (B, T, heads, width) and None, as transformers' interface has it.
+    """Attention on a CPU: (B, T, heads, width) and None, as transformers' interface has it.
 
     query: (B, heads, T, width); key, value: (B, groups, S, width), or with masked keys behind these up to a multiple of
-    SOFTMAX_LANES. attention_mask: (B, 1, T, S), added to the scores. dropout: the probability. scaling: None for
-    1 / sqrt(width). It takes the place of SDPA only; without a mask, or with a bias of positions, it calls SDPA.
+    SOFTMAX_LANES. attention_mask: (B or 1, 1, T, S), added to the scores; None: only what comes later is hidden, and
+    with one query nothing. scaling: None for 1 / sqrt(width). Where scores get a bias of positions, or dropout, it
+    calls SDPA.
     """
-    if attention_mask is None or kwargs.get("position_bias") is not None:
+    if kwargs.get("position_bias") is not None or (dropout and module.training):
         if attention_mask is not None:
             key, value = (kept[:, :, : attention_mask.shape[-1]] for kept in (key, value))
-        return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **kwargs)
-    size, heads, length, width = query.shape
-    seen = attention_mask.shape[-1]
-    spare = -seen % SOFTMAX_LANES  # keys that nobody sees: see SOFTMAX_LANES
+        more = {"dropout": dropout, "scaling": scaling, **kwargs}
+        return causal_attention(module, query, key, value, attention_mask, **more)
+    device = query.device.type
+    if torch.is_autocast_enabled(device):
+        query, key, value = (part.to(torch.get_autocast_dtype(device)) for part in (query, key, value))
+    spare = -key.shape[2] % SOFTMAX_LANES  # keys that nobody sees: see SOFTMAX_LANES
+    seen = key.shape[2] if attention_mask is None else attention_mask.shape[-1]
     if spare:
-        attention_mask = torch.nn.functional.pad(attention_mask, (0, spare), value=-torch.inf)
-        if key.shape[2] == seen:
-            key, value = (torch.nn.functional.pad(kept, (0, 0, 0, spare)) for kept in (key, value))
-    rows, kept = (size * key.shape[1], -1, width), key.shape[2]
-    scores = torch.bmm(query.reshape(rows), key.reshape(rows).transpose(1, 2)).view(size, heads, length, kept)
-    scores = torch.add(attention_mask, scores, alpha=width**-0.5 if scaling is None else scaling)
-    shares = torch.nn.functional.dropout(scores.softmax(-1), dropout, module.training)
-    mixed = torch.bmm(shares.view(rows[0], -1, kept), value.reshape(rows[0], kept, -1))
-    return mixed.view(size, heads, length, -1).transpose(1, 2).contiguous(), None
+        key, value = (pad(kept, (0, 0, 0, spare)) for kept in (key, value))
+    if attention_mask is not None:
+        attention_mask = pad(attention_mask, (0, key.shape[2] - seen), value=-torch.inf)
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    with torch.autocast(device, enabled=False):
+        return _BlockAttention.apply(query, key, value, attention_mask, seen, scale), None
+
+
+class _BlockAttention(torch.autograd.Function):
+    """softmax(Q K^T scale + mask) V, block by block: (B, T, heads, width of V).
+
+    Q: (B, heads, T, width). K, V: (B, groups, S, width), of which the first `seen` keys are real, S a multiple of
+    SOFTMAX_LANES. mask: (B or 1, 1, T, S), or None; then the last query sees all real keys, the one before one less.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: FunctionCtx, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None,
+        seen: int, scale: float,
+    ) -> torch.Tensor:  # fmt: skip
+        size, heads, length, _ = query.shape
+        shape, kept = key.shape, []
+        key, value = key.flatten(0, 1), value.flatten(0, 1)
+        mixed = query.new_empty(size, length, heads, value.shape[-1])
+        for block in _blocks(length):
+            shares = _shares(_rows(query, block, key), key, mask, block, length - seen, scale)
+            found = torch.bmm(shares, value[:, : shares.shape[-1]])
+            mixed[:, block] = found.view(size, heads, -1, mixed.shape[-1]).transpose(1, 2)
+            kept.append(shares)
+        if length > KEPT_UP_TO or not any(ctx.needs_input_grad):
+            kept = []
+        ctx.save_for_backward(query, key, value, mask, *kept)
+        ctx.numbers = shape, length - seen, scale
+        return mixed
+
+    @staticmethod
+    def backward(ctx: FunctionCtx, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        query, key, value, mask, *kept = ctx.saved_tensors
+        (size, groups, n_keys, _), shift, scale = ctx.numbers
+        of_query, of_key, of_value = query.new_empty(query.transpose(1, 2).shape), None, None
+        for i, block in reversed([*enumerate(_blocks(query.shape[2]))]):  # the last one sees all keys
+            asked, wanted = _rows(query, block, key), _rows(gradient.transpose(1, 2), block, key)
+            shares = kept[i] if kept else _shares(asked, key, mask, block, shift, scale)
+            seen = shares.shape[-1]
+            of_value = _added(of_value, torch.bmm(shares.mT, wanted))
+            of_scores = torch.bmm(wanted, value[:, :seen].mT)
+            of_scores = torch._softmax_backward_data(of_scores, shares, -1, shares.dtype).mul_(scale)
+            found = torch.bmm(of_scores, key[:, :seen])
+            of_query[:, block] = found.view(size, query.shape[1], -1, found.shape[-1]).transpose(1, 2)
+            of_key = _added(of_key, torch.bmm(of_scores.mT, asked))
+        of_key, of_value = (part.to(key.dtype).view(size, groups, n_keys, -1) for part in (of_key, of_value))
+        return of_query.transpose(1, 2), of_key, of_value, None, None, None
+
+
+def _blocks(length: int) -> list[slice]:
+    """The queries of each block."""
+    return [slice(start, min(start + QUERIES, length)) for start in range(0, length, QUERIES)]
+
+
+def _rows(query: torch.Tensor, block: slice, key: torch.Tensor) -> torch.Tensor:
+    """A block of queries (B, heads, T, width) under each other for every key head of `key` (B groups, S, width)."""
+    return query[:, :, block].reshape(len(key), -1, query.shape[-1])
+
+
+def _shares(
+    rows: torch.Tensor, key: torch.Tensor, mask: torch.Tensor | None, block: slice, shift: int, scale: float
+) -> torch.Tensor:
+    """How the queries of a block mix values: (B groups, heads of a group x block, S'), S' a multiple of SOFTMAX_LANES.
+
+    rows: of `_rows`. Without a mask query i sees the keys up to i - shift, and later ones than those of the block are
+    left out.
+    """
+    end, length = key.shape[1], block.stop - block.start
+    if mask is None:
+        end = block.stop - shift
+        end += -end % SOFTMAX_LANES
+    scores = torch.bmm(rows, key[:, :end].mT).mul_(scale)
+    if mask is None:
+        first = block.start - shift
+        later = torch.ones(length, end - first, dtype=torch.bool, device=rows.device).triu_(1)
+        scores.view(len(key), -1, length, end)[..., first:].masked_fill_(later, -torch.inf)
+    else:
+        scores.view(len(mask), -1, length, end).add_(mask[:, :, block])
+    return scores.softmax(-1)
+
+
+def _added(total: torch.Tensor | None, part: torch.Tensor) -> torch.Tensor:
+    """The sum over blocks, in float32 from the second one on. `part` has the first rows of `total`, perhaps not all."""
+    if total is None:
+        return part
+    total = total.float()
+    total[:, : part.shape[1]] += part
+    return total
 
 
 AttentionInterface.register(GROUPED, grouped_attention)
-AttentionMaskInterface.register(GROUPED, eager_mask)
+AttentionMaskInterface.register(GROUPED, grouped_mask)
 AttentionInterface.register(CAUSAL, causal_attention)
 AttentionMaskInterface.register(CAUSAL, causal_mask)
 
@@ -126,32 +228,56 @@ def refuse_attention(choice: str, device: str, dtype: torch.dtype) -> None:
         )
 
 
-def own_kinds(model: PreTrainedModel, device: str) -> tuple[str, ...]:
-    """Which of ours `--attn_implementation=auto` takes: none where the architecture has no SDPA, whose place they take,
-    or may make masks outside its decoder. On a CPU both: see GROUPED_UP_TO."""
+def own_kind(model: PreTrainedModel, device: str) -> str | None:
+    """Which of ours `--attn_implementation=auto` takes: None where the architecture has no SDPA, whose place they take,
+    or may make masks outside its decoder."""
     interchangeable = model.config._attn_implementation == "sdpa" and model._supports_attention_backend
     if not interchangeable or decoder_of(model).config is not model.config:
-        return ()
-    return (GROUPED, CAUSAL) if device == "cpu" else (CAUSAL,)
+        return None
+    return GROUPED if device == "cpu" else CAUSAL
+
+
+@contextmanager
+def compared_with_sdpa(model: PreTrainedModel, kind: str, real: torch.Tensor) -> Iterator[list[float]]:
+    """While open, `model` computes attention by SDPA, and beside it by `kind`. Yields a list, to which every call adds
+    the relative difference of the two, over the positions `real` (B, T).
+
+    Both are compared in float32 on the inputs of that call, and what follows goes on from SDPA's result. Otherwise a
+    deep model in half precision makes of two roundings two answers, and nobody could tell them from a fault.
+    """
+    masks, differences, before = [], [], model.config._attn_implementation
+    mask_of, attention_of = ALL_MASK_ATTENTION_FUNCTIONS[kind], ALL_ATTENTION_FUNCTIONS[kind]
+
+    def both_masks(**sizes: object) -> torch.Tensor | None:
+        masks.append((sdpa_mask(**sizes), mask_of(**sizes)))
+        return masks[-1][0]
+
+    def both(
+        module: torch.nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor,
+        attention_mask: torch.Tensor | None, **kwargs: object,
+    ) -> tuple[torch.Tensor, None]:  # fmt: skip
+        own = next(own for theirs, own in masks if theirs is attention_mask)
+        inputs = query.float(), key.float(), value.float()
+        expected, _ = sdpa_attention_forward(module, *inputs, attention_mask, **kwargs)
+        found, _ = attention_of(module, *inputs, None if own is None else own.float(), **kwargs)
+        differences.append(((found - expected)[real].norm() / expected[real].norm()).item())
+        return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+
+    AttentionInterface.register(_BESIDE_SDPA, both)
+    AttentionMaskInterface.register(_BESIDE_SDPA, both_masks)
+    model.set_attn_implementation(_BESIDE_SDPA)
+    try:
+        yield differences
+    finally:
+        model.set_attn_implementation(before)
 
 
 def set_attention(model: PreTrainedModel, choice: str, device: str) -> None:
-    """Let `model` compute attention by `choice` (--attn_implementation): auto is `own_kinds`, or the library's choice.
+    """Let `model` compute attention by `choice` (--attn_implementation): auto is `own_kind`, or the library's choice.
     Raises UserError where the architecture does not have the implementation asked for."""
     if choice == "auto":
-        kinds = own_kinds(model, device)
-        if len(kinds) > 1:
-            decoder_of(model).register_forward_pre_hook(_attention_by_width, with_kwargs=True)
-        elif kinds:
-            model.set_attn_implementation(kinds[0])
-        return
+        choice = own_kind(model, device) or model.config._attn_implementation
     try:
         model.set_attn_implementation(choice)
     except (ValueError, ImportError) as error:
         raise UserError(f"{model.config.model_type} has no {choice} attention ({first_line(error)}); use auto")
-
-
-def _attention_by_width(decoder: PreTrainedModel, args: tuple, kwargs: dict[str, object]) -> None:
-    tokens = next(t for t in (*args, kwargs.get("input_ids"), kwargs.get("inputs_embeds")) if t is not None)
-    width = tokens.shape[1] + kept_positions(*args, *kwargs.values())
-    decoder.set_attn_implementation(GROUPED if width <= GROUPED_UP_TO else CAUSAL)

@@ -11,9 +11,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
 from utils import distributed
 from utils.errors import UserError, first_line, is_out_of_memory, note_once
-from utils.models.attention import own_kinds, refuse_attention, set_attention
+from utils.models.attention import own_kind, refuse_attention, set_attention
 from utils.models.chain import load_config, loading_arguments, stored_quantization
-from utils.models.forward import same_as_trial, trial
+from utils.models.forward import attention_agrees, trial
 from utils.models.layers import checkpoint_layers, compile_decoder, decoder_layers
 from utils.models.lengths import vocabulary_size
 from utils.sharding import shard
@@ -192,15 +192,11 @@ def spread(model: torch.nn.Module, settings: ModelSettings) -> torch.nn.Module:
 
 
 def _try(model: torch.nn.Module, name: str, attention: str, device: str) -> None:
-    """Let `model` compute attention by `attention`; where one of ours changes its numbers, by SDPA alone. Raises
-    UserError as `trial` and `set_attention` do."""
-    expected = trial(model, name)
-    for kind in own_kinds(model, device) if attention == "auto" else ():
-        model.set_attn_implementation(kind)
-        exact = same_as_trial(model, expected)
-        model.set_attn_implementation("sdpa")
-        if not exact:
-            return
+    """Let `model` compute attention by `attention`; where ours would change its numbers, by SDPA. Raises UserError as
+    `trial` and `set_attention` do."""
+    expected, kind = trial(model, name), own_kind(model, device)
+    if attention == "auto" and kind and not attention_agrees(model, kind, expected):
+        return
     set_attention(model, attention, device)
 
 

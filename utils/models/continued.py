@@ -17,7 +17,6 @@ from dataclasses import dataclass, replace
 
 import torch
 from peft import PeftModel
-from transformers import PreTrainedConfig
 from transformers.cache_utils import Cache
 
 from utils.data.batch import Example, collate
@@ -34,7 +33,6 @@ from utils.models.forward import (
     other_state,
     same_numbers,
 )
-from utils.models.layers import decoder_of
 
 Applied = Callable[[Sequence[Example]], AbstractContextManager]
 Tokens = tuple[int, ...]
@@ -67,8 +65,8 @@ def read_prompts(
     batch, p = collate(asked, pad_id, model.device), 0
     cache, mask = Cache(layer_class_to_replicate=KeptLayer), batch.attention_mask
     if prompt is not None:
-        p, config = prompt[0][0].shape[2], decoder_of(model).config
-        cache = Cache(layers=[_PromptLayer(*pair, config) for pair in prompt])
+        p = prompt[0][0].shape[2]
+        cache = Cache(layers=[_PromptLayer(*pair) for pair in prompt])
         mask = torch.nn.functional.pad(mask, (p, 0), value=1)
     with applied(asked), gather_before_head(model, batch), padded_behind():
         kept = {cache_argument(model): cache}
@@ -91,10 +89,10 @@ def logits_behind(
         return found
     own = collate([Example((t[0],), t[1:]) for t in (completions[i] for i in longer)], pad_id, model.device)
     places = torch.tensor([rows[i] for i in longer], device=own.input_ids.device)
-    lengths, config = read.lengths.to(places.device)[places], decoder_of(model).config
+    lengths = read.lengths.to(places.device)[places]
     size = read.layers[0][0].shape[2]
     before = torch.arange(size, device=places.device) >= size - lengths[:, None]
-    kept = {cache_argument(model): Cache(layers=[_BehindLayer(*pair, config, places) for pair in read.layers])}
+    kept = {cache_argument(model): Cache(layers=[_BehindLayer(*pair, places) for pair in read.layers])}
     if "position_ids" in inspect.signature(model.forward).parameters:
         kept["position_ids"] = lengths[:, None] + torch.arange(own.input_ids.shape[1], device=places.device)
     mask = torch.cat([before.to(own.attention_mask.dtype), own.attention_mask], dim=1)
@@ -161,17 +159,15 @@ class _PromptLayer(PrefixLayer):
     def update(
         self, keys: torch.Tensor, values: torch.Tensor, *args: object, **kwargs: object
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        found = super().update(keys, values, *args, **kwargs)
-        end = self.keys.shape[2] + keys.shape[2]
-        self.read = tuple(part[:, :, :end] for part in found)
-        return found
+        self.read = super().update(keys, values, *args, **kwargs)
+        return self.read
 
 
 class _BehindLayer(PrefixLayer):
     """One layer's keys and values of B prompts, of which row i of a batch stands behind number `rows[i]`."""
 
-    def __init__(self, keys: torch.Tensor, values: torch.Tensor, config: PreTrainedConfig, rows: torch.Tensor) -> None:
-        super().__init__(keys, values, config)
+    def __init__(self, keys: torch.Tensor, values: torch.Tensor, rows: torch.Tensor) -> None:
+        super().__init__(keys, values)
         self.rows = rows.to(keys.device)
 
     def around(self, kept: torch.Tensor, new: torch.Tensor) -> torch.Tensor:

@@ -18,13 +18,12 @@ from dataclasses import replace
 import torch
 from torch._subclasses import FakeTensor
 from torch.autograd.function import FunctionCtx
-from transformers import PreTrainedConfig
 from transformers.cache_utils import Cache, DynamicLayer
 
 from utils.data.batch import Batch, Example, collate
 from utils.errors import UserError, first_line, is_out_of_memory, note_once
-from utils.models.attention import GROUPED, SOFTMAX_LANES, padded_behind
-from utils.models.layers import decoder_layers, decoder_of, record_activations
+from utils.models.attention import compared_with_sdpa, padded_behind
+from utils.models.layers import decoder_layers, record_activations
 from utils.sharding import gather_for_gradients, is_sharded
 
 # Virtual tokens (p, d), or what `prompt_prefix` made of them: keys and values of every layer, (1, heads, p, width).
@@ -121,17 +120,51 @@ def prompt_prefix(model: torch.nn.Module, prompt: torch.Tensor) -> Prefix:
     return _kept(model, prompt)
 
 
+@contextmanager
+def shared_prefix(prefix: Prefix) -> Iterator[Callable[[], Prefix]]:
+    """While open, several backward passes end at `prefix` (as `prompt_prefix` gives it); at the end one goes on from
+    there, with the sum of their gradients, which is kept in float32. Yields function() -> prefix for each of them."""
+    alone = isinstance(prefix, torch.Tensor)
+    flat = [prefix] if alone else [part for pair in prefix for part in pair]
+    leaves = [part.detach().float().requires_grad_(part.requires_grad) for part in flat]
+
+    def copied() -> Prefix:
+        copies = [leaf.to(part.dtype) for leaf, part in zip(leaves, flat)]
+        return copies[0] if alone else list(zip(copies[::2], copies[1::2]))
+
+    yield copied
+    reached = [(part, leaf.grad.to(part.dtype)) for part, leaf in zip(flat, leaves) if leaf.grad is not None]
+    if reached:
+        torch.autograd.backward(*zip(*reached))
+
+
 def _kept(model: torch.nn.Module, prompt: torch.Tensor) -> Prefix:
     """Keys and values of every layer for `prompt` (p, d); `prompt` where the model fills no cache."""
     cache = Cache(layer_class_to_replicate=KeptLayer)
     kept = {cache_argument(model): cache}
     embedded = _cast(model, prompt)[None].clone()  # some models (CTRL) scale what they are given in place
-    model(inputs_embeds=embedded, **kept, use_cache=True, logits_to_keep=1)
+    with _idle_head(model):
+        model(inputs_embeds=embedded, **kept, use_cache=True, logits_to_keep=1)
     if not cache.layers:
         return prompt
     for layer, own in zip(decoder_layers(model) if is_sharded(model) else (), cache.layers):
         gather_for_gradients(layer, own.keys, own.values)
     return [(layer.keys, layer.values) for layer in cache.layers]
+
+
+@contextmanager
+def _idle_head(model: torch.nn.Module) -> Iterator[None]:
+    """While open, a plain head in half precision maps nothing: one position takes as long as many, since the library
+    reorders the whole weight for it."""
+    head = model.get_output_embeddings()
+    if not rounds(head):
+        yield
+        return
+    handle = head.register_forward_pre_hook(lambda _, inputs: (inputs[0][:, :0],))
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 def other_state(model: torch.nn.Module) -> str | None:
@@ -186,9 +219,14 @@ def same_numbers(model: torch.nn.Module, logits: torch.Tensor, expected: torch.T
     return not (logits - expected).norm() > tolerance  # NaN, of an overflow, is refused elsewhere
 
 
-def same_as_trial(model: torch.nn.Module, expected: torch.Tensor) -> bool:
-    """Whether `model` still gives what `trial` returned."""
-    return same_logits(model, trial_batch(model), expected)
+def attention_agrees(model: torch.nn.Module, kind: str, expected: torch.Tensor) -> bool:
+    """Whether attention of `kind` (utils.models.attention) would give what SDPA gives, on the rows of `trial`, which
+    returned `expected`."""
+    batch = trial_batch(model)
+    with compared_with_sdpa(model, kind, batch.attention_mask.bool()) as differences:
+        same = same_logits(model, batch, expected)
+    tolerance = torch.finfo(torch.float32).eps ** 0.5
+    return same and bool(differences) and all(difference <= tolerance for difference in differences)
 
 
 def trial_batch(model: torch.nn.Module, start: int = 0) -> Batch:
@@ -242,15 +280,12 @@ class KeptLayer(DynamicLayer):
 
 
 class PrefixLayer(DynamicLayer):
-    """One layer's keys and values of the virtual tokens, (1, heads, p, width), in front of every row of a batch.
+    """One layer's keys and values of the virtual tokens, (1, heads, p, width), in front of every row of a batch."""
 
-    For `grouped_attention` it also puts the masked keys behind them that it needs, which saves it a copy.
-    """
-
-    def __init__(self, keys: torch.Tensor, values: torch.Tensor, config: PreTrainedConfig) -> None:
+    def __init__(self, keys: torch.Tensor, values: torch.Tensor) -> None:
         super().__init__()
         self.keys, self.values, self.is_initialized = keys, values, True
-        self.dtype, self.device, self.config = keys.dtype, keys.device, config
+        self.dtype, self.device = keys.dtype, keys.device
 
     def update(
         self, keys: torch.Tensor, values: torch.Tensor, *args: object, **kwargs: object
@@ -258,11 +293,7 @@ class PrefixLayer(DynamicLayer):
         return tuple(self.around(*pair) for pair in ((self.keys, keys), (self.values, values)))
 
     def around(self, kept: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
-        size, heads, length, width = new.shape
-        parts = [kept.expand(size, -1, -1, -1), new]
-        if self.config._attn_implementation == GROUPED:
-            parts.append(new.new_zeros(()).expand(size, heads, -(kept.shape[2] + length) % SOFTMAX_LANES, width))
-        return torch.cat(parts, dim=-2)
+        return torch.cat([kept.expand(len(new), -1, -1, -1), new], dim=-2)
 
 
 @padded_behind()
@@ -278,7 +309,7 @@ def _run(model: torch.nn.Module, batch: Batch, prompt: Prefix | None, seen: Seen
         inputs = torch.cat([virtual, embedded], dim=1)
         return model(inputs_embeds=inputs, attention_mask=mask, use_cache=False).logits
     mask = torch.nn.functional.pad(batch.attention_mask, (prompt[0][0].shape[2], 0), value=1)
-    cache = Cache(layers=[PrefixLayer(*pair, decoder_of(model).config) for pair in prompt])
+    cache = Cache(layers=[PrefixLayer(*pair) for pair in prompt])
     kept = {cache_argument(model): cache}
     return model(input_ids=batch.input_ids, attention_mask=mask, **kept, use_cache=True).logits
 
@@ -317,7 +348,7 @@ def gather_before_head(
         rows, positions = batch.rows.to(hidden.device), batch.positions.to(hidden.device)
         seen["hidden"] = hidden[rows, positions + seen["offset"]]
         if states_only:
-            return (seen["hidden"][:1].detach(),)
+            return (seen["hidden"][: 0 if in_float32 else 1].detach(),)
         seen["read"] = seen["hidden"]
         if reference is not None and reference_head is None:
             seen["read"] = torch.cat([seen["hidden"], reference.to(hidden)])
@@ -368,14 +399,24 @@ class _FrozenProduct(torch.autograd.Function):
     @staticmethod
     def forward(ctx: FunctionCtx, hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         ctx.save_for_backward(weight)
-        rows = min(HEAD_ROWS, max(1, CACHED // weight.shape[1])) if weight.device.type == "cpu" else HEAD_ROWS
-        logits, space = hidden.new_empty(len(hidden), len(weight)), hidden.new_empty(rows, weight.shape[1])
-        for part, place in zip(weight.split(rows), logits.split(rows, dim=-1)):
-            torch.mm(hidden, space[: len(part)].copy_(part).T, out=place)
+        logits = hidden.new_empty(len(hidden), len(weight))
+        for words, part in _pieces(weight, hidden):
+            torch.mm(hidden, part.T, out=logits[:, words])
         return logits
 
     @staticmethod
     def backward(ctx: FunctionCtx, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
         (weight,) = ctx.saved_tensors
-        pairs = zip(gradient.split(HEAD_ROWS, dim=-1), weight.split(HEAD_ROWS))
-        return sum(part_gradient @ part.float() for part_gradient, part in pairs), None
+        total = gradient.new_zeros(len(gradient), weight.shape[1])
+        for words, part in _pieces(weight, gradient):
+            total.addmm_(gradient[:, words], part)
+        return total, None
+
+
+def _pieces(weight: torch.Tensor, like: torch.Tensor) -> Iterator[tuple[slice, torch.Tensor]]:
+    """The words of `weight` (|V|, d), some at a time, and their rows in the dtype of `like`, all in the same memory."""
+    rows = min(HEAD_ROWS, max(1, CACHED // weight.shape[1])) if weight.device.type == "cpu" else HEAD_ROWS
+    space = like.new_empty(min(rows, len(weight)), weight.shape[1])
+    for start in range(0, len(weight), rows):
+        words = slice(start, min(start + rows, len(weight)))
+        yield words, space[: words.stop - start].copy_(weight[words])

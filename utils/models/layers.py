@@ -7,8 +7,7 @@ from typing import NoReturn
 
 import torch
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
-from transformers import PreTrainedConfig, PreTrainedModel
-from transformers.cache_utils import Cache
+from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from utils.errors import UserError
@@ -23,12 +22,6 @@ def decoder_of(model: torch.nn.Module) -> torch.nn.Module:
     """
     found = model.get_decoder()
     return found if isinstance(found, PreTrainedModel) else model.base_model
-
-
-def kept_positions(*arguments: object) -> int:
-    """How many positions the cache among a module's `arguments` holds, whatever the argument is called; 0 without."""
-    cache = next((value for value in arguments if isinstance(value, Cache)), None)
-    return 0 if cache is None else cache.get_seq_length()
 
 
 class _Enough(Exception):
@@ -90,7 +83,7 @@ def checkpoint_layers(model: torch.nn.Module, kind: str = "layers") -> None:
     options = {"context_fn": partial(create_selective_checkpoint_contexts, _policy)} if kind == "selective" else {}
     for layer in layers:
         if id(layer) not in inner:
-            layer.forward = partial(_checkpointed, layer.forward, model.config, options)
+            layer.forward = partial(_checkpointed, layer.forward, options)
 
 
 def _policy(_: object, operator: object, *args: object, **kwargs: object) -> CheckpointPolicy:
@@ -110,19 +103,10 @@ def compile_decoder(model: torch.nn.Module, backend: str | Callable = "inductor"
     decoder_of(model).compile(backend=backend, dynamic=True)
 
 
-def _checkpointed(
-    forward: Callable, config: PreTrainedConfig, options: dict[str, Callable], *args: object, **kwargs: object
-) -> object:
+def _checkpointed(forward: Callable, options: dict[str, Callable], *args: object, **kwargs: object) -> object:
     if not torch.is_grad_enabled():
         return forward(*args, **kwargs)
-    attention = config._attn_implementation  # the second time, utils.models.attention may have chosen for another pass
-
-    def again(*args: object, **kwargs: object) -> object:
-        if config._attn_implementation != attention:
-            config._attn_implementation = attention
-        return forward(*args, **kwargs)
-
-    return checkpoint(again, *args, use_reentrant=False, **options, **kwargs)
+    return checkpoint(forward, *args, use_reentrant=False, **options, **kwargs)
 
 
 def decoder_layers(model: torch.nn.Module) -> torch.nn.ModuleList:

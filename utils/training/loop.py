@@ -5,6 +5,7 @@ import json
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -247,13 +248,14 @@ class Training:
         and parts as floats."""
         n_forget = sum(self.examples[i].forget for i in rows)
         logged: list[tuple[str, torch.Tensor]] = []
-        for part in self.micro_batches(rows):
-            loss, parts = self.loss(part or rows[:1], n_forget, len(rows) - n_forget, rows)
-            if part:
-                loss.backward()
-                logged += ((key, value.detach()) for key, value in {"loss": loss, **parts}.items())
-            else:
-                (0 * loss).backward()  # the others need this process's shards of the weights
+        with whole_step(self.loss):
+            for part in self.micro_batches(rows):
+                loss, parts = self.loss(part or rows[:1], n_forget, len(rows) - n_forget, rows)
+                if part:
+                    loss.backward()
+                    logged += ((key, value.detach()) for key, value in {"loss": loss, **parts}.items())
+                else:
+                    (0 * loss).backward()  # the others need this process's shards of the weights
         sums = _summed(logged)
         distributed.all_reduce_gradients(p for p in self.parameters.values() if not isinstance(p, DTensor))
         return distributed.all_reduce(sums)
@@ -356,6 +358,12 @@ class Training:
         if tensors_sha256(tensors) != sha256:
             raise UserError(f"{self.state_path} is damaged (its hash differs); start over with --overwrite")
         return tensors
+
+
+def whole_step(loss: Objective) -> AbstractContextManager:
+    """The context in which `loss` is called for the micro-batches of one step, and their gradients are taken: its own
+    `whole_step()`, if it has work that they share."""
+    return getattr(loss, "whole_step", nullcontext)()
 
 
 def _summed(values: Sequence[tuple[str, torch.Tensor]]) -> dict[str, float]:

@@ -6,7 +6,8 @@ where `rows` are the numbers of a micro-batch, the counts those of the whole ste
 
 import copy
 import itertools
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -16,7 +17,7 @@ import torch
 from utils.data.batch import Example, collate, index_on
 from utils.errors import note_once
 from utils.interventions.served import Served
-from utils.models.forward import prompt_prefix
+from utils.models.forward import Prefix, prompt_prefix, shared_prefix
 from utils.models.pieces import Piece, completion_values
 from utils.tasks.answers import known_answers
 from utils.tasks.encode import tokenize
@@ -88,6 +89,19 @@ class PromptTuning:
         self.shares, self.hiding, self.chunk = shares, hiding, logit_chunk
         self.model, self.encoder, self.examples, self.pad_id = model, encoder, examples, pad_id
         self.reference, self.alpha, self.beta = reference, alpha, beta
+        self._shared: Callable[[], Prefix] | None = None
+
+    @contextmanager
+    def whole_step(self) -> Iterator[None]:
+        """While open, all calls belong to one step: the virtual tokens go through the model once for all of them."""
+        with shared_prefix(self._prefix()) as self._shared:
+            try:
+                yield
+            finally:
+                self._shared = None
+
+    def _prefix(self) -> Prefix:
+        return self._shared() if self._shared else prompt_prefix(self.model, self.encoder())
 
     def __call__(self, rows: list[int], n_forget: int, n_retain: int, step: Sequence[int] | None = None) -> Parts:
         examples = [self.examples[i] for i in rows]
@@ -103,13 +117,12 @@ class PromptTuning:
             found["nll"] = losses.token_nll(logits, piece.cut(batch.targets))
             return found | (scored.read(logits, piece.tokens) if scored else {})
 
-        prefix = prompt_prefix(self.model, self.encoder())
         before, compared = None, []
         if self.reference is not None:
             kinds = [example.forget for example in read for _ in example.completion]
             before = self.reference.of(rows, self.model.device)
             compared = [n for n, forget in enumerate(kinds) if forget is False]
-        found = completion_values(self.model, batch, values, prefix, before, compared, chunk=self.chunk)
+        found = completion_values(self.model, batch, values, self._prefix(), before, compared, chunk=self.chunk)
         nll, hidden, hide = found["nll"], None, 0.0
         if scored:
             hidden, hide = self.hiding(examples, scored.sums(found)), self.hiding.weight
