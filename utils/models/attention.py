@@ -137,16 +137,14 @@ class _BlockAttention(torch.autograd.Function):
         seen: int, scale: float,
     ) -> torch.Tensor:  # fmt: skip
         size, heads, length, _ = query.shape
-        shape, kept = key.shape, []
+        shape, kept, keep = key.shape, [], length <= KEPT_UP_TO and any(ctx.needs_input_grad)
         key, value = key.flatten(0, 1), value.flatten(0, 1)
         mixed = query.new_empty(size, length, heads, value.shape[-1])
         for block in _blocks(length):
-            shares = _shares(_rows(query, block, key), key, mask, block, length - seen, scale)
+            shares = _shares(_rows(query, block, key) * scale, key, mask, block, length - seen)
             found = torch.bmm(shares, value[:, : shares.shape[-1]])
             mixed[:, block] = found.view(size, heads, -1, mixed.shape[-1]).transpose(1, 2)
-            kept.append(shares)
-        if length > KEPT_UP_TO or not any(ctx.needs_input_grad):
-            kept = []
+            kept += [shares] if keep else []
         ctx.save_for_backward(query, key, value, mask, *kept)
         ctx.numbers = shape, length - seen, scale
         return mixed
@@ -157,13 +155,13 @@ class _BlockAttention(torch.autograd.Function):
         (size, groups, n_keys, _), shift, scale = ctx.numbers
         of_query, of_key, of_value = query.new_empty(query.transpose(1, 2).shape), None, None
         for i, block in reversed([*enumerate(_blocks(query.shape[2]))]):  # the last one sees all keys
-            asked, wanted = _rows(query, block, key), _rows(gradient.transpose(1, 2), block, key)
-            shares = kept[i] if kept else _shares(asked, key, mask, block, shift, scale)
+            asked, wanted = _rows(query, block, key) * scale, _rows(gradient.transpose(1, 2), block, key)
+            shares = kept[i] if kept else _shares(asked, key, mask, block, shift)
             seen = shares.shape[-1]
             of_value = _added(of_value, torch.bmm(shares.mT, wanted))
             of_scores = torch.bmm(wanted, value[:, :seen].mT)
-            of_scores = torch._softmax_backward_data(of_scores, shares, -1, shares.dtype).mul_(scale)
-            found = torch.bmm(of_scores, key[:, :seen])
+            of_scores = torch._softmax_backward_data(of_scores, shares, -1, shares.dtype)
+            found = torch.bmm(of_scores, key[:, :seen]) * scale
             of_query[:, block] = found.view(size, query.shape[1], -1, found.shape[-1]).transpose(1, 2)
             of_key = _added(of_key, torch.bmm(of_scores.mT, asked))
         of_key, of_value = (part.to(key.dtype).view(size, groups, n_keys, -1) for part in (of_key, of_value))
@@ -180,19 +178,17 @@ def _rows(query: torch.Tensor, block: slice, key: torch.Tensor) -> torch.Tensor:
     return query[:, :, block].reshape(len(key), -1, query.shape[-1])
 
 
-def _shares(
-    rows: torch.Tensor, key: torch.Tensor, mask: torch.Tensor | None, block: slice, shift: int, scale: float
-) -> torch.Tensor:
+def _shares(rows: torch.Tensor, key: torch.Tensor, mask: torch.Tensor | None, block: slice, shift: int) -> torch.Tensor:
     """How the queries of a block mix values: (B groups, heads of a group x block, S'), S' a multiple of SOFTMAX_LANES.
 
-    rows: of `_rows`. Without a mask query i sees the keys up to i - shift, and later ones than those of the block are
-    left out.
+    rows: of `_rows`, scaled. Without a mask query i sees the keys up to i - shift, and later ones than those of the
+    block are left out.
     """
     end, length = key.shape[1], block.stop - block.start
     if mask is None:
         end = block.stop - shift
         end += -end % SOFTMAX_LANES
-    scores = torch.bmm(rows, key[:, :end].mT).mul_(scale)
+    scores = torch.bmm(rows, key[:, :end].mT)
     if mask is None:
         first = block.start - shift
         later = torch.ones(length, end - first, dtype=torch.bool, device=rows.device).triu_(1)
