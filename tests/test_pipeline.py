@@ -26,6 +26,7 @@ from utils.errors import note_once
 from utils.interventions import prompt_encoders
 from utils.interventions.prompt_encoders import EncoderSettings, build_encoder
 from utils.interventions.served import load_served
+from utils.models import forward
 from utils.models.base import load_base
 from utils.models.chain import resolve_chain
 from utils.storage import checkpoints
@@ -392,12 +393,14 @@ def log_probabilities(loaded, text, word, prompt=None):
 
 @pytest.mark.parametrize("size", [1, 3, None])
 def test_accumulated_micro_batches_give_the_same_prompt(fine_tuned, small_data, tmp_path, monkeypatch, size):
-    """size None: what a CPU does by itself, here with pieces of 60 tokens."""
-    arguments = "--lr=1e-3", "--alpha=1"
+    """size None: what a CPU does by itself, here with pieces of 60 tokens. The pass over the prompt is not repeated."""
+    arguments, passes, kept = ("--lr=1e-3", "--alpha=1"), [], forward._kept
+    monkeypatch.setattr(forward, "_kept", lambda *given: passes.append(given) or kept(*given))
     whole = prompt_after(tmp_path, fine_tuned, small_data, "whole", *arguments, "--micro_batch_size=8")
     monkeypatch.setattr(batch, "CPU_TOKENS", 60)
-    sizes = [f"--micro_batch_size={size}"] if size else []
+    sizes, once = [f"--micro_batch_size={size}"] if size else [], len(passes)
     parts = prompt_after(tmp_path, fine_tuned, small_data, "parts", *arguments, *sizes)
+    assert len(passes) == 2 * once
     assert not torch.equal(parts, whole)  # otherwise nothing was cut
     start_of_it = prompt_after(tmp_path, fine_tuned, small_data, "start", *arguments, "--max_steps=1")  # its rate is 0
     assert (whole - start_of_it).abs().max() > 1e-4

@@ -52,7 +52,7 @@ def add_model_arguments(parser: cli.ArgumentParser) -> None:
         "--attn_implementation",
         choices=["auto", "eager", "sdpa", "flash_attention_2"],
         default="auto",
-        help="auto: SDPA where the model has it, but for short rows on a CPU eager attention without copies",
+        help="auto: SDPA where the model has it; on a CPU matrix products over blocks of queries in its place",
     )
     group.add_argument(
         "--shard", action="store_true",

@@ -87,6 +87,7 @@ def train(
         evaluate=evaluate,
         measured=frames.task.compared,
         log_path=None if args.dry_run else output.log_path,
+        whole_step=prepared.whole_step,
         buffers=prepared.buffers,
         after_step=prepared.after_step,
     )

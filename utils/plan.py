@@ -100,6 +100,11 @@ class Prepared:
         return getattr(self.objective, "reference", None)
 
     @property
+    def whole_step(self) -> Callable[[], AbstractContextManager]:
+        """The context of a step in which the objective shares work between its micro-batches, if it does so."""
+        return getattr(self.objective, "whole_step", contextlib.nullcontext)
+
+    @property
     def buffers(self) -> dict[str, torch.Tensor]:
         """Scalars of the objective that are part of a resumable state."""
         return getattr(self.objective, "buffers", {})

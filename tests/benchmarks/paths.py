@@ -17,6 +17,8 @@ import time
 from pathlib import Path
 
 import torch
+
+import utils.models.quiet  # noqa: F401  isort: skip  (before PEFT is imported)
 from peft import LoraConfig, PromptEncoderConfig, get_peft_model
 from safetensors.torch import save_file
 from torch.nn.utils.rnn import pad_sequence

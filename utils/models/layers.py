@@ -60,7 +60,8 @@ def record_activations(
 
 @cache
 def _kept_by_selective() -> set[object]:
-    """The operators whose results `selective` keeps: products with weights, and attention in one kernel."""
+    """The operators whose results `selective` keeps: products with weights, and attention in one kernel. Attention in
+    blocks (utils.models.attention) is computed again: its parts take more memory than time."""
     kernels = ("flash_attention", "flash_attention_for_cpu", "efficient_attention", "cudnn_attention")
     names = ["mm", "addmm", *(f"_scaled_dot_product_{kernel}" for kernel in kernels)]
     return {getattr(torch.ops.aten, name).default for name in names}

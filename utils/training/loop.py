@@ -77,7 +77,8 @@ class Training:
     holds everything needed to continue. fingerprint: the hash of the data (utils.data.select.fingerprint). chain: Links
     of the frozen model, and of all else that the run depends on. warmup: the share of the steps in which the learning
     rate rises. evaluate: function() -> {split: share}, called every settings.eval_steps steps. measured: the name of
-    that share in the log. log_path: a file that gets each line of the log at once. buffers: scalars that
+    that share in the log. log_path: a file that gets each line of the log at once. whole_step: the context in which
+    `loss` is called for the micro-batches of one step and their gradients are taken. buffers: scalars that
     `after_step` changes, which belong to the state. It is a function(parts of the step, share of the steps done) ->
     more for the log line. `cost`, after `run`: {"steps", "seconds_per_step" (median), "peak_memory_bytes"}.
 
@@ -97,6 +98,7 @@ class Training:
     evaluate: Callable[[], dict[str, float]] | None = None
     measured: str = "accuracy"
     log_path: Path | None = None
+    whole_step: Callable[[], AbstractContextManager] = nullcontext
     buffers: dict[str, torch.Tensor] = field(default_factory=dict)
     after_step: Callable[[dict[str, float], float], dict[str, float]] | None = None
     cost: dict[str, Any] | None = None
@@ -248,7 +250,7 @@ class Training:
         and parts as floats."""
         n_forget = sum(self.examples[i].forget for i in rows)
         logged: list[tuple[str, torch.Tensor]] = []
-        with whole_step(self.loss):
+        with self.whole_step():
             for part in self.micro_batches(rows):
                 loss, parts = self.loss(part or rows[:1], n_forget, len(rows) - n_forget, rows)
                 if part:
@@ -358,12 +360,6 @@ class Training:
         if tensors_sha256(tensors) != sha256:
             raise UserError(f"{self.state_path} is damaged (its hash differs); start over with --overwrite")
         return tensors
-
-
-def whole_step(loss: Objective) -> AbstractContextManager:
-    """The context in which `loss` is called for the micro-batches of one step, and their gradients are taken: its own
-    `whole_step()`, if it has work that they share."""
-    return getattr(loss, "whole_step", nullcontext)()
 
 
 def _summed(values: Sequence[tuple[str, torch.Tensor]]) -> dict[str, float]:
