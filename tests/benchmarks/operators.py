@@ -23,6 +23,7 @@ def parse_args():
     parser.add_argument("--tokens", type=cli.positive_int, default=96, help="of the longest row")
     parser.add_argument("--shortest", type=cli.positive_int, help="tokens of the shortest row (default: all alike)")
     parser.add_argument("--micro_batch_size", type=cli.positive_int, help="as in scripts")
+    parser.add_argument("--dtype", choices=["auto", "bfloat16", "float32"], default="auto", help="as in scripts")
     parser.add_argument("--quantization", choices=["none", "nf4"], default="none", help="of the frozen base")
     parser.add_argument(
         "--attn_implementation", choices=["auto", "eager", "sdpa"], default="auto", help="as in scripts"
@@ -41,9 +42,8 @@ def main(args):
     from utils.models.base import ModelSettings, load_base
     from utils.models.chain import resolve_chain
 
-    settings = ModelSettings(
-        attn_implementation=args.attn_implementation, gradient_checkpointing=args.gradient_checkpointing
-    )
+    flags = ("dtype", "attn_implementation", "gradient_checkpointing")
+    settings = ModelSettings(**{flag: getattr(args, flag) for flag in flags})
     model = load_base(resolve_chain(args.model)[0], settings, args.quantization)
     step = make_step(args, model)
     step()

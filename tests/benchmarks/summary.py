@@ -1,5 +1,6 @@
 """What a person reads of a benchmark: the table, the sentences that say what it means, and the picture."""
 
+from functools import partial
 from statistics import median
 
 import numpy as np
@@ -133,16 +134,23 @@ def sentences(result):
 
 @picture
 def draw(result):
-    """Milliseconds a row over text length, times faster by work, seconds a step over rows; reads without colour."""
-    bars = sum(entry["part"] != "lengths" for entry in result["ratios"])
-    size = 13, max(3.8, 1 + 0.4 * bars)
-    figure, axes = pyplot.subplots(1, 3, figsize=size, gridspec_kw={"width_ratios": [1.1, 1.2, 1]})
-    _draw_lengths(
-        axes[0], [r for r in _measured(result["records"]) if r["part"] == "lengths" and r["task"] == "training"]
+    """Milliseconds a row over text length, times faster by work, seconds a step over rows, as far as they were
+    measured; reads without colour."""
+    records, ratios = _measured(result["records"]), [e for e in result["ratios"] if e["part"] != "lengths"]
+    by_length = [r for r in records if r["part"] == "lengths" and r["task"] == "training"]
+    by_rows = [r for r in records if r["part"] == "rows"]
+    panels = {
+        1.1: by_length and partial(_draw_lengths, records=by_length),
+        1.2: (ratios or not by_length + by_rows) and partial(_draw_ratios, ratios=ratios),
+        1.0: by_rows and partial(_draw_rows, records=by_rows, fit=result["linear_in_rows"]),
+    }
+    panels = {width: panel for width, panel in panels.items() if panel}
+    size = 4.3 * len(panels), max(3.8, 1 + 0.4 * len(ratios))
+    figure, axes = pyplot.subplots(
+        1, len(panels), figsize=size, squeeze=False, gridspec_kw={"width_ratios": list(panels)}
     )
-    _draw_ratios(axes[1], result["ratios"])
-    _draw_rows(axes[2], [r for r in _measured(result["records"]) if r["part"] == "rows"], result["linear_in_rows"])
-    for ax in axes:
+    for ax, panel in zip(axes[0], panels.values()):
+        panel(ax)
         ax.spines[["top", "right"]].set_visible(False)
     figure.tight_layout()
     return figure
@@ -157,20 +165,18 @@ def _draw_lengths(ax, records):
             floors = [1000 * r["floor_share"] / r["rows_per_second"] for r in found]
             ax.plot(lengths, floors, floor, alpha=0.4, label=f"floor {SHORT[found[0]['dtype']]}")
             ax.set_xticks(lengths, lengths)
-    if records:
-        ax.set_xscale("log", base=2)
-        ax.set_yscale("log")
-        ax.set_xticks(lengths, lengths)
-        ax.legend(frameon=False)
+    ax.set_xscale("log", base=2)
+    ax.set_yscale("log")
+    ax.set_xticks(lengths, lengths)
+    ax.legend(frameon=False)
     ax.set(xlabel="tokens a row", ylabel="ms a row, one training step")
 
 
 def _draw_ratios(ax, ratios):
-    found = [entry for entry in ratios if entry["part"] != "lengths"]
-    names = [f"{entry['name']}\nagainst {entry['plain']}" for entry in found]
-    bars = ax.barh(names, [entry["times_faster"] for entry in found], color="0.75", edgecolor="black", hatch="//")
+    names = [f"{entry['name']}\nagainst {entry['plain']}" for entry in ratios]
+    bars = ax.barh(names, [entry["times_faster"] for entry in ratios], color="0.75", edgecolor="black", hatch="//")
     ax.bar_label(
-        bars, [f"{e['times_faster']:.1f}x, {e['memory_share']:.2f} memory" for e in found], padding=3, fontsize=8
+        bars, [f"{e['times_faster']:.1f}x, {e['memory_share']:.2f} memory" for e in ratios], padding=3, fontsize=8
     )
     ax.axvline(1, color="black", linewidth=0.8)
     ax.tick_params(axis="y", labelsize=7)
@@ -180,13 +186,12 @@ def _draw_ratios(ax, ratios):
 
 
 def _draw_rows(ax, records, fit):
-    if records:
-        sizes = np.array(records[0]["rows"])
-        ax.plot(sizes, records[0]["seconds"], "ko", fillstyle="none", label=label(records[0]))
-        ends = np.array([0, sizes.max()])
-        ax.plot(ends, fit["seconds"] + fit["seconds_per_row"] * ends, "k-", linewidth=1, label="fitted line")
-        ax.set_ylim(0, None)
-        ax.legend(frameon=False)
+    sizes = np.array(records[0]["rows"])
+    ax.plot(sizes, records[0]["seconds"], "ko", fillstyle="none", label=label(records[0]))
+    ends = np.array([0, sizes.max()])
+    ax.plot(ends, fit["seconds"] + fit["seconds_per_row"] * ends, "k-", linewidth=1, label="fitted line")
+    ax.set_ylim(0, None)
+    ax.legend(frameon=False)
     ax.set(xlabel="rows of 64 tokens", ylabel="s a training step")
 
 
