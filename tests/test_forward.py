@@ -18,7 +18,7 @@ from utils.interventions.prompt_encoders import Prompt, VirtualTokens
 from utils.interventions.served import Served
 from utils.models import attention as attentions
 from utils.models import forward
-from utils.models.attention import CAUSAL, GROUPED, KEPT_UP_TO, QUERIES, grouped_attention
+from utils.models.attention import CAUSAL, GROUPED, KEPT_UP_TO, QUERIES, grouped_attention, padded_behind
 from utils.models.forward import (
     _run,
     completion_hidden,
@@ -106,7 +106,7 @@ def with_attention(architecture, attention):
 @pytest.mark.parametrize("attention", ["sdpa", GROUPED, CAUSAL])
 @pytest.mark.parametrize("architecture", ["llama", "qwen2", "mistral", "opt", "gpt2"])
 def test_other_attention_gives_the_same(architecture, attention):
-    """What runs on a GPU and, for short rows, on a CPU; the plain path is computed with eager attention."""
+    """What runs on a GPU and on a CPU; the plain path is computed with eager attention."""
     eager, model = with_attention(architecture, attention)
     prompt = virtual_tokens(model)
     expected = plain_logits(eager, rows(), prompt)
@@ -175,6 +175,29 @@ def test_attention_in_blocks_keeps_only_short_shares():
             grouped_attention(torch.nn.Module(), *tensors, None)
         kept.append(sum(sizes))
     assert kept[1] < kept[0] / 4
+
+
+@pytest.mark.parametrize("architecture, masked", [("llama", "in front"), ("mistral", "behind")])
+def test_a_query_that_sees_nothing_spoils_no_other(architecture, masked):
+    """Padding in front for generation, or padding behind that is out of the sliding window; under autocast, too."""
+    eager, model = with_attention(architecture, GROUPED)
+    ids = torch.randint(2, tiny.VOCABULARY, (2, 40), generator=torch.Generator().manual_seed(0))
+    mask = torch.ones_like(ids)
+    mask[0, slice(0, 30) if masked == "in front" else slice(10, 40)] = 0
+    for dtype, tolerance in ((None, 1e-5), (torch.bfloat16, 0.05)):
+        with torch.no_grad(), torch.autocast("cpu", dtype=dtype, enabled=dtype is not None), padded_behind():
+            expected, found = (each(input_ids=ids, attention_mask=mask).logits[mask.bool()] for each in (eager, model))
+        assert (found - expected).norm() < tolerance * expected.norm()
+
+
+def test_attention_of_a_module_that_is_not_causal():
+    """Without a mask every query sees every key, as SDPA has it."""
+    module, tensors = torch.nn.Module(), [torch.randn(2, 4, n, 8) for n in (9, 12, 12)]
+    module.is_causal = False
+    for given, kwargs in ((module, {}), (torch.nn.Module(), {"is_causal": False})):
+        found, _ = grouped_attention(given, *tensors, None, **kwargs)
+        expected = by_hand(*tensors, 8**-0.5, torch.zeros(9, 12))
+        assert torch.allclose(found.double(), expected, atol=1e-5)
 
 
 @pytest.mark.parametrize("architecture, masks", [("llama", 0), ("mistral", 1)])

@@ -145,7 +145,7 @@ def test_corruption_behind_virtual_tokens(model):
 @pytest.mark.parametrize("attention", ["sdpa", GROUPED, CAUSAL])
 @pytest.mark.parametrize("architecture", ["llama", "mistral", "opt", "gpt2"])
 def test_other_attention_and_lengths(architecture, attention, lengths):
-    """What runs on a GPU and, for short rows, on a CPU; without any padding there is no mask."""
+    """What runs on a GPU and on a CPU; without any padding there is no mask."""
     eager, model = build(architecture), build(architecture, attention)
     prompt, applied = virtual_tokens(eager), corruption(model)
     for given, vectors in ((None, None), (prompt_prefix(model, prompt), prompt)):

@@ -12,7 +12,14 @@ import pytest
 import scripts
 import tiny
 import torch
-from transformers import AttentionInterface, AttentionMaskInterface, LlamaForCausalLM, masking_utils
+from transformers import (
+    AttentionInterface,
+    AttentionMaskInterface,
+    Gemma3Config,
+    Gemma3ForConditionalGeneration,
+    LlamaForCausalLM,
+    masking_utils,
+)
 
 from utils.errors import UserError
 from utils.models import attention, base, forward, quiet
@@ -187,16 +194,42 @@ def test_a_deep_model_in_half_precision_keeps_its_attention(deep_model):
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("wrong", ["numbers", "mask"])
+@pytest.mark.parametrize("wrong", ["numbers", "mask", "mask for generation"])
 def test_attention_that_changes_a_models_numbers_is_not_taken(deep_model, monkeypatch, wrong, dtype):
     own = attention.grouped_attention
     if wrong == "numbers":
         larger = lambda *args, **kwargs: (own(*args, **kwargs)[0] * 1.01, None)  # noqa: E731
         monkeypatch.setitem(AttentionInterface._global_mapping, GROUPED, larger)
     else:
-        nothing = lambda **sizes: masking_utils.eager_mask(**sizes) * 0  # noqa: E731
+
+        def nothing(**sizes):
+            skipped = wrong == "mask for generation" and attention._PADDED_BEHIND.get()
+            return None if skipped else masking_utils.eager_mask(**sizes) * 0
+
         monkeypatch.setitem(AttentionMaskInterface._global_mapping, GROUPED, nothing)
     assert load(deep_model, dtype=dtype).config._attn_implementation == "sdpa"
+
+
+def test_masks_that_a_layer_gets_as_copies(deep_model):
+    """As with --device=balanced, where a layer on another GPU is given a copy of the mask: the trial knows it again."""
+    model = load(deep_model, attn_implementation="sdpa")
+    expected = forward.trial(model, "model")
+    copied = lambda _, args, given: (args, given | {"attention_mask": copy.deepcopy(given["attention_mask"])})  # noqa: E731
+    for layer in model.model.layers:
+        layer.register_forward_pre_hook(copied, with_kwargs=True)
+    assert forward.attention_agrees(model, GROUPED, expected)
+
+
+def test_auto_leaves_the_attention_of_parts_alone(tmp_path):
+    """A model within another may have none of ours, and parts that have one implementation only."""
+    vision = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    config = Gemma3Config(text_config={"hidden_size": 64, "num_hidden_layers": 1, "head_dim": 32}, vision_config=vision)
+    config.vision_config._attn_implementation = "eager"
+    with torch.device("meta"):
+        model = Gemma3ForConditionalGeneration(config)
+    model.config.vision_config._attn_implementation = "eager"
+    attention.set_attention(model, "auto", "cpu")
+    assert model.config.vision_config._attn_implementation == "eager"
 
 
 @pytest.mark.parametrize("choice", ["eager", "sdpa"])

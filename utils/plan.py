@@ -59,7 +59,7 @@ from utils.interventions.served import KEPT, LOGITS, Served
 from utils.models.attention import set_attention
 from utils.models.base import ModelSettings, load_tokenizer, pick_device, pick_dtype, refuse_shards
 from utils.models.chain import load_config, refuse_prompted, resolve_chain, stored_quantization
-from utils.models.forward import completion_hidden, completion_logits, prompt_prefix
+from utils.models.forward import HEAD_ROWS, completion_hidden, completion_logits, prompt_prefix
 from utils.models.layers import checkpoint_layers, decoder_layers
 from utils.models.lengths import check_tokens
 from utils.storage.checkpoints import Link
@@ -101,7 +101,8 @@ class Prepared:
 
     @property
     def whole_step(self) -> Callable[[], AbstractContextManager]:
-        """The context of a step in which the objective shares work between its micro-batches, if it does so."""
+        """The context of a step in which the objective shares work between its micro-batches, if it does so. That work
+        is not done within `numerics`, which no objective of this kind has."""
         return getattr(self.objective, "whole_step", contextlib.nullcontext)
 
     @property
@@ -255,6 +256,7 @@ def _on_meta(run: Run, config: PreTrainedConfig, tokenizer: Any, chain: list[Lin
             read_as = max(dtype.itemsize, (config.dtype or torch.float32).itemsize)
             process += int(every * (NF4_BYTES if in_4_bits else NF4_READ * read_as))
         weights, unpacked = _weights(model, quantization)
+        unpacked = max(unpacked, _converted(model, device))
         set_attention(model, run.model.attn_implementation, device)
         if run.model.gradient_checkpointing:
             checkpoint_layers(model, run.model.gradient_checkpointing)
@@ -300,7 +302,8 @@ def _alive(
     forget = sum(prepared.examples[i].forget for i in rows)
 
     def train() -> None:
-        prepared.loss(rows, forget, len(rows) - forget)[0].backward()
+        with prepared.whole_step():
+            prepared.loss(rows, forget, len(rows) - forget)[0].backward()
 
     def keep_shard(parameter: torch.nn.Parameter) -> None:
         shards.append(parameter.grad.new_empty(parameter.numel() // sizes["shards"]))
@@ -336,6 +339,15 @@ def _frozen_as(run: Run, config: PreTrainedConfig, merged: bool) -> str:
     if run.full or merged:
         return "none"
     return "nf4" if stored_quantization(config) == "4-bit" else run.quantization
+
+
+def _converted(model: PreTrainedModel, device: str) -> int:
+    """Bytes of the words of a half-precision head that a GPU converts to float32 at a time (utils.models.forward). On a
+    CPU, and where the head is trained, what is converted is among the tensors of the step."""
+    head = model.get_output_embeddings()
+    if device == "cpu" or head.weight.dtype == torch.float32:
+        return 0
+    return min(HEAD_ROWS, head.weight.shape[0]) * head.weight.shape[1] * torch.float32.itemsize
 
 
 def _weights(model: PreTrainedModel, quantization: str) -> tuple[int, int]:

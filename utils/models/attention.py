@@ -5,8 +5,9 @@ hides it, and no mask is needed. Without one, SDPA takes its fastest kernel, whi
 
 On a CPU `grouped_attention` takes the place of SDPA. Several query heads may share one key head. It makes them rows of
 one matrix product, q_1 K^T above q_2 K^T, and so needs no copy of K and V for each of them. It goes through the queries
-in blocks, each with the keys that its last query sees. The backward pass computes the shares of long rows again, block
-by block, instead of keeping them (Dao et al. 2022, FlashAttention; here a block has all its keys at once).
+in blocks. Without a mask, a block has only the keys that its last query sees. The backward pass computes the shares of
+long rows again, block by block, instead of keeping them (Dao et al. 2022, FlashAttention; here a block has all its keys
+at once).
 """
 
 from collections.abc import Iterator
@@ -14,7 +15,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 
 import torch
-from torch.autograd.function import FunctionCtx
+from torch.autograd.function import FunctionCtx, once_differentiable
 from torch.nn.functional import pad
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -102,10 +103,13 @@ def grouped_attention(
 
     query: (B, heads, T, width); key, value: (B, groups, S, width), or with masked keys behind these up to a multiple of
     SOFTMAX_LANES. attention_mask: (B or 1, 1, T, S), added to the scores; None: only what comes later is hidden, and
-    with one query nothing. scaling: None for 1 / sqrt(width). Where scores get a bias of positions, or dropout, it
-    calls SDPA.
+    with one query nothing. scaling: None for 1 / sqrt(width). Where scores get a bias of positions, or dropout, or a
+    module without a mask hides nothing, it calls SDPA.
     """
-    if kwargs.get("position_bias") is not None or (dropout and module.training):
+    causal = kwargs.get("is_causal")
+    causal = getattr(module, "is_causal", True) if causal is None else causal
+    biased = kwargs.get("position_bias") is not None
+    if biased or (dropout and module.training) or (attention_mask is None and not causal):
         if attention_mask is not None:
             key, value = (kept[:, :, : attention_mask.shape[-1]] for kept in (key, value))
         more = {"dropout": dropout, "scaling": scaling, **kwargs}
@@ -117,7 +121,8 @@ def grouped_attention(
     seen = key.shape[2] if attention_mask is None else attention_mask.shape[-1]
     if spare:
         key, value = (pad(kept, (0, 0, 0, spare)) for kept in (key, value))
-    if attention_mask is not None:
+    if attention_mask is not None:  # a query that sees nothing must not divide by 0, in whichever dtype the mask came
+        attention_mask = attention_mask.clamp(min=torch.finfo(query.dtype).min / 2).to(query.dtype)
         attention_mask = pad(attention_mask, (0, key.shape[2] - seen), value=-torch.inf)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     with torch.autocast(device, enabled=False):
@@ -150,6 +155,7 @@ class _BlockAttention(torch.autograd.Function):
         return mixed
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: FunctionCtx, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         query, key, value, mask, *kept = ctx.saved_tensors
         (size, groups, n_keys, _), shift, scale = ctx.numbers
@@ -252,11 +258,12 @@ def compared_with_sdpa(model: PreTrainedModel, kind: str, real: torch.Tensor) ->
         module: torch.nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor,
         attention_mask: torch.Tensor | None, **kwargs: object,
     ) -> tuple[torch.Tensor, None]:  # fmt: skip
-        own = next(own for theirs, own in masks if theirs is attention_mask)
+        own = next(own for theirs, own in reversed(masks) if _same_mask(theirs, attention_mask))
         inputs = query.float(), key.float(), value.float()
         expected, _ = sdpa_attention_forward(module, *inputs, attention_mask, **kwargs)
-        found, _ = attention_of(module, *inputs, None if own is None else own.float(), **kwargs)
-        differences.append(((found - expected)[real].norm() / expected[real].norm()).item())
+        found, _ = attention_of(module, *inputs, None if own is None else own.to(query.device).float(), **kwargs)
+        shown = real.to(found.device)
+        differences.append(((found - expected)[shown].norm() / expected[shown].norm()).item())
         return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
 
     AttentionInterface.register(_BESIDE_SDPA, both)
@@ -268,11 +275,20 @@ def compared_with_sdpa(model: PreTrainedModel, kind: str, real: torch.Tensor) ->
         model.set_attn_implementation(before)
 
 
+def _same_mask(made: torch.Tensor | None, given: torch.Tensor | None) -> bool:
+    """Whether a layer was given the mask that was made; one on another device is given a copy."""
+    if made is None or given is None or made.shape != given.shape:
+        return made is given
+    return torch.equal(made.to(given.device), given)
+
+
 def set_attention(model: PreTrainedModel, choice: str, device: str) -> None:
-    """Let `model` compute attention by `choice` (--attn_implementation): auto is `own_kind`, or the library's choice.
-    Raises UserError where the architecture does not have the implementation asked for."""
+    """Let `model` compute attention by `choice` (--attn_implementation): auto is `own_kind`, or what the library chose
+    for each part of it. Raises UserError where the architecture does not have the implementation asked for."""
     if choice == "auto":
-        choice = own_kind(model, device) or model.config._attn_implementation
+        choice = own_kind(model, device)
+    if choice is None:
+        return
     try:
         model.set_attn_implementation(choice)
     except (ValueError, ImportError) as error:

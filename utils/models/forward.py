@@ -17,7 +17,7 @@ from dataclasses import replace
 
 import torch
 from torch._subclasses import FakeTensor
-from torch.autograd.function import FunctionCtx
+from torch.autograd.function import FunctionCtx, once_differentiable
 from transformers.cache_utils import Cache, DynamicLayer
 
 from utils.data.batch import Batch, Example, collate
@@ -56,7 +56,7 @@ def completion_logits(
 def completion_states(model: torch.nn.Module, batch: Batch, prompt: Prefix | None = None) -> torch.Tensor:
     """The head's inputs at the positions that predict a completion token, (N, d), in the model's dtype.
 
-    batch, prompt: as `completion_logits` takes them. The head itself maps only the first of them, for nobody.
+    batch, prompt: as `completion_logits` takes them. The head itself maps at most the first of them, for nobody.
     """
     with gather_before_head(model, batch, states_only=True) as seen:
         _run(model, batch, prompt, seen)
@@ -220,11 +220,13 @@ def same_numbers(model: torch.nn.Module, logits: torch.Tensor, expected: torch.T
 
 
 def attention_agrees(model: torch.nn.Module, kind: str, expected: torch.Tensor) -> bool:
-    """Whether attention of `kind` (utils.models.attention) would give what SDPA gives, on the rows of `trial`, which
-    returned `expected`."""
+    """Whether attention of `kind` (utils.models.attention) would give what SDPA gives, with and without a mask, on the
+    rows of `trial`, which returned `expected`."""
     batch = trial_batch(model)
-    with compared_with_sdpa(model, kind, batch.attention_mask.bool()) as differences:
+    with compared_with_sdpa(model, kind, batch.attention_mask.bool()) as differences, torch.no_grad():
         same = same_logits(model, batch, expected)
+        masked = attempt(lambda: model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False))
+        same = same and masked is not None
     tolerance = torch.finfo(torch.float32).eps ** 0.5
     return same and bool(differences) and all(difference <= tolerance for difference in differences)
 
@@ -337,7 +339,7 @@ def gather_before_head(
     caps, scales) still happens. A plain head in half precision (or under autocast) sees no rows at all: its product is
     taken in float32, see `float32_product`. Yields a dict. The caller sets `offset`, the number of virtual tokens in
     front, before the pass; after it `hidden` holds the gathered states (N, d). states_only: the logits are of no use,
-    and the head sees one row.
+    and the head sees one row at most.
     """
     seen = {"offset": 0}
     head = model.get_output_embeddings()
@@ -405,6 +407,7 @@ class _FrozenProduct(torch.autograd.Function):
         return logits
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: FunctionCtx, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
         (weight,) = ctx.saved_tensors
         total = gradient.new_zeros(len(gradient), weight.shape[1])

@@ -34,7 +34,8 @@ class Objective(Protocol):
     """The loss of one micro-batch. A call gives (scalar with gradient, {part: scalar}) of the row numbers `rows`.
 
     n_forget, n_retain: rows of each kind in the whole step, and step: their numbers (None: they are `rows`), so that
-    micro-batches add up to the step exactly, in means over rows and over tokens.
+    micro-batches add up to the step exactly, in means over rows and over tokens. An objective may also have
+    `whole_step`, `buffers` and `after_step`, which `Training` takes.
     """
 
     def __call__(
