@@ -61,7 +61,7 @@ def of_method(name, layer=None, rows=ROWS, chunk=0):
     return prepare
 
 
-def sizes(prepare, config=tiny.CONFIGS["llama"], full=False, quantization="none", **changes):
+def sizes(prepare, config=tiny.CONFIGS["llama"], full=False, quantization="none", after_another=False, **changes):
     """The bytes of one step of 8 rows of 40 tokens, and of an evaluation of as many."""
     model = ModelSettings(**{"device": "cpu", "dtype": "float32"} | changes)
     parts = plan.Run(
@@ -72,7 +72,7 @@ def sizes(prepare, config=tiny.CONFIGS["llama"], full=False, quantization="none"
     found, prepared = plan._on_meta(parts, config, tokenizer, [link])
     n = len(prepared.examples)
     length = max(map(len, prepared.examples))
-    return found | plan._alive(prepared, list(range(n)), (8, length, 1), found)
+    return found | plan._alive(prepared, list(range(n)), (8, length, 1), found, after_another)
 
 
 def numbers(text, line):
@@ -235,6 +235,13 @@ def test_the_step_is_what_a_real_step_allocates():
 
 
 @pytest.mark.long
+def test_a_later_part_of_a_step_comes_on_top_of_the_gradients():
+    """Those of the part before it are there from its beginning, and it adds to them in place."""
+    whole = of_method("gradient_ascent")
+    first, later = (sizes(whole, full=True, after_another=another) for another in (False, True))
+    assert first["step"] + 0.5 * 4 * first["parameters"] < later["step"] <= first["step"] + 4 * first["parameters"]
+
+
 def test_what_makes_a_step_larger_or_smaller():
     step = sizes(of_prompt)["step"]
     assert sizes(partial(of_prompt, rows=ROWS * 2))["step"] == pytest.approx(2 * step, rel=0.1)

@@ -177,7 +177,7 @@ def print_plan(run: Run, frames: Splits) -> None:
         print(evaluation_line(run, tokenizer, frames))
     largest = max(micro, key=lambda rows: (padded_size(rows, examples), len(rows)))
     shape = evaluation_shape(run.evaluation, tokenizer, frames, examples)
-    sizes |= _alive(prepared, largest, shape, sizes)
+    sizes |= _alive(prepared, largest, shape, sizes, after_another=run.full and len(micro) > len(shares))
     if sizes["evaluation"] and shares_prompts(tokenizer, frames):
         rows, tokens, _ = shape
         positions = max(tokens, min(KEPT, rows * tokens))
@@ -294,16 +294,22 @@ def _gathered(layer: torch.nn.Module) -> int:
 
 
 def _alive(
-    prepared: Prepared, rows: list[int], evaluation: tuple[int, int, int], sizes: dict[str, Any]
+    prepared: Prepared,
+    rows: list[int],
+    evaluation: tuple[int, int, int],
+    sizes: dict[str, Any],
+    after_another: bool = False,
 ) -> dict[str, int | None]:
     """{"step", "evaluation"} for the largest micro-batch and a batch of that shape; None for architectures whose shapes
-    depend on the numbers (mixtures of experts). sizes: what `_on_meta` gave."""
+    depend on the numbers (mixtures of experts). sizes: what `_on_meta` gave. after_another: the step has several
+    micro-batches, and all gradients of the first are there while the next one is computed."""
     unpacked, shards = sizes["unpacked"], []
     forget = sum(prepared.examples[i].forget for i in rows)
 
     def train() -> None:
         with prepared.whole_step():
-            prepared.loss(rows, forget, len(rows) - forget)[0].backward()
+            for _ in range(1 + after_another):
+                prepared.loss(rows, forget, len(rows) - forget)[0].backward()
 
     def keep_shard(parameter: torch.nn.Parameter) -> None:
         shards.append(parameter.grad.new_empty(parameter.numel() // sizes["shards"]))
