@@ -2,7 +2,7 @@
 # make demo-names  the published way: SPUL alone, told the names in its first words, a quarter of an hour on two cores
 # make compare  SPUL and every baseline on the same rows with the same budget, in one table; an estimated hour on two cores
 # make race  time to the goal (forgotten, the rest kept): SPUL as published, SPUL, SPUL behind a gate, each until it is
-# there or MINUTES=15 are over; half an hour on two cores with bfloat16, hours elsewhere
+# there or MINUTES=15 are over; an estimated half hour on two cores with bfloat16, hours elsewhere
 # make audit  attacks the demo's checkpoints, its retain model and other methods, one report, an estimated hour; AUDITS=all for
 # every audit, an estimated hour more; make shadows trains eight shadow models, which make audit then uses
 # make test  the tests, in some ten minutes; make test-all every test; make test-latest all of them with the newest packages

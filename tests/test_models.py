@@ -220,11 +220,10 @@ def test_masks_that_a_layer_gets_as_copies(deep_model):
     assert forward.attention_agrees(model, GROUPED, expected)
 
 
-def test_auto_leaves_the_attention_of_parts_alone(tmp_path):
+def test_auto_leaves_the_attention_of_parts_alone():
     """A model within another may have none of ours, and parts that have one implementation only."""
     vision = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
     config = Gemma3Config(text_config={"hidden_size": 64, "num_hidden_layers": 1, "head_dim": 32}, vision_config=vision)
-    config.vision_config._attn_implementation = "eager"
     with torch.device("meta"):
         model = Gemma3ForConditionalGeneration(config)
     model.config.vision_config._attn_implementation = "eager"

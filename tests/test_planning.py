@@ -234,7 +234,6 @@ def test_the_step_is_what_a_real_step_allocates():
     assert estimated == pytest.approx(counted, rel=0.05)
 
 
-@pytest.mark.long
 def test_a_later_part_of_a_step_comes_on_top_of_the_gradients():
     """Those of the part before it are there from its beginning, and it adds to them in place."""
     whole = of_method("gradient_ascent")
@@ -242,6 +241,7 @@ def test_a_later_part_of_a_step_comes_on_top_of_the_gradients():
     assert first["step"] + 0.5 * 4 * first["parameters"] < later["step"] <= first["step"] + 4 * first["parameters"]
 
 
+@pytest.mark.long
 def test_what_makes_a_step_larger_or_smaller():
     step = sizes(of_prompt)["step"]
     assert sizes(partial(of_prompt, rows=ROWS * 2))["step"] == pytest.approx(2 * step, rel=0.1)

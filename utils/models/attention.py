@@ -112,8 +112,8 @@ def grouped_attention(
     if biased or (dropout and module.training) or (attention_mask is None and not causal):
         if attention_mask is not None:
             key, value = (kept[:, :, : attention_mask.shape[-1]] for kept in (key, value))
-        more = {"dropout": dropout, "scaling": scaling, **kwargs}
-        return causal_attention(module, query, key, value, attention_mask, **more)
+        kwargs |= {"dropout": dropout, "scaling": scaling}
+        return causal_attention(module, query, key, value, attention_mask, **kwargs)
     device = query.device.type
     if torch.is_autocast_enabled(device):
         query, key, value = (part.to(torch.get_autocast_dtype(device)) for part in (query, key, value))
